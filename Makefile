@@ -1,0 +1,53 @@
+SHELL := /bin/bash
+VENV ?= .venv
+BIN := $(VENV)/bin
+# The first interpreter that is new enough; choose another with `make PYTHON=…`.
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$p && break; done)
+SCRATCH ?= $(or $(TMPDIR),/tmp)/fastvlm-bench
+
+.DEFAULT_GOAL := help
+.PHONY: setup demo test lint fmt bench bench-peers dist help
+
+# Installs again whenever the dependencies change; every target that needs the environment depends on it.
+$(VENV)/.installed: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Python 3.10 or newer is needed; none was found on PATH" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.installed-peers: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[benchmarks]'
+	@touch $@
+
+setup: $(VENV)/.installed ## create .venv with the package and its development tools
+
+demo: setup ## set up and ask a question about a picture, offline
+	$(BIN)/fastvlm generate --model tests/golden/apple/train tests/golden/apple/images/landscape.png --verbose
+
+test: setup ## run the test suite (ARGS='-k name' selects)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup ## check style and types: ruff, mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+fmt: setup ## format the code and apply the safe fixes
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup ## convert and run a full-size 0.5B with random weights (needs 4 GB of disk under SCRATCH)
+	test -d $(SCRATCH)/source || $(BIN)/python benchmarks/random_checkpoint.py 0.5b $(SCRATCH)/source
+	test -d $(SCRATCH)/converted || $(BIN)/fastvlm convert $(SCRATCH)/source $(SCRATCH)/converted
+	$(BIN)/fastvlm generate --model $(SCRATCH)/converted tests/golden/apple/images/large.png --max-tokens 32 --json
+
+bench-peers: $(VENV)/.installed-peers ## compare with mlx-vlm and transformers on the same checkpoint
+	$(BIN)/python benchmarks/peers.py $(ARGS)
+
+dist: setup ## build the sdist and the wheel into dist/
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check build
+	$(BIN)/python -m build
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 14
