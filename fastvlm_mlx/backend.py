@@ -1,0 +1,80 @@
+"""MLX itself, with the machine's fast BLAS in front of it, and the dtype to compute in.
+
+Every module gets MLX from here (`from fastvlm_mlx.backend import mx, nn`), because on Linux the order matters: MLX's
+CPU wheel is linked to the reference BLAS, about twenty times slower than OpenBLAS, and a library that is loaded
+globally *before* MLX takes its place. macOS uses Accelerate and Metal and needs none of this.
+"""
+
+import ctypes
+import os
+import platform
+import sys
+from dataclasses import dataclass
+
+BLAS_VARIABLE = "FASTVLM_BLAS"
+_OPENBLAS_NAMES = ("libopenblas.so.0", "libopenblas.so")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BLAS:
+    """Which BLAS serves MLX's CPU backend.
+
+    Attributes:
+        name: `Accelerate`, `OpenBLAS`, a library path given by the user, or `reference`.
+        threads: Threads it uses, where it can be asked.
+        hint: What to do for a faster one; empty when there is nothing to do.
+    """
+
+    name: str
+    threads: int | None = None
+    hint: str = ""
+
+
+def _preload_blas() -> tuple[BLAS, ctypes.CDLL | None]:
+    """The BLAS that MLX will resolve its symbols to; loads it when MLX is not loaded yet."""
+    if platform.system() != "Linux":
+        return BLAS(name="Accelerate" if platform.system() == "Darwin" else "bundled"), None
+    wanted = os.environ.get(BLAS_VARIABLE)
+    if wanted == "none":
+        return BLAS(name="reference", hint=f"unset {BLAS_VARIABLE} to let OpenBLAS be found"), None
+    if "mlx.core" in sys.modules:
+        return BLAS(name="reference", hint="import fastvlm_mlx before mlx, so that it can load OpenBLAS first"), None
+    for name in (wanted,) if wanted else _OPENBLAS_NAMES:
+        try:
+            library = ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
+        except OSError:
+            continue
+        threads = getattr(library, "openblas_get_num_threads", None)
+        return BLAS(name=wanted or "OpenBLAS", threads=threads() if threads else None), library
+    hint = (
+        f"{BLAS_VARIABLE}={wanted} cannot be loaded"
+        if wanted
+        else "apt install libopenblas0-pthread (or your system's OpenBLAS)"
+    )
+    return BLAS(name="reference", hint=hint), None
+
+
+_BLAS, _BLAS_LIBRARY = _preload_blas()
+
+import mlx.core as mx  # noqa: E402  (the BLAS has to be there first)
+import mlx.nn as nn  # noqa: E402
+
+__all__ = ["BLAS", "blas", "compute_dtype", "device", "mx", "nn"]
+
+
+def blas() -> BLAS:
+    """The BLAS behind MLX's CPU backend."""
+    return _BLAS
+
+
+def device() -> str:
+    """The kind of MLX's default device: `gpu` (Metal, CUDA) or `cpu`."""
+    return "gpu" if mx.default_device() == mx.gpu else "cpu"
+
+
+def compute_dtype(stored: str) -> mx.Dtype:
+    """The dtype to compute in for weights stored as `stored` (`float16`, `bfloat16`, `float32`).
+
+    A GPU computes in what is stored. The CPU backend has no fast half-precision arithmetic, so there it is float32.
+    """
+    return mx.float32 if device() == "cpu" else getattr(mx, stored)

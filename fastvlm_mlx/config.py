@@ -1,0 +1,317 @@
+"""The architecture of a checkpoint, as frozen dataclasses that are read from and written to `config.json`."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fastvlm_mlx.errors import CheckpointError, ConfigError
+
+FORMAT_VERSION = 1
+IMAGE_TOKEN = -200
+"""The id that stands for an image in `input_ids`; LLaVA's, outside every vocabulary."""
+
+_T = TypeVar("_T")
+
+
+def _known(cls: type[_T], values: Mapping[str, Any]) -> _T:
+    """An instance of the dataclass `cls` from the keys of `values` that it has; the others are ignored."""
+    names = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+    try:
+        return cls(**{key: value for key, value in values.items() if key in names})
+    except TypeError as err:
+        raise ConfigError(f"{cls.__name__}: {str(err).split(' ', 1)[-1]}") from err
+
+
+def _positive_int(owner: object, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigError(f"{type(owner).__name__}.{name} must be a positive integer, not {value!r}")
+
+
+def _power_of_two(value: float) -> bool:
+    return value > 0 and float(value).hex().split("p")[0] == "0x1.0000000000000"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageScales:
+    """The powers of two that one stage's activations are divided by (1 everywhere in an ordinary checkpoint).
+
+    Attributes:
+        stream: The residual stream, from the stage's first tensor to its last.
+        downsample: The outputs of the two GELUs of the stage's PatchEmbed; the second equals `stream`. Empty in stage
+            0.
+        hidden: The GELU of each block's ConvFFN.
+    """
+
+    stream: float = 1.0
+    downsample: tuple[float, ...] = ()
+    hidden: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationScales:
+    """The powers of two that keep a tower's activations within float16 without changing its result.
+
+    The converter folds them into the weights; the runtime only needs them where a GELU or a LayerNorm is not
+    homogeneous.
+
+    Attributes:
+        stem: The outputs of the three GELUs of the stem; the last equals stage 0's stream.
+        stages: One entry per stage.
+        conv_exp: The expanding convolution, its GELU and so the tower's output.
+    """
+
+    stem: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    stages: tuple[StageScales, ...]
+    conv_exp: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Rejects what is not a power of two or contradicts itself."""
+        values = [*self.stem, self.conv_exp]
+        for index, stage in enumerate(self.stages):
+            values += [stage.stream, *stage.downsample, *stage.hidden]
+            before = self.stem[2] if index == 0 else stage.downsample[1] if len(stage.downsample) == 2 else None
+            if before != stage.stream:
+                raise ConfigError(
+                    f"scales: stage {index}'s stream is divided by {stage.stream} but starts with {before}"
+                )
+        if wrong := [value for value in values if not _power_of_two(value)]:
+            raise ConfigError(f"scales must be powers of two, not {wrong[0]!r}")
+
+    @classmethod
+    def ones(cls, depths: tuple[int, ...]) -> "ActivationScales":
+        """Scales that change nothing, for a tower with `depths` blocks per stage."""
+        return cls(
+            stages=tuple(
+                StageScales(downsample=(1.0, 1.0) if stage else (), hidden=(1.0,) * depth)
+                for stage, depth in enumerate(depths)
+            )
+        )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "ActivationScales":
+        """The inverse of `dataclasses.asdict`, from JSON."""
+        stages = tuple(
+            StageScales(
+                stream=float(stage["stream"]),
+                downsample=tuple(map(float, stage["downsample"])),
+                hidden=tuple(map(float, stage["hidden"])),
+            )
+            for stage in values["stages"]
+        )
+        stem = tuple(map(float, values["stem"]))
+        return cls(stem=(stem[0], stem[1], stem[2]), stages=stages, conv_exp=float(values["conv_exp"]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """FastViTHD (arXiv 2412.13303, section 3.2) in its folded inference form.
+
+    Attributes:
+        embed_dims: Channels of the five stages; the tower's output has twice the last.
+        depths: Blocks of the five stages.
+        mlp_ratio: Expansion of every ConvFFN.
+        head_dim: Channels of one attention head in stages 3 and 4.
+        image_size: The resolution in pixels that the weights are tuned at.
+        layer_norm_eps: Epsilon of the channel LayerNorms, before scaling.
+        scales: What keeps float16 in range.
+    """
+
+    embed_dims: tuple[int, ...] = (96, 192, 384, 768, 1536)
+    depths: tuple[int, ...] = (2, 12, 24, 4, 2)
+    mlp_ratio: int = 4
+    head_dim: int = 32
+    image_size: int = 1024
+    layer_norm_eps: float = 1e-5
+    scales: ActivationScales
+
+    def __post_init__(self) -> None:
+        """Rejects an architecture that is not FastViTHD's."""
+        _positive_int(self, "mlp_ratio", "head_dim", "image_size")
+        if len(self.embed_dims) != 5 or len(self.depths) != 5:
+            raise ConfigError(f"FastViTHD has 5 stages; embed_dims {self.embed_dims} and depths {self.depths} do not")
+        if any(dim < 1 for dim in self.embed_dims) or any(depth < 1 for depth in self.depths):
+            raise ConfigError(f"embed_dims {self.embed_dims} and depths {self.depths} must be positive")
+        if any(after != 2 * before for before, after in zip(self.embed_dims, self.embed_dims[1:], strict=False)):
+            raise ConfigError(f"each stage is twice as wide as the one before; embed_dims {self.embed_dims} are not")
+        if any(dim % self.head_dim for dim in self.embed_dims[3:]):
+            raise ConfigError(f"embed_dims {self.embed_dims[3:]} are not divisible by head_dim {self.head_dim}")
+        if self.image_size % self.patch_size:
+            raise ConfigError(f"image_size {self.image_size} is not a multiple of {self.patch_size}")
+        if tuple(len(stage.hidden) for stage in self.scales.stages) != self.depths:
+            raise ConfigError("scales do not have one entry per block")
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels per visual token and side."""
+        return 64
+
+    @property
+    def hidden_size(self) -> int:
+        """Channels of the tower's output."""
+        return 2 * self.embed_dims[-1]
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "VisionConfig":
+        """The configuration in a `vision_config` of ours."""
+        depths = tuple(values.get("depths", cls.depths))
+        scales = ActivationScales.from_dict(values["scales"]) if "scales" in values else ActivationScales.ones(depths)
+        embed_dims = tuple(values.get("embed_dims", cls.embed_dims))
+        return _known(cls, {**values, "embed_dims": embed_dims, "depths": depths, "scales": scales})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """Qwen2, with the keys of its Hugging Face config."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    vocab_size: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1_000_000.0
+    max_position_embeddings: int = 32768
+    tie_word_embeddings: bool = True
+    model_type: str = "qwen2"
+
+    def __post_init__(self) -> None:
+        """Rejects sizes that contradict each other."""
+        _positive_int(
+            self,
+            *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+            *("vocab_size", "max_position_embeddings"),
+        )
+        if self.model_type != "qwen2":
+            raise ConfigError(f"the decoder must be qwen2, not {self.model_type!r}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ConfigError(
+                f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ConfigError(
+                f"num_attention_heads {self.num_attention_heads} is not divisible by "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "TextConfig":
+        """The configuration in a Hugging Face Qwen2 config; keys that change the arithmetic are checked."""
+        if values.get("hidden_act", "silu") != "silu":
+            raise ConfigError(f"hidden_act must be 'silu', not {values['hidden_act']!r}")
+        if values.get("use_sliding_window"):
+            raise ConfigError("use_sliding_window is on; only full attention is supported")
+        rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+        if rope.get("rope_type", rope.get("type", "default")) != "default":
+            raise ConfigError(
+                f"rotary embeddings of type {rope.get('rope_type', rope.get('type'))!r} are not supported"
+            )
+        theta = values.get("rope_theta", rope.get("rope_theta", cls.rope_theta))
+        return _known(cls, {**values, "rope_theta": float(theta), "model_type": values.get("model_type", "qwen2")})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A whole FastVLM checkpoint in this project's format.
+
+    Attributes:
+        vision_config: The vision tower.
+        text_config: The decoder.
+        dtype: `float16`, `bfloat16` or `float32`, as stored.
+        eos_token_id: Every token that ends an answer.
+        max_length: The longest sequence in positions that the model was tuned for.
+        quantization: mlx-lm's entry: `group_size`, `bits`, `mode` and overrides per module path; None when not
+            quantized.
+        source: Where it came from: `name`, `revision`, `sha256`, `layout`.
+    """
+
+    vision_config: VisionConfig
+    text_config: TextConfig
+    dtype: str = "float16"
+    eos_token_id: tuple[int, ...] = ()
+    max_length: int = 8192
+    quantization: dict[str, Any] | None = None
+    source: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Rejects an unknown dtype."""
+        if self.dtype not in ("float16", "bfloat16", "float32"):
+            raise ConfigError(f"dtype must be float16, bfloat16 or float32, not {self.dtype!r}")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "ModelConfig":
+        """The configuration in a parsed `config.json` of ours.
+
+        Raises:
+            ConfigError: If it is of another format or version, or contradicts itself.
+        """
+        version = values.get("fastvlm_format")
+        if version is None:
+            raise ConfigError("not a converted FastVLM checkpoint: config.json has no fastvlm_format")
+        if version != FORMAT_VERSION:
+            raise ConfigError(
+                f"fastvlm_format {version} was written by another version; this one reads {FORMAT_VERSION}"
+            )
+        try:
+            parts = {
+                "vision_config": VisionConfig.from_dict(values["vision_config"]),
+                "text_config": TextConfig.from_dict(values["text_config"]),
+                "eos_token_id": tuple(values["eos_token_id"]),
+            }
+        except KeyError as err:
+            raise ConfigError(f"config.json lacks {err}") from err
+        except (TypeError, ValueError, IndexError) as err:
+            raise ConfigError(f"config.json holds a value of the wrong kind: {err}") from err
+        return _known(cls, {**values, **parts})
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `from_dict` reads, with the keys that other tools look for."""
+        values = {
+            "model_type": "fastvlm",
+            "architectures": ["FastVLM"],
+            "fastvlm_format": FORMAT_VERSION,
+            "image_token_index": IMAGE_TOKEN,
+            "mm_projector_type": "mlp2x_gelu",
+            **asdict(self),
+        }
+        values["vision_config"] = {
+            "model_type": "fastvithd",
+            "patch_size": self.vision_config.patch_size,
+            **values["vision_config"],
+        }
+        if self.quantization is None:
+            del values["quantization"]
+        else:
+            values["quantization_config"] = self.quantization
+        return values
+
+    @classmethod
+    def from_path(cls, folder: Path) -> "ModelConfig":
+        """The configuration of a converted folder.
+
+        Raises:
+            CheckpointError: If `config.json` is missing or not JSON.
+            ConfigError: If it is not one of ours.
+        """
+        path = Path(folder) / "config.json"
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as err:
+            raise CheckpointError(f"{path}: not found; {folder} is not a checkpoint folder") from err
+        except (OSError, ValueError) as err:
+            raise CheckpointError(f"{path}: cannot be read as JSON ({err})") from err
+        if not isinstance(values, dict):
+            raise CheckpointError(f"{path}: must hold a JSON object")
+        try:
+            return cls.from_dict(values)
+        except ConfigError as err:
+            raise ConfigError(f"{path}: {err}") from err

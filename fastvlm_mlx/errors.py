@@ -1,0 +1,25 @@
+"""Everything that fastvlm-mlx raises on purpose; catch `FastVLMError` to catch it all."""
+
+
+class FastVLMError(Exception):
+    """Base of every error whose message is written for the user."""
+
+
+class ConfigError(FastVLMError):
+    """A config.json, a setting or an argument that cannot be used."""
+
+
+class CheckpointError(FastVLMError):
+    """A checkpoint that is missing, incomplete, damaged or of an unknown layout."""
+
+
+class ConversionError(FastVLMError):
+    """A conversion or quantization that cannot be carried out."""
+
+
+class ImageError(FastVLMError):
+    """An image that cannot be read or is not an image."""
+
+
+class PromptError(FastVLMError):
+    """A prompt, conversation or stop string that cannot be used."""

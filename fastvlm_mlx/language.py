@@ -1,0 +1,202 @@
+"""Qwen2, the decoder of FastVLM, and its KV cache.
+
+Its own, and not mlx-lm's, because importing any part of mlx-lm costs more than answering a question does; it keeps
+mlx-lm's calling convention, and a test holds it against mlx-lm's.
+
+Shapes: B batch, L positions of this call, S positions of the cache, D hidden size, V vocabulary.
+"""
+
+from typing import Any
+
+from fastvlm_mlx.backend import mx, nn
+from fastvlm_mlx.config import TextConfig
+
+
+class KVCache:
+    """Keys and values of one layer, (B, heads, S, head_dim), grown in steps; for a batch also the padding to its left.
+
+    Attributes:
+        offset: Positions held.
+        left_padding: (B,) leading positions of each row that nothing may attend to; None when there are none.
+    """
+
+    step = 256
+
+    def __init__(self, left_padding: mx.array | None = None) -> None:
+        self.keys: mx.array | None = None
+        self.values: mx.array | None = None
+        self.offset = 0
+        self.left_padding = left_padding
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """All keys and values so far, after appending those of L new positions, (B, heads, L, head_dim) each."""
+        before, self.offset = self.offset, self.offset + keys.shape[2]
+        if before == 0:
+            self.keys, self.values = keys, values
+            return keys, values
+        self.keys = self._append(self.keys, keys, before)
+        self.values = self._append(self.values, values, before)
+        return self.keys[..., : self.offset, :], self.values[..., : self.offset, :]
+
+    def _append(self, held: mx.array, new: mx.array, before: int) -> mx.array:
+        if self.offset > held.shape[2]:
+            batch, heads, _, head_dim = held.shape
+            room = -(-(self.offset - before) // self.step) * self.step
+            held = mx.concatenate([held[..., :before, :], mx.zeros((batch, heads, room, head_dim), held.dtype)], axis=2)
+        held[..., before : self.offset, :] = new
+        return held
+
+    def make_mask(self, length: int, **_: Any) -> mx.array | str | None:
+        """What `length` new positions may attend to, as `scaled_dot_product_attention` takes it."""
+        if self.left_padding is None:
+            return None if length == 1 else "causal"
+        keys = mx.arange(self.offset + length)
+        queries = keys[self.offset :, None]
+        # A padding position sees itself, so that no row of the softmax is empty.
+        return (queries == keys) | (queries >= keys) & (keys >= self.left_padding[:, None, None, None])
+
+    @property
+    def state(self) -> tuple[mx.array | None, mx.array | None]:
+        """Keys and values, for `mx.eval`."""
+        return self.keys, self.values
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return 0 if self.keys is None or self.values is None else self.keys.nbytes + self.values.nbytes
+
+    def snapshot(self) -> "KVCache":
+        """A cache with the same content that grows on its own; nothing is copied until it does."""
+        copy = KVCache(self.left_padding)
+        copy.offset = self.offset
+        if self.keys is not None and self.values is not None:
+            copy.keys, copy.values = self.keys[..., : self.offset, :], self.values[..., : self.offset, :]
+        return copy
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions: (B, L, D) -> (B, L, D)."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.rope_theta = config.rope_theta
+        kv_dim = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, kv_dim)
+        self.v_proj = nn.Linear(config.hidden_size, kv_dim)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def _heads(self, x: mx.array) -> mx.array:
+        return x.reshape(*x.shape[:2], -1, self.head_dim).transpose(0, 2, 1, 3)
+
+    def _rope(self, x: mx.array, offset: int | mx.array) -> mx.array:
+        return mx.fast.rope(x, self.head_dim, traditional=False, base=self.rope_theta, scale=1.0, offset=offset)
+
+    def __call__(self, x: mx.array, mask: mx.array | str | None, cache: Any, *, last: bool = False) -> mx.array:
+        length = x.shape[1]
+        keys, values = self._heads(self.k_proj(x)), self._heads(self.v_proj(x))
+        offset = cache.offset if cache is not None else 0
+        keys = self._rope(keys, offset)
+        if last and length > 1:
+            x, offset = x[:, -1:], offset + length - 1
+            mask = mask[..., -1:, :] if isinstance(mask, mx.array) else None
+        queries = self._rope(self._heads(self.q_proj(x)), offset)
+        if cache is not None:
+            keys, values = cache.update_and_fetch(keys, values)
+        x = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=self.head_dim**-0.5, mask=mask)
+        return self.o_proj(x.transpose(0, 2, 1, 3).reshape(x.shape[0], x.shape[2], -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU: (B, L, D) -> (B, L, D)."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class TransformerBlock(nn.Module):
+    """(B, L, D) -> (B, L, D), or with `last` (B, 1, D): only keys and values are computed for every position then."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def __call__(
+        self, x: mx.array, mask: mx.array | str | None = None, cache: Any = None, *, last: bool = False
+    ) -> mx.array:
+        attended = self.self_attn(self.input_layernorm(x), mask, cache, last=last)
+        x = (x[:, -1:] if last else x) + attended
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Qwen2Model(nn.Module):
+    """Embedding, blocks, final norm: (B, L) token ids or (B, L, D) embeddings -> (B, L, D), with `last` (B, 1, D)."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = [TransformerBlock(config) for _ in range(config.num_hidden_layers)]
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def __call__(
+        self,
+        tokens: mx.array | None,
+        cache: Any = None,
+        input_embeddings: mx.array | None = None,
+        *,
+        last: bool = False,
+    ) -> mx.array:
+        x = self.embed_tokens(tokens) if input_embeddings is None else input_embeddings
+        caches = cache if cache is not None else [None] * len(self.layers)
+        first = caches[0] if caches[0] is not None else KVCache()
+        mask = first.make_mask(x.shape[1], return_array=False, window_size=None)
+        final = len(self.layers) - 1
+        for index, (layer, layer_cache) in enumerate(zip(self.layers, caches, strict=True)):
+            x = layer(x, mask, layer_cache, last=last and index == final)
+        normed: mx.array = self.norm(x)
+        return normed
+
+
+class Qwen2(nn.Module):
+    """The decoder with its head, called as mlx-lm calls its models.
+
+    `language_model(tokens, cache=None, input_embeddings=None)` -> logits (B, L, V). `tokens` may be None when
+    embeddings are given. `cache` is a list with one `KVCache` (or mlx-lm's) per layer.
+    """
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.model = Qwen2Model(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def layers(self) -> list[TransformerBlock]:
+        """The transformer blocks."""
+        return self.model.layers
+
+    def make_cache(self, left_padding: mx.array | None = None) -> list[KVCache]:
+        """An empty cache, one `KVCache` per layer."""
+        return [KVCache(left_padding) for _ in self.layers]
+
+    def _head(self, x: mx.array) -> mx.array:
+        return self.lm_head(x) if "lm_head" in self else self.model.embed_tokens.as_linear(x)
+
+    def __call__(
+        self, tokens: mx.array | None, cache: Any = None, input_embeddings: mx.array | None = None
+    ) -> mx.array:
+        return self._head(self.model(tokens, cache, input_embeddings))
+
+    def prefill(self, input_embeddings: mx.array, cache: list[KVCache]) -> mx.array:
+        """Logits (B, V) of the last position, filling `cache`: the last block and the head see that position alone."""
+        return self._head(self.model(None, cache, input_embeddings, last=True))[:, -1]

@@ -1,0 +1,178 @@
+"""FastVLM: vision tower, projector and decoder, with the visual tokens spliced into the prompt.
+
+Shapes: B batch, R resolution in pixels, N = (R/64)² visual tokens per image, T token ids (an image is one), L positions
+    (an image is N), D hidden size, V vocabulary.
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastvlm_mlx.backend import mx, nn
+from fastvlm_mlx.config import IMAGE_TOKEN, ModelConfig
+from fastvlm_mlx.decoding import Sampler, SamplingConfig, decode
+from fastvlm_mlx.errors import ConfigError, PromptError
+from fastvlm_mlx.language import KVCache, Qwen2
+from fastvlm_mlx.vision import FastViTHD, gelu
+
+TokenIds = npt.ArrayLike | mx.array
+
+
+class GELU(nn.Module):
+    """The exact GELU."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return gelu(x)
+
+
+class MultimodalProjector(list[nn.Module]):
+    """LLaVA's `mlp2x_gelu`: features (B, N, C) -> visual tokens (B, N, D). A list, for the names `0` and `2`."""
+
+    def __init__(self, features: int, hidden_size: int) -> None:
+        super().__init__([nn.Linear(features, hidden_size), GELU(), nn.Linear(hidden_size, hidden_size)])
+
+    def __call__(self, x: mx.array) -> mx.array:
+        for layer in self:
+            x = layer(x)
+        return x
+
+
+class FastVLM(nn.Module):
+    """The whole model."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vision_tower = FastViTHD(config.vision_config)
+        self.mm_projector = MultimodalProjector(config.vision_config.hidden_size, config.text_config.hidden_size)
+        self.language_model = Qwen2(config.text_config)
+
+    @classmethod
+    def from_pretrained(cls, name: str, *, dtype: str | None = None, revision: str | None = None) -> "FastVLM":
+        """The model of a Hub id, alias, source folder or converted folder; see `fastvlm_mlx.load`."""
+        from fastvlm_mlx.checkpoint import load_model, resolve
+
+        return load_model(resolve(name, revision=revision), dtype=dtype)
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The dtype that activations are computed in."""
+        dtype: mx.Dtype = self.vision_tower.stem[0].weight.dtype
+        return dtype
+
+    def encode_image(self, pixel_values: npt.ArrayLike | mx.array) -> mx.array:
+        """Visual tokens (B, N, D) of pixel values (B, R, R, 3), float in [0, 1] or uint8.
+
+        Raises:
+            ConfigError: If the shape is another, or a side is not a multiple of 64.
+        """
+        pixels = pixel_values if isinstance(pixel_values, mx.array) else mx.array(np.asarray(pixel_values))
+        if (
+            pixels.ndim != 4
+            or pixels.shape[-1] != 3
+            or pixels.shape[1] % 64
+            or pixels.shape[2] % 64
+            or 0 in pixels.shape
+        ):
+            raise ConfigError(f"pixel_values must be (B, R, R, 3) with R a multiple of 64, not {pixels.shape}")
+        if pixels.dtype == mx.uint8:
+            pixels = pixels.astype(mx.float32) / 255
+        features = self.vision_tower(pixels.astype(self.dtype))
+        return self.mm_projector(features.reshape(features.shape[0], -1, features.shape[-1]))
+
+    def embed(
+        self,
+        input_ids: TokenIds,
+        pixel_values: npt.ArrayLike | mx.array | None = None,
+        attention_mask: npt.ArrayLike | mx.array | None = None,
+    ) -> mx.array:
+        """Input embeddings (B, L, D), each image's visual tokens in the place of its `IMAGE_TOKEN`.
+
+        Rows that come out shorter than the longest are padded with zeros on their left.
+
+        Args:
+            input_ids: (B, T) token ids, or (T,) for one row.
+            pixel_values: (images, R, R, 3), in the order of their places in `input_ids`, row by row.
+            attention_mask: (B, T), False where `input_ids` is padding.
+
+        Raises:
+            PromptError: If the images and their places differ in number.
+        """
+        return self._embed(_rows(input_ids, attention_mask), pixel_values)[0]
+
+    def _embed(
+        self, rows: list[npt.NDArray[np.int32]], pixel_values: npt.ArrayLike | mx.array | None
+    ) -> tuple[mx.array, list[int]]:
+        """Embeddings (B, L, D) of rows of token ids, and how many positions of each row are padding."""
+        images = 0 if pixel_values is None else len(pixel_values)  # type: ignore[arg-type]
+        places = sum(int((row == IMAGE_TOKEN).sum()) for row in rows)
+        if images != places:
+            raise PromptError(f"the prompt has {places} place(s) for an image but {images} image(s) were given")
+        visual = iter(self.encode_image(pixel_values) if pixel_values is not None else ())
+        embedded = []
+        for row in rows:
+            bounds = np.flatnonzero(row == IMAGE_TOKEN)
+            parts = []
+            for number, text in enumerate(np.split(row, bounds)):
+                if number:
+                    parts.append(next(visual))
+                    text = text[1:]
+                if len(text):
+                    parts.append(self.language_model.model.embed_tokens(mx.array(text)))
+            embedded.append(mx.concatenate(parts) if len(parts) > 1 else parts[0])
+        length = max(len(row) for row in embedded)
+        padding = [length - len(row) for row in embedded]
+        return mx.stack(
+            [mx.pad(row, [(left, 0), (0, 0)]) for row, left in zip(embedded, padding, strict=True)]
+        ), padding
+
+    def prefill(
+        self,
+        input_ids: TokenIds,
+        pixel_values: npt.ArrayLike | mx.array | None = None,
+        attention_mask: npt.ArrayLike | mx.array | None = None,
+    ) -> tuple[mx.array, list[KVCache]]:
+        """Logits (B, V) of the last position and the filled cache: pixels to logits as one graph, not yet evaluated."""
+        embeddings, padding = self._embed(_rows(input_ids, attention_mask), pixel_values)
+        cache = self.language_model.make_cache(mx.array(padding) if any(padding) else None)
+        return self.language_model.prefill(embeddings, cache), cache
+
+    def generate(
+        self,
+        input_ids: TokenIds,
+        pixel_values: npt.ArrayLike | mx.array | None = None,
+        attention_mask: npt.ArrayLike | mx.array | None = None,
+        *,
+        max_tokens: int = 256,
+        **sampling: Any,
+    ) -> list[list[int]]:
+        """The new token ids of each row, without the end token; `sampling` are the arguments of `SamplingConfig`."""
+        rows = _rows(input_ids, attention_mask)
+        logits, cache = self.prefill(input_ids, pixel_values, attention_mask)
+        sampler = Sampler(SamplingConfig(**sampling), [row[row >= 0].tolist() for row in rows])
+        answers: list[list[int]] = [[] for _ in rows]
+        open_rows = set(range(len(rows)))
+        for tokens in decode(self.language_model, logits, cache, sampler, max_tokens):
+            for index, token in enumerate(np.asarray(tokens).tolist()):
+                if index in open_rows and token in self.config.eos_token_id:
+                    open_rows.discard(index)
+                elif index in open_rows:
+                    answers[index].append(token)
+            if not open_rows:
+                break
+        return answers
+
+
+def _rows(input_ids: TokenIds, attention_mask: npt.ArrayLike | mx.array | None) -> list[npt.NDArray[np.int32]]:
+    """The token ids of each row without its padding."""
+    ids = np.atleast_2d(np.asarray(input_ids, dtype=np.int32))
+    if attention_mask is None:
+        rows = list(ids)
+    else:
+        rows = [
+            row[kept] for row, kept in zip(ids, np.atleast_2d(np.asarray(attention_mask)).astype(bool), strict=True)
+        ]
+    if any(len(row) == 0 for row in rows):
+        raise PromptError("input_ids has a row without tokens")
+    return rows
