@@ -1,0 +1,236 @@
+"""FastVLMProcessor: pictures and conversations -> pixel values and token ids, and token ids -> text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import numpy as np
+
+from fastvlm_mlx.config import IMAGE_TOKEN, ModelConfig
+from fastvlm_mlx.errors import PromptError
+from fastvlm_mlx.images import ImageSource, choose_resolution, load_image, preprocess
+from fastvlm_mlx.prompts import CHAT_TEMPLATE, Mark, Prompt, Turn, conversation, render
+from fastvlm_mlx.tokenizer import END_OF_TEXT, IM_END, IM_START, StreamingDetokenizer, Tokenizer
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+Resolution: TypeAlias = int | Literal["auto"] | None
+"""A multiple of 64, the resolution that suits the pictures, or the one that the weights are tuned at."""
+
+
+class FastVLMProcessor:
+    """What stands between a user and the model, both ways.
+
+    Args:
+        tokenizer: Of the checkpoint.
+        config: Of the checkpoint; gives the native resolution, the context length and the end tokens.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, config: ModelConfig) -> None:
+        self.tokenizer = tokenizer
+        self.image_size = config.vision_config.image_size
+        self.patch_size = config.vision_config.patch_size
+        self.context_length = min(config.max_length, config.text_config.max_position_embeddings)
+        self.eos_token_ids = config.eos_token_id
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *, revision: str | None = None) -> FastVLMProcessor:
+        """The processor of a Hub id, alias, source folder or converted folder; see `fastvlm_mlx.load`."""
+        from fastvlm_mlx.checkpoint import resolve
+
+        return cls.from_folder(resolve(str(name), revision=revision))
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> FastVLMProcessor:
+        """The processor of a converted folder.
+
+        Raises:
+            CheckpointError: If a file is missing or damaged.
+            ConfigError: If it is not a converted checkpoint.
+        """
+        return cls(Tokenizer(folder), ModelConfig.from_path(folder))
+
+    def __call__(
+        self,
+        images: ImageSource | Sequence[ImageSource | Sequence[ImageSource] | None] | None,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        resolution: Resolution = None,
+        system: str | None = None,
+    ) -> dict[str, NDArray[Any]]:
+        """What `FastVLM.generate` and `FastVLM.embed` take as keywords.
+
+        `input_ids` (B, T), int32, with `IMAGE_TOKEN` where an image goes; `pixel_values` (images, R, R, 3), uint8, row
+        by row, absent without images; `attention_mask` (B, T), False where a row is padded on its left, absent when
+        none is.
+
+        Args:
+            images: For one prompt, an image or several. For a list of prompts, a list of as many entries, each an
+                image, a list of images or None.
+            prompts: A prompt (a string, or messages), or a list of prompts.
+            resolution: In pixels, the same for all images.
+            system: Replaces the default system text.
+
+        Raises:
+            ImageError: If an image cannot be read.
+            PromptError: If a prompt is empty, malformed or too long, or the numbers of images and prompts differ.
+            ConfigError: If the model cannot run at `resolution`.
+        """
+        conversations = [conversation(*pair, system) for pair in _pair(images, prompts)]
+        sources = [image for turns in conversations for turn in turns for image in turn.images]
+        pixel_values = self.prepare_images([image for image in sources if image is not None], resolution)
+        rows = [self.encode_turns(turns) for turns in conversations]
+        for row in rows:
+            self.check_length(row, pixel_values.shape[1])
+        length = max(map(len, rows))
+        inputs: dict[str, NDArray[Any]] = {}
+        if sources:
+            inputs["pixel_values"] = pixel_values
+        if any(len(row) < length for row in rows):
+            pad = [self.tokenizer.token_id(END_OF_TEXT)]
+            inputs["attention_mask"] = np.array([[False] * (length - len(row)) + [True] * len(row) for row in rows])
+            rows = [pad * (length - len(row)) + row for row in rows]
+        inputs["input_ids"] = np.array(rows, dtype=np.int32)
+        return inputs
+
+    def prepare_images(self, images: Sequence[ImageSource], resolution: Resolution = None) -> NDArray[np.uint8]:
+        """Pixel values (images, R, R, 3).
+
+        Raises:
+            ImageError: If an image cannot be read.
+            ConfigError: If the model cannot run at `resolution`.
+        """
+        pictures = [load_image(image) for image in images]
+        side = choose_resolution(pictures, resolution, self.image_size)
+        if not pictures:
+            return np.zeros((0, side, side, 3), dtype=np.uint8)
+        return np.stack([preprocess(picture, side) for picture in pictures])
+
+    def encode(self, prompt: Prompt, n_images: int = 0, system: str | None = None) -> list[int]:
+        """Token ids of a prompt in which `n_images` images are shown, each as one `IMAGE_TOKEN`.
+
+        Raises:
+            PromptError: If the prompt is empty or malformed.
+        """
+        return self.encode_turns(conversation(prompt, [None] * n_images, system))
+
+    def encode_turns(self, turns: Sequence[Turn]) -> list[int]:
+        """Token ids of a conversation."""
+        marks = {
+            Mark.IM_START: self.tokenizer.token_id(IM_START),
+            Mark.IM_END: self.tokenizer.token_id(IM_END),
+            Mark.IMAGE: IMAGE_TOKEN,
+        }
+        ids: list[int] = []
+        for piece in render(turns):
+            ids += [marks[piece]] if isinstance(piece, Mark) else self.tokenizer.encode(piece)
+        return ids
+
+    def visual_tokens(self, resolution: int) -> int:
+        """N, the positions that an image takes."""
+        return (resolution // self.patch_size) ** 2
+
+    def positions(self, input_ids: Sequence[int], resolution: int) -> int:
+        """L, the positions that a prompt takes."""
+        return len(input_ids) + input_ids.count(IMAGE_TOKEN) * (self.visual_tokens(resolution) - 1)
+
+    def check_length(self, input_ids: Sequence[int], resolution: int) -> None:
+        """Accepts a prompt that leaves room for an answer.
+
+        Raises:
+            PromptError: If it does not.
+        """
+        positions, visual = self.positions(input_ids, resolution), self.visual_tokens(resolution)
+        if positions >= self.context_length:
+            images = input_ids.count(IMAGE_TOKEN)
+            raise PromptError(
+                f"the prompt takes {positions} positions ({images} image(s) of {visual} and {len(input_ids) - images} "
+                f"tokens) but the context has {self.context_length}; shorten it, or show fewer images"
+            )
+
+    def decode(self, token_ids: Iterable[int]) -> str:
+        """The text of an answer; special tokens are skipped."""
+        return self.tokenizer.decode(token_ids)
+
+    def batch_decode(self, rows: Iterable[Iterable[int]]) -> list[str]:
+        """The text of each answer."""
+        return [self.decode(row) for row in rows]
+
+    def detokenizer(self) -> StreamingDetokenizer:
+        """A new detokenizer for one streamed answer."""
+        return StreamingDetokenizer(self.tokenizer)
+
+    def save(self, folder: Path) -> None:
+        """Writes the tokenizer and processor files that this project, transformers and mlx-vlm read."""
+        folder = Path(folder)
+        self.tokenizer.save(folder)
+        size = {"height": self.image_size, "width": self.image_size}
+        image_processor = {
+            "do_convert_rgb": True,
+            "do_resize": True,
+            "size": {"shortest_edge": self.image_size},
+            "resample": 3,
+            "do_center_crop": True,
+            "crop_size": size,
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": [0.0, 0.0, 0.0],
+            "image_std": [1.0, 1.0, 1.0],
+            "image_aspect_ratio": "pad",
+        }
+        processor = {"processor_class": type(self).__name__}
+        tokenizer = {
+            "tokenizer_class": "Qwen2Tokenizer",
+            "eos_token": IM_END,
+            "pad_token": END_OF_TEXT,
+            "bos_token": None,
+            "unk_token": None,
+            "additional_special_tokens": [IM_START, IM_END],
+            "add_prefix_space": False,
+            "clean_up_tokenization_spaces": False,
+            "errors": "replace",
+            "model_max_length": self.context_length,
+            "padding_side": "left",
+            "split_special_tokens": False,
+            "chat_template": CHAT_TEMPLATE,
+            **processor,
+        }
+        for name, values in {
+            "tokenizer_config": tokenizer,
+            "preprocessor_config": {"image_processor_type": "CLIPImageProcessor", **image_processor, **processor},
+            "processor_config": {
+                "image_processor": {"image_processor_type": "FastVLMImageProcessor", **image_processor},
+                **processor,
+            },
+        }.items():
+            text = json.dumps(values, indent=2, ensure_ascii=False)
+            (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+        (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+
+
+def _pair(images: Any, prompts: Any) -> list[tuple[Prompt, Sequence[ImageSource]]]:
+    """Each prompt with its images."""
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence) or _is_messages(prompts):
+        return [(prompts, _listed(images))]
+    entries = [None] * len(prompts) if images is None else _listed(images)
+    if len(entries) != len(prompts):
+        raise PromptError(
+            f"{len(entries)} image(s) for {len(prompts)} prompt(s); give as many, and a list of images where a prompt "
+            "has several"
+        )
+    return [(prompt, _listed(entry)) for prompt, entry in zip(prompts, entries, strict=True)]
+
+
+def _is_messages(prompts: Sequence[Any]) -> bool:
+    return not prompts or isinstance(prompts[0], Mapping)
+
+
+def _listed(images: Any) -> list[Any]:
+    if images is None:
+        return []
+    return list(images) if isinstance(images, (list, tuple)) else [images]

@@ -1,0 +1,175 @@
+"""Conversations in the OpenAI shape -> ChatML, with the user's text kept apart from the markup."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from fastvlm_mlx.errors import PromptError
+
+if TYPE_CHECKING:
+    from fastvlm_mlx.images import ImageSource
+
+Message: TypeAlias = Mapping[str, Any]
+"""`{"role": …, "content": …}`; the content is a string or a list of parts.
+
+A part is `{"type": "text", "text": …}`, `{"type": "image_url", "image_url": {"url": …}}` or
+`{"type": "image", "image": ImageSource}`; `{"type": "image"}` alone is the place of an image that is given separately.
+"""
+Prompt: TypeAlias = str | Sequence[Message]
+
+DEFAULT_SYSTEM = "You are a helpful assistant."
+ROLES = ("system", "user", "assistant")
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if loop.first and message['role'] != 'system' %}"
+    "{{ '<|im_start|>system\\n" + DEFAULT_SYSTEM + "<|im_end|>\\n' }}"
+    "{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] if part['type'] in ['image', 'image_url'] %}{{ '<image>\\n' }}{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}"
+    "{{ ('' if loop.first else '\\n') + part['text'] }}"
+    "{% endfor %}"
+    "{% endif %}"
+    "{{ '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+"""`render` for other programs, as a Jinja template."""
+
+
+class Mark(Enum):
+    """Markup between pieces of text."""
+
+    IM_START = "<|im_start|>"
+    IM_END = "<|im_end|>"
+    IMAGE = "<image>"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """One turn of a conversation.
+
+    Attributes:
+        role: `system`, `user` or `assistant`.
+        text: What is said.
+        images: What is shown before it; None is the place of an image that is known only by number.
+    """
+
+    role: str
+    text: str
+    images: tuple[ImageSource | None, ...] = ()
+
+
+def conversation(
+    prompt: Prompt, images: Sequence[ImageSource | None] = (), system: str | None = None
+) -> tuple[Turn, ...]:
+    """The turns of a question: a system turn first, a user turn last.
+
+    Args:
+        prompt: What is asked, or the messages so far.
+        images: Shown with a string `prompt`; with messages, they fill the `{"type": "image"}` parts in order.
+        system: Replaces the default system text.
+
+    Raises:
+        PromptError: If there is nothing to answer, or a message has an unknown form.
+    """
+    if isinstance(prompt, str):
+        turns = [Turn(role="user", text=_checked(prompt, "the prompt"), images=tuple(images))]
+    elif isinstance(prompt, Sequence) and prompt:
+        turns = _place([_turn(message, f"message {number}") for number, message in enumerate(prompt, 1)], images)
+    else:
+        found = "an empty one" if isinstance(prompt, Sequence) else type(prompt).__name__
+        raise PromptError(f"a prompt must be a string or a list of messages, not {found}")
+    if turns[0].role != "system":
+        text = DEFAULT_SYSTEM if system is None else _checked(system, "the system text")
+        turns.insert(0, Turn(role="system", text=text))
+    elif system is not None:
+        raise PromptError("there is a system text and a system message; give one of them")
+    _check_order(turns)
+    return tuple(turns)
+
+
+def render(turns: Sequence[Turn]) -> Iterator[str | Mark]:
+    """The ChatML of a conversation up to where the answer starts; each piece of text is tokenized by itself."""
+    for turn in turns:
+        yield Mark.IM_START
+        yield f"{turn.role}\n" if turn.images else f"{turn.role}\n{turn.text}"
+        for left in reversed(range(len(turn.images))):
+            yield Mark.IMAGE
+            yield "\n" if left else f"\n{turn.text}"
+        yield Mark.IM_END
+        yield "\n"
+    yield Mark.IM_START
+    yield "assistant\n"
+
+
+def _turn(message: object, where: str) -> Turn:
+    if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+        raise PromptError(f'{where} must have the form {{"role": …, "content": …}}, not {message!r:.80}')
+    role, content = message["role"], message["content"]
+    if role not in ROLES:
+        raise PromptError(f"{where} has the unknown role {role!r}; known are {', '.join(ROLES)}")
+    where = f"{where} ({role})"
+    if isinstance(content, str):
+        return Turn(role=role, text=_checked(content, where))
+    if not isinstance(content, Sequence):
+        raise PromptError(f"{where}: the content must be a string or a list of parts, not {type(content).__name__}")
+    texts, images = [], []
+    for part in content:
+        match part:
+            case {"type": "text", "text": text}:
+                texts.append(_checked(text, where))
+            case {"type": "image_url", "image_url": {"url": str(url)} | str(url)}:
+                images.append(url)
+            case {"type": "image"}:
+                images.append(part.get("image"))
+            case _:
+                raise PromptError(
+                    f"{where} has an unknown part {part!r:.80}; known are "
+                    '{"type": "text", "text": …}, {"type": "image_url", "image_url": {"url": …}}, '
+                    '{"type": "image", "image": …}'
+                )
+    if images and role != "user":
+        raise PromptError(f"{where}: images can only be shown in user messages")
+    return Turn(role=role, text="\n".join(texts), images=tuple(images))
+
+
+def _place(turns: list[Turn], images: Sequence[ImageSource | None]) -> list[Turn]:
+    """The turns with `images` in the places of those that were left open."""
+    places = sum(image is None for turn in turns for image in turn.images)
+    if places != len(images):
+        raise PromptError(
+            f'{len(images)} image(s) for {places} {{"type": "image"}} part(s) in the messages; the numbers must agree'
+        )
+    supply = iter(images)
+    return [
+        replace(turn, images=tuple(next(supply) if image is None else image for image in turn.images)) for turn in turns
+    ]
+
+
+def _check_order(turns: Sequence[Turn]) -> None:
+    for number, turn in enumerate(turns):
+        if number and turn.role == "system":
+            raise PromptError("a system message can only be the first one")
+        if turn.role == "user" and not turn.text.strip():
+            raise PromptError("the prompt is empty; say what to do, such as 'Describe the image.'")
+    if turns[-1].role != "user":
+        raise PromptError(f"the last message must be the user's, not the {turns[-1].role}'s")
+
+
+def _checked(text: object, where: str) -> str:
+    """The text, which is known to be encodable."""
+    if not isinstance(text, str):
+        raise PromptError(f"{where} must be text, not {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as err:
+        raise PromptError(
+            f"{where} is not valid Unicode: half a character (U+{ord(text[err.start]):04X}) at position {err.start}"
+        ) from err
+    return text
