@@ -1,0 +1,88 @@
+"""The Typer application: its commands, and what every one of them does with an error.
+
+Exit codes: 0 done, 1 an error (one line on stderr), 2 wrong usage, 130 interrupted.
+"""
+
+import io
+import os
+import sys
+from types import TracebackType
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from fastvlm_mlx import __version__
+from fastvlm_mlx.cli import convert, generate, info
+from fastvlm_mlx.errors import FastVLMError
+
+DEBUG_VARIABLE = "FASTVLM_DEBUG"
+
+
+class _Group(TyperGroup):
+    """Turns the errors that users can cause into one line on stderr and exit code 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise  # Typer ends quietly when the reader of a pipe has gone
+        except (FastVLMError, OSError) as error:
+            if ctx.params["debug"]:
+                raise
+            typer.echo(f"error: {_one_line(error)}", err=True)
+            raise typer.Exit(1) from error
+
+
+def _one_line(error: Exception) -> str:
+    """The error's message; an operating system's as `No space left on device: weights.safetensors`."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror + (f": {error.filename}" if error.filename else "")
+    return str(error)
+
+
+def _report_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """An exception hook for what nobody foresaw: no traceback, but how to get one."""
+    typer.echo(f"error: {kind.__name__}: {error} (unexpected; {DEBUG_VARIABLE}=1 shows where)", err=True)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fastvlm-mlx {__version__}")
+        raise typer.Exit
+
+
+# Plain help instead of Rich's panels: they cost 0.17 s of a 0.13 s start.
+app = typer.Typer(
+    name="fastvlm",
+    cls=_Group,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def fastvlm(
+    debug: Annotated[bool, typer.Option("--debug", envvar=DEBUG_VARIABLE, help="Show tracebacks.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Apple's FastVLM vision-language models on MLX: ask about images, convert and inspect checkpoints."""
+    if not debug:
+        sys.excepthook = _report_bug
+
+
+app.command()(generate.generate)
+app.command()(convert.convert)
+app.command()(info.info)
+
+
+def main() -> None:
+    """Runs the command line; the entry point of `fastvlm` and `fastvlm-mlx`."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # an answer may hold characters that the terminal's encoding lacks
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    app()

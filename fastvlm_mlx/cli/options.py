@@ -1,0 +1,19 @@
+"""Options that several commands share."""
+
+from enum import Enum
+from typing import Annotated
+
+import typer
+
+MODEL_HELP = "Folder, .zip, Hub id, or one of 0.5b, 1.5b, 7b."
+
+Model = Annotated[str, typer.Option("--model", "-m", envvar="FASTVLM_MODEL", help=MODEL_HELP)]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
+
+
+class DType(str, Enum):
+    """The floating-point types that weights are stored in."""
+
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+    float32 = "float32"
