@@ -1,0 +1,263 @@
+"""Writes full-size FastVLM checkpoints with random weights, in Apple's released layout or in transformers'.
+
+Time and memory do not depend on the values of the weights, so these stand in for the released checkpoints wherever a
+download is unwanted: end-to-end runs, memory measurements, comparisons with peers. Names, shapes and dtypes come from
+`tests/manifests`, the vocabulary is Qwen2's own. As in the released files there is no tokenizer.json and no processor
+file, and `lm_head.weight` is present although the smaller models tie it to the embedding. Both layouts hold the same
+numbers.
+
+    python benchmarks/random_checkpoint.py 0.5b /tmp/fastvlm-0.5b
+    python benchmarks/random_checkpoint.py 7b /tmp/fastvlm-7b --sparse     # zeros that take no disk space
+"""
+
+import argparse
+import json
+import math
+import re
+import shutil
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+SIZES = ("0.5b", "1.5b", "7b")
+LAYOUTS = ("apple", "transformers")
+SHARD_BYTES = 5_000_000_000
+CHUNK = 1 << 22
+IMAGE_TOKEN = 151646
+
+_TESTS = Path(__file__).resolve().parent.parent / "tests"
+_HEADS = {"0.5b": 14, "1.5b": 12, "7b": 28}
+_TIED = {"0.5b": True, "1.5b": True, "7b": False}
+_ITEM_BYTES = {"BF16": 2, "I64": 8}
+
+Tensor = tuple[str, tuple[int, ...]]
+"""Dtype and shape, as in a manifest."""
+
+# transformers' names as Apple's; timm counts stages where Apple counts the modules of one `network` list.
+_BLOCKS = {"0": 0, "1": 2, "2": 4, "3": 7, "4": 10}
+_DOWNSAMPLES = {"1": 1, "2": 3, "3": 5, "4": 8}
+_POSITIONS = {"3": 6, "4": 9}
+_TOWER = "model.vision_tower.vision_tower.model."
+
+
+def apple_name(name: str) -> str:
+    """The name that transformers' tensor `name` has in Apple's layout."""
+    tower = "model.vision_tower.timm_model."
+    if not name.startswith(tower):
+        name = name.replace("model.language_model.", "model.")
+        name = name.replace("model.multi_modal_projector.linear_1", "model.mm_projector.0")
+        return name.replace("model.multi_modal_projector.linear_2", "model.mm_projector.2")
+    name = name.removeprefix(tower)
+    name = name.replace("stem.", "patch_embed.")
+    name = re.sub(r"stages\.(\d)\.blocks\.", lambda m: f"network.{_BLOCKS[m[1]]}.", name)
+    name = re.sub(r"stages\.(\d)\.downsample\.", lambda m: f"network.{_DOWNSAMPLES[m[1]]}.", name)
+    name = re.sub(r"stages\.(\d)\.pos_emb\.", lambda m: f"network.{_POSITIONS[m[1]]}.", name)
+    name = name.replace("proj.0.reparam_conv", "proj.0.lkb_reparam").replace(".mlp.", ".convffn.").replace(".gamma", "")
+    name = name.replace("final_conv.", "conv_exp.").replace("se.fc1", "se.reduce").replace("se.fc2", "se.expand")
+    return _TOWER + name
+
+
+def read_manifest(size: str, layout: str) -> dict[str, Tensor]:
+    """Every tensor of a released checkpoint, 8-byte dtypes first: torch cannot map them at an odd offset."""
+    tensors = json.loads((_TESTS / "manifests" / f"{layout}_{size}.json").read_text())["tensors"]
+    ordered = sorted(tensors.items(), key=lambda item: -_ITEM_BYTES[item[1][0]])
+    return {name: (dtype, tuple(shape)) for name, (dtype, shape) in ordered}
+
+
+def _values(name: str, shape: tuple[int, ...], seed: int) -> Iterator[NDArray[np.float32]]:
+    """The values of a tensor of Apple's layout, flat and in chunks, at a scale that keeps activations near 1.
+
+    Linears and convolutions are scaled by their fan-in; the RepMixer and RepCPE kernels, which carry the residual
+    stream once folded, are near the identity.
+    """
+    random = np.random.Generator(np.random.SFC64([seed, zlib.crc32(name.encode())]))
+    leaf = name.rpartition(".")[2]
+    count = math.prod(shape)
+    kernel = np.zeros(0, np.float32)
+    mean, std = 0.0, 0.02
+    if re.search(r"(norm|bn)\.weight$|running_var$", name):
+        mean, std = 1.0, 0.05
+    elif leaf.startswith("layer_scale"):
+        mean, std = 0.2, 0.02
+    elif re.search(r"token_mixer\.reparam_conv\.weight$|network\.\d+\.reparam_conv\.weight$", name):
+        kernel = np.zeros(shape[-2:], np.float32)
+        kernel[shape[-2] // 2, shape[-1] // 2] = 1
+        std = 0.1 / math.sqrt(kernel.size)
+    elif leaf in ("weight", "proj"):
+        std = 1 / math.sqrt(math.prod(shape[1:]))
+    for start in range(0, count, CHUNK):
+        values = random.standard_normal(min(CHUNK, count - start), dtype=np.float32)
+        values *= std
+        if kernel.size:
+            values += np.tile(kernel.ravel(), values.size // kernel.size)
+        elif mean:
+            values += mean
+        yield values
+
+
+def _write_tensor(file: BinaryIO, name: str, dtype: str, shape: tuple[int, ...], seed: int, tied: bool) -> None:
+    """Appends the tensor that Apple's layout calls `name`, as truncated bfloat16 or as int64 zeros."""
+    if dtype == "I64":
+        file.write(bytes(8 * math.prod(shape)))
+        return
+    if name == "lm_head.weight" and tied:
+        name = "model.embed_tokens.weight"
+    for values in _values(name, shape, seed):
+        file.write(values.view("<u2")[1::2].tobytes())
+
+
+def _header(tensors: dict[str, Tensor]) -> tuple[bytes, int]:
+    """A safetensors header with its length in front, and the number of data bytes that follow it."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, (dtype, shape) in tensors.items():
+        end = offset + _ITEM_BYTES[dtype] * math.prod(shape)
+        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, offset
+
+
+def _shards(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """The tensors in order, in files of at most `SHARD_BYTES`."""
+    shards: list[dict[str, Tensor]] = [{}]
+    filled = 0
+    for name, (dtype, shape) in tensors.items():
+        size = _ITEM_BYTES[dtype] * math.prod(shape)
+        if filled and filled + size > SHARD_BYTES:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = (dtype, shape)
+        filled += size
+    return shards
+
+
+def _write_weights(
+    folder: Path, tensors: dict[str, Tensor], *, layout: str, tied: bool, seed: int, sparse: bool
+) -> None:
+    shards = _shards(tensors)
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number, shard in enumerate(shards, 1):
+        path = folder / (
+            "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        )
+        header, size = _header(shard)
+        with path.open("wb") as file:
+            file.write(header)
+            if sparse:
+                file.truncate(len(header) + size)
+            else:
+                for name, (dtype, shape) in shard.items():
+                    source = apple_name(name) if layout == "transformers" else name
+                    _write_tensor(file, source, dtype, shape, seed, tied)
+        weight_map |= dict.fromkeys(shard, path.name)
+        total += size
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def _write_config(folder: Path, size: str, layout: str, tensors: dict[str, Tensor]) -> None:
+    """config.json: the small one of the golden data, with this checkpoint's dimensions."""
+    shapes = {apple_name(name) if layout == "transformers" else name: shape for name, (_, shape) in tensors.items()}
+    vocabulary, hidden = shapes["model.embed_tokens.weight"]
+    heads = _HEADS[size]
+    decoder = {
+        "hidden_size": hidden,
+        "intermediate_size": shapes["model.layers.0.mlp.gate_proj.weight"][0],
+        "num_hidden_layers": sum(name.endswith("input_layernorm.weight") for name in shapes),
+        "num_attention_heads": heads,
+        "num_key_value_heads": shapes["model.layers.0.self_attn.k_proj.weight"][0] // (hidden // heads),
+        "vocab_size": vocabulary,
+        "tie_word_embeddings": _TIED[size],
+        "bos_token_id": 151643,
+        "eos_token_id": 151645,
+    }
+    if layout == "apple":
+        config = json.loads((_TESTS / "golden/apple/train/config.json").read_text())
+        config |= decoder | {"mm_hidden_size": 3072, "mm_vision_tower": "mobileclip_l_1024", "torch_dtype": "bfloat16"}
+    else:
+        config = json.loads((_TESTS / "golden/transformers_reparam/model/config.json").read_text())
+        layer_types = ["full_attention"] * decoder["num_hidden_layers"]
+        config["text_config"] |= decoder | {"layer_types": layer_types}
+        config["vision_config"] |= {"hidden_size": 3072, "image_size": 1024, "model_args": {"inference_mode": True}}
+        config |= {
+            "dtype": "bfloat16",
+            "image_seq_length": 256,
+            "image_token_index": IMAGE_TOKEN,
+            "tie_word_embeddings": _TIED[size],
+        }
+    _write_json(folder / "config.json", config)
+
+
+def _write_tokenizer(folder: Path, layout: str) -> None:
+    """The real Qwen2 vocabulary; transformers' layout gives `<image>` an id of its own."""
+    for source in (_TESTS / "tokenizer" / "qwen2").iterdir():
+        shutil.copyfile(source, folder / source.name)
+    if layout == "transformers":
+        added = json.loads((folder / "added_tokens.json").read_text())
+        _write_json(folder / "added_tokens.json", added | {"<image>": IMAGE_TOKEN})
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        end = config["added_tokens_decoder"]["151645"]
+        config["added_tokens_decoder"][str(IMAGE_TOKEN)] = end | {"content": "<image>"}
+        _write_json(folder / "tokenizer_config.json", config)
+
+
+def write_checkpoint(
+    size: str, destination: Path, *, layout: str = "apple", seed: int = 0, sparse: bool = False
+) -> None:
+    """Writes a checkpoint folder; the same seed gives both layouts the same numbers.
+
+    Args:
+        size: `0.5b` (1.5 GB), `1.5b` (4 GB) or `7b` (16 GB).
+        destination: The folder, which must not exist yet; written beside it and renamed when complete.
+        layout: `apple` or `transformers`.
+        seed: Of the random values.
+        sparse: All zeros, as files that take (almost) no disk space.
+
+    Raises:
+        FileExistsError: `destination` exists.
+    """
+    if destination.exists():
+        raise FileExistsError(f"{destination} exists already")
+    folder = destination.with_name(destination.name + ".partial")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    tensors = read_manifest(size, layout)
+    _write_config(folder, size, layout, tensors)
+    _write_tokenizer(folder, layout)
+    _write_weights(folder, tensors, layout=layout, tied=_TIED[size], seed=seed, sparse=sparse)
+    folder.rename(destination)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("size", choices=SIZES)
+    parser.add_argument("destination", type=Path, help="folder to write; must not exist")
+    parser.add_argument("--layout", choices=LAYOUTS, default="apple")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--sparse", action="store_true", help="all zeros, in sparse files")
+    options = parser.parse_args()
+    try:
+        write_checkpoint(
+            options.size, options.destination, layout=options.layout, seed=options.seed, sparse=options.sparse
+        )
+    except OSError as error:
+        sys.exit(f"error: {error}")
+    print(options.destination)
+
+
+if __name__ == "__main__":
+    main()
