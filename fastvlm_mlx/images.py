@@ -42,7 +42,7 @@ MAX_RESOLUTION = 4096
 _RESOLUTION_STEP = 64
 
 # The formats that are tried, those that need no plugin search first. EPS is left out: Pillow starts Ghostscript for it.
-_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "MPO", "ICO", "TGA", "JPEG2000", "QOI", "AVIF")
+_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "ICO", "TGA", "JPEG2000", "QOI", "AVIF")
 # What Pillow's decoders raise on damaged data, besides their own OSError.
 _DECODER_ERRORS = (OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, ArithmeticError, struct.error)
 _HEIC = (b"ftypheic", b"ftypheix", b"ftypmif1")
@@ -223,21 +223,22 @@ def _fetch(url: str, timeout: float) -> bytes:
 
 
 def _decode(data: bytes, name: str) -> Image:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     if not data:
         raise ImageError(f"{name}: is empty (0 bytes)")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about the size, which `_to_rgb` checks, and about harmless metadata
-            return _to_rgb(Image.open(io.BytesIO(data), formats=_FORMATS), name)
-    except Image.DecompressionBombError as err:
-        raise ImageError(f"{name}: has more than {MAX_PIXELS:,} pixels, the most that is decoded; reduce it") from err
-    except UnidentifiedImageError as err:
-        hint = (
-            "HEIC is not supported; save it as JPEG" if data[4:12] in _HEIC else "it may be damaged or something else"
-        )
-        raise ImageError(f"{name}: not an image in a known format ({', '.join(_FORMATS)}); {hint}") from err
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about sizes below the limit and harmless metadata
+        try:
+            image = Image.open(io.BytesIO(data), formats=_FORMATS)
+        except Image.DecompressionBombError as err:
+            raise ImageError(f"{name}: has more than {MAX_PIXELS:,} pixels, the most that is read; reduce it") from err
+        except _DECODER_ERRORS as err:
+            hint = (
+                "HEIC is not supported; save it as JPEG" if data[4:12] in _HEIC else "it is damaged or something else"
+            )
+            raise ImageError(f"{name}: not an image in a known format ({', '.join(_FORMATS)}); {hint}") from err
+        return _to_rgb(image, name)
 
 
 def _to_rgb(image: Image, name: str) -> Image:
@@ -248,9 +249,7 @@ def _to_rgb(image: Image, name: str) -> Image:
     if not width or not height:
         raise ImageError(f"{name}: has no pixels ({width}×{height})")
     if width * height > MAX_PIXELS:
-        raise ImageError(
-            f"{name}: has {width}×{height} = {width * height:,} pixels; the most is {MAX_PIXELS:,}; reduce it"
-        )
+        raise ImageError(f"{name}: has more than {MAX_PIXELS:,} pixels, the most that is read ({width}×{height})")
     if max(width, height) > MAX_SIDE:
         raise ImageError(f"{name}: is {width}×{height}; a side may have at most {MAX_SIDE:,} pixels; cut or reduce it")
     try:

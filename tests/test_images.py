@@ -1,0 +1,225 @@
+"""Any source becomes the same RGB picture, and its pixels are Apple's to the bit."""
+
+import base64
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file
+
+from fastvlm_mlx import images
+from fastvlm_mlx.errors import ConfigError
+from fastvlm_mlx.images import auto_resolution, check_resolution, load_image, pixel_values_float, preprocess
+
+GOLDEN = Path(__file__).parent / "golden"
+NAMES = ("landscape", "portrait", "square", "large", "tiny")
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def noise(width: int, height: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def padded_first(image: Image.Image, resolution: int) -> np.ndarray:
+    """Apple's order of steps: the whole square is made, then resized."""
+    side = max(image.size)
+    square = Image.new("RGB", (side, side))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return np.asarray(square.resize((resolution, resolution), Image.Resampling.BICUBIC))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pixel_values_are_apples_to_the_bit(name):
+    expected = load_file(GOLDEN / "apple" / "expected.safetensors")[f"{name}.pixel_values"]
+    pixels = preprocess(load_image(GOLDEN / "apple" / "images" / f"{name}.png"), 128)
+    np.testing.assert_array_equal(pixel_values_float(pixels), expected.transpose(1, 2, 0), strict=True)
+
+
+@pytest.mark.parametrize("golden", ["apple_untied", "apple_hot"])
+@pytest.mark.parametrize("name", NAMES)
+def test_bytes_scale_to_the_floats_that_apple_computes(golden, name):
+    # These goldens come without their pictures; their values are multiples of 1/255, so the bytes can be told.
+    expected = load_file(GOLDEN / golden / "expected.safetensors")[f"{name}.pixel_values"]
+    pixels = np.rint(expected * 255).astype(np.uint8)
+    np.testing.assert_array_equal(pixel_values_float(pixels), expected, strict=True)
+
+
+@pytest.mark.parametrize(
+    "size", [(1, 1), (3, 1), (1, 3), (200, 10), (10, 200), (64, 64), (64, 37), (37, 64), (99, 100)]
+)
+@pytest.mark.parametrize("strip_pixels", [500, 1 << 24])
+def test_two_passes_in_strips_equal_padding_first(size, strip_pixels, monkeypatch):
+    monkeypatch.setattr(images, "_STRIP_PIXELS", strip_pixels)
+    image = noise(*size)
+    np.testing.assert_array_equal(preprocess(image, 64), padded_first(image, 64))
+
+
+def test_a_very_wide_picture_is_resized_without_its_square():
+    pixels = preprocess(noise(20_000, 10), 128)
+    assert pixels.shape == (128, 128, 3)
+    assert pixels[:63].max() == 0
+    assert pixels[65:].max() == 0
+    assert pixels[63:65].max() > 0
+
+
+def test_near_black_image_stays_black():
+    assert preprocess(Image.new("RGB", (50, 40), (1, 1, 1)), 64).max() == 1
+
+
+def test_content_is_centred_with_the_odd_pixel_after_it():
+    pixels = preprocess(Image.new("RGB", (64, 61), "white"), 64)
+    assert np.flatnonzero(pixels[:, 0, 0]).tolist() == list(range(1, 62))
+
+
+def test_every_kind_of_source_gives_the_same_picture(tmp_path):
+    picture = noise(7, 5)
+    data = encoded(picture)
+    path = tmp_path / "ein bild.png"
+    path.write_bytes(data)
+    array = np.asarray(picture)
+    with path.open("rb") as file:
+        for source in (
+            *(path, str(path), data, bytearray(data), memoryview(data), file, io.BytesIO(data), picture, array),
+            "data:image/png;base64," + base64.b64encode(data).decode(),
+            "data:image/png," + "".join(f"%{byte:02x}" for byte in data),
+            np.dstack([array, array[..., 0]]),
+            array / 255,
+            (array / 255).astype(np.float32),
+        ):
+            np.testing.assert_array_equal(np.asarray(load_image(source)), array)
+
+
+def test_a_path_may_start_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    noise(2, 2).save(tmp_path / "photo.png")
+    assert load_image("~/photo.png").size == (2, 2)
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (4, 6, 1)])
+def test_grey_arrays_are_repeated_over_the_channels(shape):
+    array = np.arange(24, dtype=np.uint8).reshape(shape)
+    expected = np.broadcast_to(array.reshape(4, 6, 1), (4, 6, 3))
+    np.testing.assert_array_equal(np.asarray(load_image(array)), expected)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(orientation):
+    upright = noise(6, 4)
+    undo = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    stored = upright.transpose(undo[orientation]) if orientation > 1 else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    np.testing.assert_array_equal(np.asarray(load_image(encoded(stored, exif=exif))), np.asarray(upright))
+
+
+def test_damaged_exif_counts_as_none():
+    picture = noise(6, 4)
+    data = encoded(picture, exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
+    np.testing.assert_array_equal(np.asarray(load_image(data)), np.asarray(picture))
+
+
+def test_sixteen_bit_grey_keeps_its_high_byte():
+    samples = np.array([[0, 255, 256, 32_768, 65_535]], dtype=np.uint16)
+    for data in (encoded(Image.fromarray(samples)), encoded(Image.fromarray(samples), "TIFF")):
+        assert np.asarray(load_image(data))[0].tolist() == [[value] * 3 for value in (0, 0, 1, 128, 255)]
+
+
+def test_sixteen_bit_pgm_keeps_its_high_byte():
+    data = b"P5 3 1 65535\n" + np.array([0, 32_768, 65_535], dtype=">u2").tobytes()
+    assert np.asarray(load_image(data))[0, :, 0].tolist() == [0, 128, 255]
+
+
+def test_alpha_is_dropped_not_blended():
+    for mode in ("RGBA", "LA"):
+        image = Image.new("RGBA", (2, 2), (200, 200, 200, 0)).convert(mode)
+        assert np.asarray(load_image(image)).tolist() == [[[200] * 3] * 2] * 2
+
+
+def test_palette_with_transparency_shows_its_colours():
+    image = Image.new("P", (2, 1))
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    image.putdata([0, 1])
+    data = encoded(image, transparency=b"\x00\xff")
+    assert np.asarray(load_image(data)).tolist() == [[[10, 20, 30], [40, 50, 60]]]
+
+
+def test_cmyk_jpeg_shows_its_colours():
+    red = Image.new("RGB", (16, 16), (220, 20, 20)).convert("CMYK")
+    # JPEG at quality 95 moves flat colours by at most a few levels.
+    np.testing.assert_allclose(np.asarray(load_image(encoded(red, "JPEG", quality=95)))[8, 8], (220, 20, 20), atol=4)
+
+
+def test_animation_shows_its_first_frame():
+    first, second = (Image.new("RGB", (3, 3), colour) for colour in ("red", "blue"))
+    for kind in ("GIF", "WEBP", "PNG"):
+        options = {"lossless": True} if kind == "WEBP" else {}
+        data = encoded(first, kind, save_all=True, append_images=[second], **options)
+        assert np.asarray(load_image(data))[0, 0].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "YCbCr", "HSV"])
+def test_other_modes_are_converted(mode):
+    assert load_image(noise(3, 2).convert(mode)).mode == "RGB"
+
+
+def test_a_pil_image_is_left_as_it_was():
+    image = noise(4, 4)
+    before = np.asarray(image).copy()
+    load_image(image).putpixel((0, 0), (1, 2, 3))
+    np.testing.assert_array_equal(np.asarray(image), before)
+
+
+@pytest.mark.parametrize(
+    ("size", "native", "expected"),
+    [
+        ((1, 1), 1024, 256),
+        ((256, 10), 1024, 256),
+        ((257, 10), 1024, 320),
+        ((500, 400), 1024, 512),
+        ((400, 512), 1024, 512),
+        ((1024, 768), 1024, 1024),
+        ((4000, 3000), 1024, 1024),
+        ((4000, 3000), 128, 128),
+    ],
+)
+def test_auto_resolution_neither_reduces_nor_exceeds_native(size, native, expected):
+    assert auto_resolution(size, native) == expected
+
+
+@pytest.mark.parametrize("resolution", [64, 256, 1024, 1536, 4096])
+def test_multiples_of_64_are_resolutions(resolution):
+    assert check_resolution(resolution) == resolution
+
+
+@pytest.mark.parametrize(
+    ("resolution", "message"),
+    [
+        (0, "from 64 to 4096, not 0; try 64"),
+        (-64, "not -64; try 64"),
+        (63, "not 63; try 64"),
+        (500, "not 500; try 448"),
+        (4160, "not 4160; try 4096"),
+        (512.0, "not 512.0"),
+        (True, "not True"),
+        ("512", "whole number of pixels or 'auto', not '512'"),
+        (None, "not None"),
+    ],
+)
+def test_bad_resolution_is_refused(resolution, message):
+    with pytest.raises(ConfigError, match=message):
+        check_resolution(resolution)
