@@ -31,7 +31,7 @@ class KVCache:
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """All keys and values so far, after appending those of L new positions, (B, heads, L, head_dim) each."""
         before, self.offset = self.offset, self.offset + keys.shape[2]
-        if before == 0:
+        if self.keys is None or self.values is None:
             self.keys, self.values = keys, values
             return keys, values
         self.keys = self._append(self.keys, keys, before)

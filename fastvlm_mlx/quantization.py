@@ -26,15 +26,11 @@ def quantize_layers(model: nn.Module, quantization: Mapping[str, Any], stored: I
 
     def settings(path: str, _: nn.Module) -> bool | dict[str, Any]:
         override = quantization.get(path)
-        return {**default, **override} if isinstance(override, Mapping) and path in paths else path in paths
+        if path not in paths:
+            return False
+        return {**default, **override} if isinstance(override, Mapping) else default
 
     try:
-        nn.quantize(
-            model,
-            default.get("group_size"),
-            default.get("bits"),
-            mode=default.get("mode", "affine"),
-            class_predicate=settings,
-        )
+        nn.quantize(model, mode=default.get("mode", "affine"), class_predicate=settings)
     except (ValueError, TypeError) as err:
         raise ConfigError(f"quantization {dict(default)} is not possible: {err}") from err

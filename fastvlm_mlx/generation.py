@@ -1,0 +1,240 @@
+"""Answers as text: from images and a prompt to a stream of results that carry their own statistics."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastvlm_mlx.config import IMAGE_TOKEN
+from fastvlm_mlx.decoding import Sampler, SamplingConfig, decode
+from fastvlm_mlx.errors import ConfigError, PromptError
+from fastvlm_mlx.images import ImageSource
+from fastvlm_mlx.model import FastVLM
+from fastvlm_mlx.processing import FastVLMProcessor, Resolution
+from fastvlm_mlx.prompts import Prompt
+
+DEFAULT_PROMPT = "Describe the image."
+DEFAULT_MAX_TOKENS = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationResult:
+    """An answer, or one piece of it as it is streamed.
+
+    Attributes:
+        text: The answer's text; of a piece, what is new since the piece before.
+        token_ids: The ids generated, without the end token; of a piece, those since the piece before. Text that a stop
+            string cut off still has its ids here.
+        prompt_tokens: Positions of the prompt; an image counts as its visual tokens.
+        visual_tokens: Those among them that are images.
+        generated_tokens: Tokens generated so far, the end token included.
+        finish_reason: `stop` (an end token or a stop string), `length`, or None while streaming.
+        timings: Seconds by stage: `preprocess` (images and prompt to arrays), `ttft` (from the call to the first token
+            on the host, `preprocess` included), `decode` (from there to the latest token) and `total`.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    prompt_tokens: int
+    visual_tokens: int
+    generated_tokens: int
+    finish_reason: str | None
+    timings: dict[str, float]
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decoding speed without the first token; 0 before there is a second one."""
+        return (self.generated_tokens - 1) / self.timings["decode"] if self.generated_tokens > 1 else 0.0
+
+
+class StopStrings:
+    """Ends a stream of text before the first stop string, holding back what may be the beginning of one.
+
+    Raises:
+        PromptError: If a stop string is empty.
+    """
+
+    def __init__(self, stop: str | Sequence[str]) -> None:
+        self._stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        if not all(self._stop):
+            raise PromptError("a stop string is empty; every answer would end at once")
+        self._held = ""
+
+    def add(self, text: str) -> tuple[str, bool]:
+        """What of the stream can be shown after `text` was added to it, and whether it has ended."""
+        text = self._held + text
+        ends = [position for stop in self._stop if (position := text.find(stop)) >= 0]
+        if ends:
+            self._held = ""
+            return text[: min(ends)], True
+        held = max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held], False
+
+    def finish(self) -> str:
+        """What was held back."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """The length of the longest end of `text` that `stop` begins with."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def stream_generate(
+    model: FastVLM,
+    processor: FastVLMProcessor,
+    *,
+    image: ImageSource | Sequence[ImageSource] | None = None,
+    prompt: Prompt = DEFAULT_PROMPT,
+    max_tokens: int = DEFAULT_MAX_TOKENS,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: int | None = None,
+    stop: str | Sequence[str] = (),
+    system: str | None = None,
+    resolution: Resolution = None,
+) -> Iterator[GenerationResult]:
+    """Streams the answer to a prompt about one or several images, or about none.
+
+    Each piece holds whole characters; the last one has a `finish_reason`.
+
+    Args:
+        model: From `load`.
+        processor: From `load`.
+        image: A path, URL, `data:` URL, bytes, PIL image or array (H, W, 3), or a list of these.
+        prompt: A question, or a conversation as messages in the OpenAI shape.
+        max_tokens: The answer's length at most; less where the context ends before.
+        temperature: See `SamplingConfig`, also for the following ones.
+        top_p: See there.
+        top_k: See there.
+        min_p: See there.
+        repetition_penalty: See there.
+        seed: See there.
+        stop: Strings that end the answer and are not part of it.
+        system: Replaces the default system text.
+        resolution: Side in pixels that images are resized to: a multiple of 64, `auto`, or None for the model's own.
+
+    Raises:
+        ImageError: If an image cannot be read.
+        PromptError: If the prompt is empty, malformed or does not fit the context.
+        ConfigError: If a sampling argument or the resolution cannot be used.
+    """
+    start = time.perf_counter()
+    if max_tokens < 1:
+        raise ConfigError(f"max_tokens must be at least 1, not {max_tokens}")
+    sampling = SamplingConfig(
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
+    return _stream(
+        model,
+        processor,
+        processor(image, prompt, resolution=resolution, system=system),
+        sampling,
+        StopStrings(stop),
+        max_tokens,
+        start,
+    )
+
+
+def _stream(
+    model: FastVLM,
+    processor: FastVLMProcessor,
+    inputs: dict[str, NDArray[Any]],
+    sampling: SamplingConfig,
+    stop: StopStrings,
+    max_tokens: int,
+    start: float,
+) -> Iterator[GenerationResult]:
+    prompt_ids: list[int] = inputs["input_ids"][0].tolist()
+    resolution = inputs["pixel_values"].shape[1] if "pixel_values" in inputs else processor.image_size
+    prompt_tokens = processor.positions(prompt_ids, resolution)
+    timings = {"preprocess": time.perf_counter() - start}
+    sampler = Sampler(sampling, [[token for token in prompt_ids if token != IMAGE_TOKEN]])
+    logits, cache = model.prefill(**inputs)
+    steps = decode(
+        model.language_model, logits, cache, sampler, min(max_tokens, processor.context_length - prompt_tokens)
+    )
+    detokenizer, first = processor.detokenizer(), 0.0
+    piece = GenerationResult(
+        text="",
+        token_ids=(),
+        prompt_tokens=prompt_tokens,
+        visual_tokens=prompt_ids.count(IMAGE_TOKEN) * processor.visual_tokens(resolution),
+        generated_tokens=0,
+        finish_reason=None,
+        timings=timings,
+    )
+
+    def elapsed() -> dict[str, float]:
+        now = time.perf_counter()
+        return {**timings, "ttft": first - start, "decode": now - first, "total": now - start}
+
+    for count, tokens in enumerate(steps, start=1):
+        token = int(np.asarray(tokens)[0])
+        first = first or time.perf_counter()
+        piece = replace(piece, generated_tokens=count, timings=elapsed())
+        if token in processor.eos_token_ids:
+            break
+        text, ended = stop.add(detokenizer.add(token))
+        if ended:
+            yield replace(piece, text=text, token_ids=(token,), finish_reason="stop")
+            return
+        yield replace(piece, text=text, token_ids=(token,))
+    else:
+        token = -1
+    text, ended = stop.add(detokenizer.finish())
+    reason = "stop" if ended or token in processor.eos_token_ids else "length"
+    yield replace(piece, text=text if ended else text + stop.finish(), finish_reason=reason, timings=elapsed())
+
+
+def generate(
+    model: FastVLM,
+    processor: FastVLMProcessor,
+    *,
+    image: ImageSource | Sequence[ImageSource] | None = None,
+    prompt: Prompt = DEFAULT_PROMPT,
+    max_tokens: int = DEFAULT_MAX_TOKENS,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    seed: int | None = None,
+    stop: str | Sequence[str] = (),
+    system: str | None = None,
+    resolution: Resolution = None,
+) -> GenerationResult:
+    """The whole answer at once; arguments and errors are those of `stream_generate`."""
+    pieces = list(
+        stream_generate(
+            model,
+            processor,
+            image=image,
+            prompt=prompt,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            stop=stop,
+            system=system,
+            resolution=resolution,
+        )
+    )
+    text = "".join(piece.text for piece in pieces)
+    return replace(pieces[-1], text=text, token_ids=tuple(token for piece in pieces for token in piece.token_ids))

@@ -1,0 +1,93 @@
+"""The tower's own properties; its parity with upstream is in test_parity.py."""
+
+import math
+
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten, tree_unflatten
+
+from fastvlm_mlx.backend import mx
+from fastvlm_mlx.config import ActivationScales, VisionConfig
+from fastvlm_mlx.vision import DoublingDepthwiseConv, FastViTHD, gelu
+
+DEPTHS = (1, 2, 1, 1, 1)
+CONFIG = VisionConfig(
+    embed_dims=(8, 16, 32, 64, 128), depths=DEPTHS, image_size=128, scales=ActivationScales.ones(DEPTHS)
+)
+
+
+def random_tower(config=CONFIG, seed=0):
+    rng = np.random.default_rng(seed)
+    tower = FastViTHD(config)
+
+    def value(name, shape):
+        fan_in = math.prod(shape[1:]) or 1
+        return mx.array(rng.normal(0, fan_in**-0.5 if len(shape) > 1 else 0.1, shape), mx.float32)
+
+    tower.update(tree_unflatten([(name, value(name, leaf.shape)) for name, leaf in tree_flatten(tower.parameters())]))
+    return tower
+
+
+@pytest.fixture(scope="module")
+def tower():
+    return random_tower()
+
+
+def pixels(height, width, seed=1):
+    return mx.array(np.random.default_rng(seed).random((1, height, width, 3)), mx.float32)
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (128, 192), (192, 128), (320, 64)])
+def test_features_have_one_position_per_64_pixels(tower, height, width):
+    assert tower(pixels(height, width)).shape == (1, height // 64, width // 64, 256)
+
+
+def test_transposed_picture_and_kernels_give_transposed_features():
+    tower, turned = random_tower(), random_tower()
+    kernels = [(name, value) for name, value in tree_flatten(turned.parameters()) if value.ndim == 4]
+    turned.update(tree_unflatten([(name, value.swapaxes(1, 2)) for name, value in kernels]))
+    x = pixels(128, 192)
+    # Equal but for the order of float32 sums: a height taken for a width would be off by its whole size.
+    np.testing.assert_allclose(
+        turned(x.swapaxes(1, 2)).swapaxes(1, 2), tower(x), rtol=0, atol=1e-5 * float(mx.abs(tower(x)).max())
+    )
+
+
+def test_rows_of_a_batch_do_not_see_each_other(tower):
+    x = mx.concatenate([pixels(128, 128, 1), pixels(128, 128, 2)])
+    alone = mx.concatenate([tower(x[:1]), tower(x[1:])])
+    np.testing.assert_allclose(tower(x), alone, rtol=0, atol=1e-5 * float(mx.abs(alone).max()))
+
+
+def test_doubling_convolution_is_a_grouped_one_with_its_filters_sorted():
+    rng = np.random.default_rng(0)
+    weight = mx.array(rng.normal(size=(12, 7, 7, 1)), mx.float32)
+    x = mx.array(rng.normal(size=(1, 10, 14, 6)), mx.float32)
+    grouped = mx.conv2d(x, weight, stride=2, padding=3, groups=6)
+    order = mx.array([*range(0, 12, 2), *range(1, 12, 2)])
+    conv = DoublingDepthwiseConv(6, 7, stride=2)
+    conv.weight = weight[order]
+    np.testing.assert_allclose(conv(x), grouped[..., order], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1.0, 8.0, 1024.0])
+def test_scaled_gelu_is_gelu_divided(scale):
+    z = np.linspace(-9, 9, 10001)
+    exact = 0.5 * z * (1 + np.vectorize(math.erf)(z * math.sqrt(0.5)))
+    got = np.asarray(gelu(mx.array(z / scale, mx.float32), scale)) * scale
+    # 1e-6 is the accuracy asked of an erf approximation; 9e-7 is float32's spacing near 9.
+    np.testing.assert_allclose(got, exact, rtol=1e-6, atol=2e-6)
+
+
+def test_gelu_of_float16_is_rounded_once():
+    x = mx.array(np.linspace(-6, 6, 1001), mx.float16)
+    np.testing.assert_array_equal(gelu(x), gelu(x.astype(mx.float32)).astype(mx.float16))
+
+
+def test_trace_runs_the_forward_pass(tower):
+    x = pixels(128, 64)
+    peaks = tower.trace(x)
+    assert float(peaks["conv_exp"]) == pytest.approx(float(mx.abs(tower(x)).max()), rel=1e-5)
+    blocks = sum(DEPTHS[:3]) * 5 + sum(DEPTHS[3:]) * 6
+    assert len(peaks) == 3 + 4 * 2 + 2 + blocks + 2
+    assert all(math.isfinite(float(peak)) and float(peak) > 0 for peak in peaks.values())
