@@ -1,0 +1,93 @@
+"""What a conversion is going to do, before it does it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any
+
+from fastvlm_mlx.config import ModelConfig
+from fastvlm_mlx.convert.source import Source
+from fastvlm_mlx.convert.writer import Shard
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dropped:
+    """A source tensor that does not go into the output.
+
+    Attributes:
+        name: Its key.
+        nbytes: Its size.
+        reason: Why.
+    """
+
+    name: str
+    nbytes: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A conversion, as far as the headers of the source tell it; `str` gives it in a user's words.
+
+    Attributes:
+        source: The name of the source.
+        layout: Its layout.
+        vision_from: The name and the layout of the source of the vision tower, if it is another one.
+        config: Of the output; without the scales, which are found by running the tower, and without the source's hash.
+        source_bytes: Bytes of the files read.
+        output_bytes: Bytes of the tensors written.
+        shards: The files written.
+        parameters: How many there are in each part.
+        dropped: Every tensor that is not used.
+    """
+
+    source: str
+    layout: str
+    vision_from: tuple[str, str] | None
+    config: ModelConfig
+    source_bytes: int
+    output_bytes: int
+    shards: tuple[Shard, ...]
+    parameters: Mapping[str, int]
+    dropped: tuple[Dropped, ...]
+
+    def with_config(self, **changes: Any) -> "Plan":
+        """The plan with fields of its config replaced."""
+        return replace(self, config=replace(self.config, **changes))
+
+    def __str__(self) -> str:
+        vision, text = self.config.vision_config, self.config.text_config
+        head = "tied to the embedding" if text.tie_word_embeddings else "of its own"
+        total = sum(self.parameters.values())
+        lines = {
+            "source": f"{self.source}: {self.layout}, {_gigabytes(self.source_bytes)}",
+            **({"vision from": f"{self.vision_from[0]}: {self.vision_from[1]}"} if self.vision_from else {}),
+            "output": f"{self.config.dtype}, {_gigabytes(self.output_bytes)} in {', '.join(shard.file for shard in self.shards)}",
+            "vision tower": f"{self.parameters['vision_tower']:,} parameters; depths {list(vision.depths)}, "
+            f"widths {list(vision.embed_dims)}, {vision.image_size} px",
+            "projector": f"{self.parameters['mm_projector']:,} parameters; {vision.hidden_size} -> {text.hidden_size}",
+            "decoder": f"{self.parameters['language_model']:,} parameters; {text.num_hidden_layers} layers of "
+            f"{text.hidden_size}, {text.num_attention_heads} heads ({text.num_key_value_heads} key/value), "
+            f"{text.vocab_size} tokens, head {head}",
+            "total": f"{total:,} parameters",
+        }
+        return "\n".join([*(f"{key:<13} {value}" for key, value in lines.items()), *self._dropped_lines()])
+
+    def _dropped_lines(self) -> list[str]:
+        lines = []
+        by_reason = sorted(self.dropped, key=lambda tensor: (tensor.reason, tensor.name))
+        for reason, tensors in groupby(by_reason, key=lambda tensor: tensor.reason):
+            lines.append(f"{'dropped':<13} {reason}:")
+            lines += [f"{'':<15} {tensor.name} ({tensor.nbytes:,} bytes)" for tensor in tensors]
+        return lines
+
+
+def dropped_tensors(source: Source, reasons: Mapping[str, str]) -> list[Dropped]:
+    """The tensors of `source` that `reasons` names."""
+    return [
+        Dropped(name=name, nbytes=source.tensors[name].nbytes, reason=reason) for name, reason in sorted(reasons.items())
+    ]
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 10**7 else f"{count / 1e6:.2f} MB"

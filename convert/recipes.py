@@ -1,0 +1,241 @@
+"""What every parameter of the model is made from: one recipe per module, over the places that `layouts` fills.
+
+A recipe names its inputs with the shapes they must have, its outputs with theirs, and the fold between them.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+
+from fastvlm_mlx.config import TextConfig, VisionConfig
+from fastvlm_mlx.convert import fold
+from fastvlm_mlx.convert.fold import Affine, Array, BatchNorm
+from fastvlm_mlx.convert.weights import Shape
+
+Arrays = Mapping[str, Array]
+
+_BRANCH_SIZES = {"pointwise": 1, "small": 3}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How some of the model's parameters come from the source.
+
+    Attributes:
+        inputs: Places and the shapes that they must have.
+        outputs: Parameters and their shapes.
+        fold: From inputs to outputs; None if the only output is its only input.
+    """
+
+    inputs: Mapping[str, Shape]
+    outputs: Mapping[str, Shape]
+    fold: Callable[[Arrays], dict[str, Array]] | None = None
+
+
+def copies(recipes: Collection[Recipe]) -> list[Recipe]:
+    """The recipes for a source that holds the same parameters folded already."""
+    return [_copy(name, shape) for recipe in recipes for name, shape in recipe.outputs.items()]
+
+
+def vision_recipes(config: VisionConfig, places: Collection[str]) -> list[Recipe]:
+    """The recipes for the tower.
+
+    Args:
+        config: Its architecture.
+        places: The places that the source fills, which decide between branches and merged convolutions.
+    """
+    return list(_Tower(config, places).recipes())
+
+
+def projector_recipes(features: int, hidden: int) -> list[Recipe]:
+    """The recipes for the projector from (…, `features`) to (…, `hidden`)."""
+    name = "mm_projector.0.weight"
+    order = fold.even_odd(features)
+    return [
+        Recipe(
+            {name: (hidden, features)}, {name: (hidden, features)}, lambda inputs: {name: inputs[name][:, order]}
+        ),
+        _copy("mm_projector.0.bias", (hidden,)),
+        _copy("mm_projector.2.weight", (hidden, hidden)),
+        _copy("mm_projector.2.bias", (hidden,)),
+    ]
+
+
+def decoder_recipes(config: TextConfig) -> list[Recipe]:
+    """The recipes for the decoder: nothing in it is folded."""
+    hidden, heads = config.hidden_size, config.num_attention_heads * config.head_dim
+    cached = config.num_key_value_heads * config.head_dim
+    layer = {
+        "input_layernorm.weight": (hidden,),
+        "self_attn.q_proj.weight": (heads, hidden),
+        "self_attn.q_proj.bias": (heads,),
+        "self_attn.k_proj.weight": (cached, hidden),
+        "self_attn.k_proj.bias": (cached,),
+        "self_attn.v_proj.weight": (cached, hidden),
+        "self_attn.v_proj.bias": (cached,),
+        "self_attn.o_proj.weight": (hidden, heads),
+        "post_attention_layernorm.weight": (hidden,),
+        "mlp.gate_proj.weight": (config.intermediate_size, hidden),
+        "mlp.up_proj.weight": (config.intermediate_size, hidden),
+        "mlp.down_proj.weight": (hidden, config.intermediate_size),
+    }
+    shapes = {"language_model.model.embed_tokens.weight": (config.vocab_size, hidden)}
+    for number in range(config.num_hidden_layers):
+        shapes |= {f"language_model.model.layers.{number}.{name}": shape for name, shape in layer.items()}
+    shapes["language_model.model.norm.weight"] = (hidden,)
+    if not config.tie_word_embeddings:
+        shapes["language_model.lm_head.weight"] = (config.vocab_size, hidden)
+    return [_copy(name, shape) for name, shape in shapes.items()]
+
+
+def _copy(name: str, shape: Shape) -> Recipe:
+    return Recipe({name: shape}, {name: shape})
+
+
+class _Tower:
+    """Walks the tower in the order of its forward pass."""
+
+    def __init__(self, config: VisionConfig, places: Collection[str]) -> None:
+        self.config = config
+        self.places = sorted(places)
+
+    def recipes(self) -> Iterator[Recipe]:
+        dims = self.config.embed_dims
+        yield self.convolution("stem.0", dims[0], 3, per_group=3)
+        yield self.convolution("stem.1", dims[0], 3)
+        yield self.linear("stem.2", dims[0])
+        for stage, channels in enumerate(dims):
+            name = f"stages.{stage}"
+            if stage > 0:
+                yield self.convolution(f"{name}.downsample.conv", channels, 7, doubling=True)
+                yield self.linear(f"{name}.downsample.proj", channels, even_odd=True)
+            if stage > 2:
+                yield self.convolution(f"{name}.cpe", channels, 7)
+            for number in range(self.config.depths[stage]):
+                block = f"{name}.blocks.{number}"
+                if stage < 3:
+                    yield self.convolution(f"{block}.token_mixer", channels, 3)
+                else:
+                    yield from self.attention(block, channels)
+                yield self.conv_ffn(f"{block}.conv_ffn", channels)
+        features = self.config.hidden_size
+        yield self.convolution("conv_exp.conv", features, 3, doubling=True)
+        yield from self.squeeze_excite("conv_exp.se", features, features // 16)
+
+    def convolution(
+        self, name: str, channels: int, size: int, *, per_group: int = 1, doubling: bool = False
+    ) -> Recipe:
+        """A convolution with `channels` outputs; `doubling` if it has two filters per input channel."""
+        name = f"vision_tower.{name}"
+
+        def folded(inputs: Arrays) -> dict[str, Array]:
+            weight, bias = _merged(name, inputs, size, per_group)
+            order = fold.even_odd(channels) if doubling else slice(None)
+            return {f"{name}.weight": weight[order], f"{name}.bias": bias[order]}
+
+        shapes = {f"{name}.weight": (channels, size, size, per_group), f"{name}.bias": (channels,)}
+        return Recipe(self.inputs(name, channels, size, per_group), shapes, folded)
+
+    def linear(self, name: str, channels: int, *, even_odd: bool = False) -> Recipe:
+        """A 1x1 convolution that becomes a linear layer; `even_odd` if its input comes from a doubling one."""
+        name = f"vision_tower.{name}"
+
+        def folded(inputs: Arrays) -> dict[str, Array]:
+            weight, bias = fold.pointwise(_merged(name, inputs, 1, channels))
+            columns = fold.even_odd(channels) if even_odd else slice(None)
+            return {f"{name}.weight": weight[:, columns], f"{name}.bias": bias}
+
+        shapes = {f"{name}.weight": (channels, channels), f"{name}.bias": (channels,)}
+        return Recipe(self.inputs(name, channels, 1, channels), shapes, folded)
+
+    def inputs(self, name: str, channels: int, size: int, per_group: int) -> dict[str, Shape]:
+        """The places under a convolution, merged or in branches, with their shapes."""
+        shapes: dict[str, Shape] = {}
+        for place in self.places:
+            if not place.startswith(f"{name}."):
+                continue
+            *path, leaf = place.removeprefix(f"{name}.").split(".")
+            is_kernel = leaf == "weight" and (not path or path[-1] in ("conv", "encoding"))
+            own = _BRANCH_SIZES.get(path[path.index("branches") + 1], size) if "branches" in path else size
+            shapes[place] = (channels, own, own, per_group) if is_kernel else (channels,)
+        return shapes
+
+    def attention(self, block: str, channels: int) -> Iterator[Recipe]:
+        block = f"vision_tower.{block}"
+        yield _copy(f"{block}.norm.weight", (channels,))
+        yield _copy(f"{block}.norm.bias", (channels,))
+        yield _copy(f"{block}.token_mixer.qkv.weight", (3 * channels, channels))
+        proj, gamma = f"{block}.token_mixer.proj", f"{block}.token_mixer.layer_scale"
+        shapes = {f"{proj}.weight": (channels, channels), f"{proj}.bias": (channels,)}
+
+        def folded(inputs: Arrays) -> dict[str, Array]:
+            return _named(proj, fold.layer_scale(_affine(inputs, proj), inputs[gamma]))
+
+        yield Recipe({**shapes, gamma: (channels,)}, shapes, folded)
+
+    def conv_ffn(self, name: str, channels: int) -> Recipe:
+        name = f"vision_tower.{name}"
+        hidden = self.config.mlp_ratio * channels
+        linears = {
+            f"{name}.fc1.weight": (hidden, channels),
+            f"{name}.fc1.bias": (hidden,),
+            f"{name}.fc2.weight": (channels, hidden),
+            f"{name}.fc2.bias": (channels,),
+        }
+        kernel = (channels, 7, 7, 1)
+
+        def folded(inputs: Arrays) -> dict[str, Array]:
+            weight, bias = _branch(inputs, f"{name}.conv")
+            fc1 = fold.bias_through(bias, _affine(inputs, f"{name}.fc1"))
+            fc2 = fold.layer_scale(_affine(inputs, f"{name}.fc2"), inputs[f"{name}.layer_scale"])
+            return {f"{name}.conv.weight": weight, **_named(f"{name}.fc1", fc1), **_named(f"{name}.fc2", fc2)}
+
+        inputs = {
+            f"{name}.conv.conv.weight": kernel,
+            **{f"{name}.conv.bn.{field}": (channels,) for field in BatchNorm._fields},
+            **linears,
+            f"{name}.layer_scale": (channels,),
+        }
+        return Recipe(inputs, {f"{name}.conv.weight": kernel, **linears}, folded)
+
+    def squeeze_excite(self, name: str, channels: int, reduced: int) -> Iterator[Recipe]:
+        reduce, expand = f"vision_tower.{name}.reduce", f"vision_tower.{name}.expand"
+        order = fold.even_odd(channels)
+        shapes = {f"{reduce}.weight": (reduced, channels)}
+        yield Recipe(shapes, shapes, lambda inputs: {name: value[:, order] for name, value in inputs.items()})
+        yield _copy(f"{reduce}.bias", (reduced,))
+        shapes = {f"{expand}.weight": (channels, reduced), f"{expand}.bias": (channels,)}
+        yield Recipe(shapes, shapes, lambda inputs: {name: value[order] for name, value in inputs.items()})
+
+
+def _affine(inputs: Arrays, name: str) -> Affine:
+    return Affine(inputs[f"{name}.weight"], inputs[f"{name}.bias"])
+
+
+def _named(name: str, affine: Affine) -> dict[str, Array]:
+    return {f"{name}.weight": affine.weight, f"{name}.bias": affine.bias}
+
+
+def _norm(inputs: Arrays, name: str) -> BatchNorm:
+    return BatchNorm(*(inputs[f"{name}.{field}"] for field in BatchNorm._fields))
+
+
+def _branch(inputs: Arrays, name: str) -> Affine:
+    return fold.batch_norm(inputs[f"{name}.conv.weight"], _norm(inputs, f"{name}.bn"))
+
+
+def _merged(name: str, inputs: Arrays, size: int, per_group: int) -> Affine:
+    """The convolution `name` in one kernel, from whichever form the source has it in."""
+    if f"{name}.weight" in inputs:
+        return _affine(inputs, name)
+    if f"{name}.encoding.weight" in inputs:
+        return fold.rep_cpe(_affine(inputs, f"{name}.encoding"))
+    if f"{name}.layer_scale" in inputs:
+        mixer = _merged(f"{name}.mixer", inputs, size, per_group)
+        return fold.rep_mixer(mixer, _norm(inputs, f"{name}.norm"), inputs[f"{name}.layer_scale"])
+    start, end = f"{name}.branches.", ".conv.weight"
+    kernels = [place for place in inputs if place.startswith(start) and place.endswith(end)]
+    convolutions = [_branch(inputs, kernel.removesuffix(end)) for kernel in kernels]
+    if f"{name}.skip.weight" in inputs:
+        skip = _norm(inputs, f"{name}.skip")
+        convolutions.append(fold.batch_norm(fold.identity_kernel(len(skip.weight), size, per_group), skip))
+    return fold.branches(convolutions)

@@ -1,0 +1,193 @@
+"""A source tensor as the converter uses it: float32, channels last, dequantized, read as a whole or a few rows at a time."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fastvlm_mlx.convert.fold import Array
+from fastvlm_mlx.convert.source import Tensor
+from fastvlm_mlx.errors import CheckpointError
+
+Shape = tuple[int, ...]
+
+_CHUNK_ELEMENTS = 8 * 2**20
+"""Elements handled at a time: 32 MB in float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packing:
+    """What a quantized tensor needs beside its packed integers, as MLX stores them.
+
+    Attributes:
+        scales: One per group.
+        biases: One per group; None in the modes that have none.
+        group_size: Weights per group.
+        bits: Bits per weight.
+        mode: MLX's name for the arithmetic.
+    """
+
+    scales: Tensor
+    biases: Tensor | None
+    group_size: int
+    bits: int
+    mode: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weight:
+    """A tensor of the source and the shape in which it is used.
+
+    Attributes:
+        tensor: The bytes.
+        shape: Channels last; (O, I) for what becomes a linear layer.
+        transpose: Whether the source has a convolution's input channels second.
+        packing: How it is quantized, if it is.
+    """
+
+    tensor: Tensor
+    shape: Shape
+    transpose: bool
+    packing: Packing | None = None
+
+    def chunks(self) -> Iterator[Array]:
+        """The rows in float32, some at a time.
+
+        Raises:
+            CheckpointError: If the file is truncated or a value is not finite.
+        """
+        rows = self.shape[0]
+        step = max(1, _CHUNK_ELEMENTS * rows // max(1, int(np.prod(self.shape))))
+        for first in range(0, rows, step):
+            yield self._rows(first, min(step, rows - first))
+
+    def load(self) -> Array:
+        """All rows in float32.
+
+        Raises:
+            CheckpointError: If the file is truncated or a value is not finite.
+        """
+        return self._rows(0, self.shape[0])
+
+    def equals(self, other: "Weight") -> bool:
+        """Whether both hold the same values; compared by rows, until the first difference."""
+        return self.shape == other.shape and all(
+            np.array_equal(mine, theirs) for mine, theirs in zip(self.chunks(), other.chunks(), strict=True)
+        )
+
+    def _rows(self, first: int, count: int) -> Array:
+        if self.packing is None:
+            if self.tensor.shape[0] == self.shape[0]:
+                values = float32(self.tensor.read(first, count), self.tensor.dtype)
+            else:  # a layer scale of shape (1, 1, C)
+                values = float32(self.tensor.read(), self.tensor.dtype).reshape(-1)[first : first + count]
+        else:
+            values = _dequantize(self.tensor, self.packing, first, count)
+        if self.transpose:
+            values = np.moveaxis(values, 1, -1)
+        if not np.isfinite(values).all():
+            raise CheckpointError(f"{self.tensor.file.label}: tensor {self.tensor.name} holds NaN or infinite values")
+        return np.ascontiguousarray(values.reshape(count, *self.shape[1:]))
+
+
+def float32(stored: npt.NDArray[Any], dtype: str) -> Array:
+    """Values as `Tensor.read` gives them, in float32."""
+    if dtype == "BF16":
+        return (stored.astype(np.uint32) << 16).view(np.float32)
+    return stored.astype(np.float32, copy=False)
+
+
+def weight(
+    tensor: Tensor,
+    shape: Shape,
+    *,
+    channels_last: bool,
+    companions: tuple[Tensor, ...] = (),
+    quantization: Mapping[str, Any] | None = None,
+) -> Weight:
+    """The tensor in the shape that the model needs it in.
+
+    Args:
+        tensor: From the source.
+        shape: The shape wanted: channels last, (O, I) for a linear layer, (C,) for a vector.
+        channels_last: Whether the source's convolutions are.
+        companions: A quantized tensor's scales and, where it has them, biases.
+        quantization: The `quantization` entry of the source's config.
+
+    Raises:
+        CheckpointError: If the tensor has another shape or dtype, or the quantization does not fit.
+    """
+    if companions:
+        packing = _packing(tensor, shape, companions, quantization or {})
+        return Weight(tensor=tensor, shape=shape, transpose=False, packing=packing)
+    if tensor.dtype not in ("F32", "F16", "BF16"):
+        raise CheckpointError(f"{tensor.file.label}: tensor {tensor.name} is {tensor.dtype}; expected F32, F16 or BF16")
+    transpose = tensor.shape[1:] != () and len(tensor.shape) == 4 and not channels_last
+    stored = (tensor.shape[0], *tensor.shape[2:], tensor.shape[1]) if transpose else tensor.shape
+    if len(shape) == 1 and len(stored) > 1:
+        fits = tuple(size for size in stored if size != 1) == tuple(size for size in shape if size != 1)
+    elif len(shape) == 2 and len(stored) == 4:
+        fits = stored == (shape[0], 1, 1, shape[1])
+    else:
+        fits = stored == shape
+    if not fits:
+        expected = (shape[0], shape[3], shape[1], shape[2]) if transpose and len(shape) == 4 else shape
+        raise CheckpointError(
+            f"{tensor.file.label}: tensor {tensor.name} has shape {list(tensor.shape)}, expected {list(expected)}"
+        )
+    return Weight(tensor=tensor, shape=shape, transpose=transpose)
+
+
+def _packing(tensor: Tensor, shape: Shape, companions: tuple[Tensor, ...], quantization: Mapping[str, Any]) -> Packing:
+    """The quantization of a tensor, which the shapes decide and the config has to agree with."""
+    override = quantization.get(tensor.name.removesuffix(".weight"))
+    settings = {**quantization, **override} if isinstance(override, Mapping) else quantization
+    scales, biases = companions[0], companions[1] if len(companions) > 1 else None
+    rows, columns = shape[0], shape[-1]
+    groups = scales.shape[-1] if scales.shape else 0
+    fits = (
+        len(shape) == 2
+        and tensor.dtype == "U32"
+        and tensor.shape[:1] == scales.shape[:1] == (rows,)
+        and len(tensor.shape) == len(scales.shape) == 2
+        and (biases is None or biases.shape == scales.shape)
+        and groups > 0
+        and columns % groups == 0
+        and tensor.shape[1] * 32 % columns == 0
+    )
+    if not fits:
+        raise CheckpointError(
+            f"{tensor.file.label}: quantized tensor {tensor.name} ({tensor.dtype} {list(tensor.shape)}, scales "
+            f"{list(scales.shape)}) cannot hold {list(shape)}"
+        )
+    found = {"group_size": columns // groups, "bits": tensor.shape[1] * 32 // columns}
+    for key, value in found.items():
+        if settings.get(key, value) != value:
+            raise CheckpointError(
+                f"{tensor.file.label}: tensor {tensor.name} is quantized with {key} {value}, config.json says {settings[key]}"
+            )
+    mode = str(settings.get("mode", "affine"))
+    if (biases is None) == (mode == "affine"):
+        state = "no" if biases is None else "unexpected"
+        raise CheckpointError(f"{tensor.file.label}: tensor {tensor.name} has {state} biases for mode {mode!r}")
+    return Packing(scales=scales, biases=biases, mode=mode, **found)
+
+
+def _dequantize(tensor: Tensor, packing: Packing, first: int, count: int) -> Array:
+    from fastvlm_mlx.backend import mx
+
+    def companion(part: Tensor) -> Any:
+        stored = part.read(first, count)
+        return mx.array(stored if part.dtype == "U8" else float32(stored, part.dtype))
+
+    values = mx.dequantize(
+        mx.array(tensor.read(first, count)),
+        companion(packing.scales),
+        companion(packing.biases) if packing.biases else None,
+        group_size=packing.group_size,
+        bits=packing.bits,
+        mode=packing.mode,
+    )
+    return np.array(values.astype(mx.float32), copy=False)
