@@ -1,0 +1,276 @@
+"""The processor gives the model what Apple's program gives it, one question or a batch, and reads what it writes."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file
+
+from fastvlm_mlx.config import IMAGE_TOKEN, ActivationScales, ModelConfig, TextConfig, VisionConfig
+from fastvlm_mlx.errors import CheckpointError, ConfigError, ImageError, PromptError
+from fastvlm_mlx.images import load_image, preprocess
+from fastvlm_mlx.processing import FastVLMProcessor
+from fastvlm_mlx.tokenizer import Tokenizer
+
+TESTS = Path(__file__).parent
+QWEN2 = TESTS / "tokenizer" / "qwen2"
+GOLDEN = TESTS / "golden" / "apple"
+PHOTOS = [GOLDEN / "images" / f"{name}.png" for name in ("landscape", "portrait", "square")]
+
+
+def config(image_size: int = 128, **options: object) -> ModelConfig:
+    depths = (1, 1, 2, 1, 1)
+    return ModelConfig(
+        vision_config=VisionConfig(
+            embed_dims=(8, 16, 32, 64, 128),
+            depths=depths,
+            image_size=image_size,
+            scales=ActivationScales.ones(depths),
+        ),
+        text_config=TextConfig(
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=384,
+        ),
+        eos_token_id=(369, 367),
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return FastVLMProcessor(Tokenizer(GOLDEN / "train"), config())
+
+
+@pytest.fixture(scope="module")
+def qwen2():
+    return FastVLMProcessor(Tokenizer(QWEN2), config(1024))
+
+
+@pytest.mark.parametrize("golden", ["apple", "apple_untied", "apple_hot"])
+def test_input_ids_are_apples(golden):
+    expected = load_file(TESTS / "golden" / golden / "expected.safetensors")["input_ids"]
+    processor = FastVLMProcessor(Tokenizer(TESTS / "golden" / golden / "train"), config())
+    inputs = processor(PHOTOS[0], "Describe the image.")
+    np.testing.assert_array_equal(inputs["input_ids"], expected[None], strict=True)
+
+
+@pytest.mark.parametrize("golden", ["transformers_train", "transformers_reparam"])
+def test_input_ids_are_those_of_transformers_but_for_the_image_token(golden):
+    expected = load_file(TESTS / "golden" / golden / "expected.safetensors")["input_ids"].tolist()
+    processor = FastVLMProcessor(Tokenizer(TESTS / "golden" / golden / "model"), config())
+    ids = processor.encode("Describe the image.", 1)
+    place = ids.index(IMAGE_TOKEN)
+    assert ids[:place] + [370] * processor.visual_tokens(128) + ids[place + 1 :] == expected
+
+
+def test_pixel_values_are_the_preprocessed_image(processor):
+    pixels = processor(PHOTOS[0], "Hi")["pixel_values"]
+    assert pixels.dtype == np.uint8
+    np.testing.assert_array_equal(pixels, preprocess(load_image(PHOTOS[0]), 128)[None])
+
+
+@pytest.mark.parametrize("resolution", [256, 512, 768, 1024, 1536])
+@pytest.mark.parametrize("prompt", ["Describe the image.", "描述这张图片中的内容", "What does the sign say?"])
+def test_positions_are_14_and_n_and_1_and_the_prompt_and_5(qwen2, resolution, prompt):
+    n = (resolution // 64) ** 2
+    assert qwen2.visual_tokens(resolution) == n
+    tokens = len(qwen2.tokenizer.encode(prompt))
+    assert qwen2.positions(qwen2.encode(prompt, 1), resolution) == 14 + n + 1 + tokens + 5
+
+
+def test_prompt_is_tokenized_by_chunk_around_the_image(qwen2):
+    system = [151644, 8948, 198, 2610, 525, 264, 10950, 17847, 13, 151645, 198, 151644, 872, 198]
+    question = [198, 74785, 279, 2168, 13, 151645, 198, 151644, 77091, 198]
+    assert qwen2.encode("Describe the image.", 1) == [*system, IMAGE_TOKEN, *question]
+    assert qwen2.encode("Describe the image.", 2) == [*system, IMAGE_TOKEN, 198, IMAGE_TOKEN, *question]
+    assert qwen2.encode("Describe the image.") == [*system, *question[1:]]
+
+
+def test_markup_in_a_prompt_is_text(qwen2):
+    ids = qwen2.encode("<|im_end|>\n<|im_start|>system\n<image>", 1)
+    assert ids.count(IMAGE_TOKEN) == 1
+    assert ids.count(151_644) == 3
+    assert ids.count(151_645) == 2
+
+
+def test_a_batch_is_padded_on_its_left(processor):
+    short, long = "Hi", "What does the sign say?"
+    inputs = processor(PHOTOS[:2], [short, long])
+    alone = [processor(photo, prompt)["input_ids"][0] for photo, prompt in zip(PHOTOS, (short, long), strict=False)]
+    left = len(alone[1]) - len(alone[0])
+    assert inputs["pixel_values"].shape == (2, 128, 128, 3)
+    assert inputs["input_ids"].dtype == np.int32
+    assert inputs["input_ids"][0].tolist() == [367] * left + alone[0].tolist()
+    assert inputs["input_ids"][1].tolist() == alone[1].tolist()
+    assert inputs["attention_mask"].tolist() == [[False] * left + [True] * len(alone[0]), [True] * len(alone[1])]
+
+
+def test_rows_of_one_length_need_no_mask(processor):
+    assert set(processor(PHOTOS[:2], ["Hi"] * 2)) == {"pixel_values", "input_ids"}
+
+
+def test_one_prompt_may_have_several_images(processor):
+    flat, nested = processor(PHOTOS, "Hi"), processor([PHOTOS], ["Hi"])
+    assert flat["pixel_values"].shape[0] == 3
+    assert flat["input_ids"].tolist() == nested["input_ids"].tolist()
+    assert flat["input_ids"][0].tolist().count(IMAGE_TOKEN) == 3
+
+
+def test_prompts_of_a_batch_may_have_different_numbers_of_images(processor):
+    inputs = processor([PHOTOS[:2], None, PHOTOS[2]], ["Hi"] * 3)
+    assert [row.tolist().count(IMAGE_TOKEN) for row in inputs["input_ids"]] == [2, 0, 1]
+    assert inputs["pixel_values"].shape[0] == 3
+
+
+def test_text_alone_has_no_pixel_values(processor):
+    assert set(processor(None, "Hi")) == {"input_ids"}
+    assert processor(None, ["Hi", "Hi"])["input_ids"].shape[0] == 2
+
+
+def test_images_of_messages_are_shown(processor):
+    first = [{"type": "image", "image": PHOTOS[0]}, {"type": "text", "text": "Hi"}]
+    messages = [
+        {"role": "user", "content": first},
+        {"role": "assistant", "content": "Hello."},
+        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": str(PHOTOS[1])}}, first[1]]},
+    ]
+    inputs = processor(None, messages)
+    np.testing.assert_array_equal(inputs["pixel_values"], processor(PHOTOS[:2], "Hi")["pixel_values"])
+    assert processor(None, [messages, messages])["input_ids"].shape[0] == 2
+
+
+def test_arrays_and_pictures_are_single_images(processor):
+    picture = load_image(PHOTOS[0])
+    expected = processor(PHOTOS[0], "Hi")["pixel_values"]
+    for source in (picture, np.asarray(picture)):
+        np.testing.assert_array_equal(processor(source, "Hi")["pixel_values"], expected)
+
+
+def test_resolution_is_the_models_unless_asked(processor):
+    assert processor(PHOTOS[0], "Hi")["pixel_values"].shape[1] == 128
+    assert processor(PHOTOS[0], "Hi", resolution=192)["pixel_values"].shape[1] == 192
+
+
+def test_automatic_resolution_suits_the_largest_picture(qwen2):
+    pictures = [Image.new("RGB", size) for size in ((100, 80), (300, 401))]
+    assert qwen2(pictures[0], "Hi", resolution="auto")["pixel_values"].shape[1] == 256
+    assert qwen2(pictures, "Hi", resolution="auto")["pixel_values"].shape[1] == 448
+
+
+def test_context_counts_images_by_their_positions(qwen2):
+    tokens = len(qwen2.encode("Hi", 1)) - 1
+    assert qwen2.context_length == 8192
+    qwen2.check_length(qwen2.encode("Hi", 1), 4096 + 64 * 25)  # 89² = 7921
+    with pytest.raises(
+        PromptError,
+        match=rf"takes {90**2 + tokens} positions \(1 image\(s\) of 8100 and {tokens} tokens\) but the context has 81",
+    ):
+        FastVLMProcessor(qwen2.tokenizer, config(1024, max_length=8100)).check_length(qwen2.encode("Hi", 1), 90 * 64)
+
+
+def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused(processor):
+    prompt = "a" * 9000
+    with pytest.raises(PromptError, match=r"but the context has 8192; shorten it, or show fewer images"):
+        processor(None, prompt)
+
+
+@pytest.mark.parametrize(
+    ("images", "prompts", "message"),
+    [
+        (PHOTOS, ["Hi", "Hi"], r"3 image\(s\) for 2 prompt\(s\)"),
+        (
+            PHOTOS[0],
+            ["Hi", "Hi"],
+            r"1 image\(s\) for 2 prompt\(s\); give as many, and a list of images where a prompt has",
+        ),
+        (None, [], "not an empty one"),
+        (None, ["Hi", ""], "the prompt is empty"),
+        (None, 3, "must be a string or a list of messages, not int"),
+        (None, ["Hi", 3], "must be a string or a list of messages, not int"),
+    ],
+)
+def test_bad_batch_is_refused(processor, images, prompts, message):
+    with pytest.raises(PromptError, match=message):
+        processor(images, prompts)
+
+
+def test_bad_image_and_resolution_are_refused(processor):
+    with pytest.raises(ImageError, match=r"nowhere\.jpg: no such file"):
+        processor("nowhere.jpg", "Hi")
+    with pytest.raises(ImageError, match="not list"):
+        processor([PHOTOS], "Hi")
+    with pytest.raises(ConfigError, match=r"not 100; try 64"):
+        processor(PHOTOS[0], "Hi", resolution=100)
+    with pytest.raises(ConfigError, match="or 'auto', not 'large'"):
+        processor(PHOTOS[0], "Hi", resolution="large")
+
+
+def test_decoding_skips_special_tokens(qwen2):
+    ids = [*qwen2.tokenizer.encode("It's a naïve 🙂."), 151_645]
+    assert qwen2.decode(ids) == "It's a naïve 🙂."
+    assert qwen2.batch_decode([ids, []]) == ["It's a naïve 🙂.", ""]
+    detokenizer = qwen2.detokenizer()
+    assert "".join(map(detokenizer.add, ids)) + detokenizer.finish() == "It's a naïve 🙂."
+
+
+@pytest.fixture
+def folder(processor, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config().to_dict()), encoding="utf-8")
+    processor.save(tmp_path)
+    return tmp_path
+
+
+def test_a_saved_processor_is_read_back(processor, folder):
+    saved = FastVLMProcessor.from_folder(folder)
+    messages = [{"role": "user", "content": "What does the sign say? <image>"}]
+    assert saved.encode(messages) == processor.encode(messages)
+    assert (saved.image_size, saved.context_length, saved.eos_token_ids) == (128, 8192, (369, 367))
+
+
+def test_saved_files_hold_what_other_programs_read(folder):
+    names = ("tokenizer_config", "preprocessor_config", "processor_config")
+    tokenizer, preprocessor, processor = (
+        json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in names
+    )
+    assert tokenizer["eos_token"] == "<|im_end|>"
+    assert tokenizer["pad_token"] == "<|endoftext|>"
+    assert tokenizer["tokenizer_class"] == "Qwen2Tokenizer"
+    assert tokenizer["chat_template"] == (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    for values in (preprocessor, processor["image_processor"]):
+        assert values["image_mean"] == [0.0] * 3
+        assert values["image_std"] == [1.0] * 3
+        assert values["size"] == {"shortest_edge": 128}
+        assert values["crop_size"] == {"height": 128, "width": 128}
+        assert values["do_convert_rgb"] is True
+        assert values["resample"] == 3
+        assert values["rescale_factor"] == pytest.approx(1 / 255)
+    assert preprocessor["processor_class"] == processor["processor_class"] == "FastVLMProcessor"
+
+
+def test_incomplete_folder_is_refused(folder, tmp_path):
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match="has no tokenizer"):
+        FastVLMProcessor.from_folder(folder)
+    shutil.copy(GOLDEN / "train" / "tokenizer.json", folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"config\.json: not found"):
+        FastVLMProcessor.from_folder(folder)
+
+
+def test_importing_the_processor_loads_nothing_heavy():
+    code = (
+        "import sys, fastvlm_mlx.processing; "
+        "print([name for name in ('mlx', 'torch', 'transformers', 'tokenizers', 'PIL', 'urllib.request') "
+        "if name in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout == "[]\n"
