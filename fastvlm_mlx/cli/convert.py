@@ -20,6 +20,12 @@ def convert(
     vision_from: Annotated[
         str | None, typer.Option(metavar="SOURCE", help="Take the vision tower from here, for exports without one.")
     ] = None,
+    calibration: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="IMAGE", help="A picture to measure the float16 range on, beside the built-in ones; repeatable."
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Read only headers and print the plan.")] = False,
 ) -> None:
     """Convert a checkpoint to MLX.
@@ -36,7 +42,13 @@ def convert(
         raise typer.BadParameter("missing; give a folder to write, or --dry-run", param_hint="DESTINATION")
     with ByteProgress() as progress:
         convert_checkpoint(
-            source, destination, dtype=dtype.value, revision=revision, vision_from=vision_from, progress=progress
+            source,
+            destination,
+            dtype=dtype.value,
+            revision=revision,
+            vision_from=vision_from,
+            calibration_images=calibration or (),
+            progress=progress,
         )
     size = sum(file.stat().st_size for file in destination.iterdir())
     note(f"wrote {destination}, {human_bytes(size)}")

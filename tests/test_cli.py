@@ -1,0 +1,362 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from typer.testing import CliRunner, Result
+
+import fastvlm_mlx
+from fastvlm_mlx.cli import app
+from fastvlm_mlx.cli.terminal import human_bytes
+from fastvlm_mlx.errors import ImageError
+from fastvlm_mlx.generation import GenerationResult
+
+GOLDEN = Path(__file__).parent / "golden" / "apple"
+PICTURE = str(GOLDEN / "images" / "square.png")
+
+
+def invoke(*arguments: str, stdin: str | bytes | None = None) -> Result:
+    return CliRunner().invoke(app, arguments, input=stdin)
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in [name for name in os.environ if name.startswith("FASTVLM_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("FASTVLM_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A converted checkpoint."""
+    folder = tmp_path_factory.mktemp("cli") / "converted"
+    result = invoke("convert", str(GOLDEN / "train"), str(folder), "--dtype", "float32")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == ""
+    assert f"wrote {folder}, 1.8" in result.stderr
+    return str(folder)
+
+
+class FakeRuntime:
+    """Stands in for `load` and `stream_generate`; remembers what they were called with."""
+
+    def __init__(self) -> None:
+        self.pieces = ["A grey ", "squ", "are."]
+        self.loaded: dict[str, Any] = {}
+        self.asked: dict[str, Any] = {}
+
+    def load(self, name: str, **options: Any) -> tuple[str, str]:
+        self.loaded = {"name": name, **options}
+        return "model", "processor"
+
+    def stream_generate(self, model: str, processor: str, **options: Any) -> Iterator[GenerationResult]:
+        self.asked = options
+        for count, text in enumerate(self.pieces, 1):
+            last = count == len(self.pieces)
+            yield GenerationResult(
+                text=text,
+                token_ids=(count,),
+                prompt_tokens=30,
+                visual_tokens=4,
+                generated_tokens=count,
+                finish_reason="stop" if last else None,
+                timings={"ttft": 0.5, "decode": 1.0, "total": 1.5},
+            )
+
+
+@pytest.fixture
+def runtime(monkeypatch: pytest.MonkeyPatch) -> FakeRuntime:
+    fake = FakeRuntime()
+    monkeypatch.setattr(fastvlm_mlx, "load", fake.load)
+    monkeypatch.setattr(fastvlm_mlx, "stream_generate", fake.stream_generate)
+    return fake
+
+
+def test_the_answer_goes_to_stdout_and_nothing_else(runtime: FakeRuntime) -> None:
+    result = invoke("generate", PICTURE)
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "A grey square.\n", "")
+    assert runtime.loaded["name"] == "apple/FastVLM-0.5B"
+    assert runtime.asked["prompt"] == "Describe the image."
+    assert runtime.asked["image"] == [PICTURE]
+
+
+def test_an_answer_that_ends_its_line_gets_no_second_newline(runtime: FakeRuntime) -> None:
+    runtime.pieces = ["One.\n"]
+    assert invoke("generate", PICTURE).stdout == "One.\n"
+
+
+def test_every_option_reaches_the_runtime(runtime: FakeRuntime) -> None:
+    result = invoke(
+        *("generate", "a.png", "b.png", "-p", "What changed?", "-m", "folder", "--max-tokens", "7", "--temp", "0.7"),
+        *("--top-p", "0.9", "--top-k", "40", "--min-p", "0.05", "--repetition-penalty", "1.1", "--seed", "3"),
+        *("--system", "Be brief.", "--stop", "END", "--stop", "\n\n", "--resolution", "512", "--dtype", "float32"),
+    )
+    assert result.exit_code == 0
+    assert runtime.loaded["name"] == "folder"
+    assert runtime.loaded["dtype"] == "float32"
+    assert runtime.asked == {
+        "image": ["a.png", "b.png"],
+        "prompt": "What changed?",
+        "max_tokens": 7,
+        "temperature": 0.7,
+        "top_p": 0.9,
+        "top_k": 40,
+        "min_p": 0.05,
+        "repetition_penalty": 1.1,
+        "seed": 3,
+        "system": "Be brief.",
+        "stop": ("END", "\n\n"),
+        "resolution": 512,
+    }
+
+
+def test_options_come_from_the_environment(runtime: FakeRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTVLM_MODEL", "7b")
+    monkeypatch.setenv("FASTVLM_RESOLUTION", "auto")
+    monkeypatch.setenv("FASTVLM_MAX_TOKENS", "9")
+    assert invoke("generate", PICTURE).exit_code == 0
+    assert runtime.loaded["name"] == "7b"
+    assert (runtime.asked["resolution"], runtime.asked["max_tokens"]) == ("auto", 9)
+
+
+def test_json_is_one_object_with_the_whole_answer(runtime: FakeRuntime) -> None:
+    runtime.pieces = ["Ein Fuß", ", 猫"]
+    record = json.loads(invoke("generate", PICTURE, "--json").stdout)
+    assert record["text"] == "Ein Fuß, 猫"
+    assert record["token_ids"] == [1, 2]
+    assert record["images"] == [PICTURE]
+    assert record["finish_reason"] == "stop"
+    assert (record["prompt_tokens"], record["visual_tokens"], record["generated_tokens"]) == (30, 4, 2)
+    assert record["timings"]["ttft"] == 0.5
+    assert record["tokens_per_second"] == 1.0
+    assert record["peak_memory_bytes"] >= 0
+
+
+def test_verbose_writes_statistics_to_stderr(runtime: FakeRuntime) -> None:
+    result = invoke("generate", PICTURE, "--verbose")
+    assert result.stdout == "A grey square.\n"
+    assert "prompt: 30 tokens, 4 of them visual" in result.stderr
+    assert "answer: 3 tokens, ended by stop" in result.stderr
+    assert "ttft 0.500 s" in result.stderr
+    assert "2.0 tokens/s" in result.stderr
+
+
+def test_an_image_is_read_from_stdin(runtime: FakeRuntime) -> None:
+    data = Path(PICTURE).read_bytes()
+    record = json.loads(invoke("generate", "a.png", "-", "--json", stdin=data).stdout)
+    assert runtime.asked["image"] == ["a.png", data]
+    assert record["images"] == ["a.png", "<stdin>"]
+
+
+def test_a_prompt_is_read_from_stdin(runtime: FakeRuntime) -> None:
+    assert invoke("generate", PICTURE, "-p", "-", stdin="What is this, 猫?\n").exit_code == 0
+    assert runtime.asked["prompt"] == "What is this, 猫?"
+
+
+def test_a_prompt_without_images_is_plain_text(runtime: FakeRuntime) -> None:
+    assert invoke("generate", "-p", "Hello").exit_code == 0
+    assert runtime.asked["image"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate"], "give an image, or a question with --prompt"),
+        (["generate", "-", "-"], "- can stand for one image or for the prompt, once"),
+        (["generate", "-", "-p", "-"], "- can stand for one image or for the prompt, once"),
+        (["generate", PICTURE, "--resolution", "100"], "'100' is neither a positive multiple of 64 nor 'auto'"),
+        (["generate", PICTURE, "--resolution", "0"], "'0' is neither a positive multiple of 64 nor 'auto'"),
+        (["generate", PICTURE, "--resolution", "-64"], "'-64' is neither a positive multiple of 64 nor 'auto'"),
+        (["generate", PICTURE, "--max-tokens", "0"], "Invalid value for '--max-tokens'"),
+        (["generate", PICTURE, "--max-tokens", "many"], "Invalid value for '--max-tokens'"),
+        (["generate", PICTURE, "--temp", "-1"], "Invalid value for '--temp'"),
+        (["generate", PICTURE, "--top-p", "1.5"], "Invalid value for '--top-p'"),
+        (["generate", PICTURE, "--top-k", "-1"], "Invalid value for '--top-k'"),
+        (["generate", PICTURE, "--min-p", "2"], "Invalid value for '--min-p'"),
+        (["generate", PICTURE, "--seed", "-1"], "Invalid value for '--seed'"),
+        (["generate", PICTURE, "--dtype", "int8"], "'int8' is not one of"),
+        (["generate", PICTURE, "--modle", "x"], "No such option: --modle"),
+        (["convert"], "SOURCE"),
+        (["convert", "source"], "missing; give a folder to write, or --dry-run"),
+        (["convert", "source", "out", "--dtype", "int4"], "'int4' is not one of"),
+        (["genrate"], "Did you mean 'generate'?"),
+        (["info", "a", "b"], "unexpected extra argument"),
+    ],
+)
+def test_wrong_usage_says_so_and_exits_2(runtime: FakeRuntime, arguments: list[str], message: str) -> None:
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert result.stdout == ""
+    assert not runtime.asked
+
+
+def test_errors_are_one_line_and_exit_1(runtime: FakeRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ImageError("cat.png: not an image")
+
+    monkeypatch.setattr(fastvlm_mlx, "stream_generate", fail)
+    result = invoke("generate", "cat.png")
+    assert (result.exit_code, result.stdout, result.stderr) == (1, "", "error: cat.png: not an image\n")
+    assert isinstance(invoke("--debug", "generate", "cat.png").exception, ImageError)
+
+
+def test_errors_of_the_operating_system_name_the_file(runtime: FakeRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device", "weights.safetensors")
+
+    monkeypatch.setattr(fastvlm_mlx, "load", fail)
+    result = invoke("generate", "cat.png")
+    assert (result.exit_code, result.stderr) == (1, "error: No space left on device: weights.safetensors\n")
+
+
+@pytest.mark.parametrize("image", ["landscape", "large", "portrait", "square", "tiny"])
+def test_generate_answers_as_upstream_does(converted: str, image: str) -> None:
+    expected = load_file(GOLDEN / "expected.safetensors")[f"{image}.greedy"]
+    picture = str(GOLDEN / "images" / f"{image}.png")
+    result = invoke("generate", picture, "--model", converted, "--max-tokens", "24", "--json")
+    assert result.exit_code == 0, result.stderr
+    record = json.loads(result.stdout)
+    np.testing.assert_array_equal(record["token_ids"], expected[: len(record["token_ids"])])
+    assert record["visual_tokens"] == 4
+
+
+def test_an_unconverted_source_is_converted_once(converted: str) -> None:
+    arguments = ("generate", PICTURE, "--model", str(GOLDEN / "reparam"), "--max-tokens", "4")
+    first, second = invoke(*arguments), invoke(*arguments)
+    assert "converting" in first.stderr
+    assert second.stderr == ""
+    assert first.stdout == second.stdout
+
+
+def test_an_unknown_model_is_an_error_that_lists_what_there_is() -> None:
+    result = invoke("generate", PICTURE, "--model", "nonsense")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: nonsense: no such folder or .zip")
+    assert "0.5b, 1.5b, 7b" in result.stderr
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path) -> None:
+    result = invoke("convert", str(GOLDEN / "train"), str(tmp_path / "out"), "--dry-run")
+    assert result.exit_code == 0
+    assert "train-time branches" in result.stdout
+    assert "head.proj (49,152 bytes)" in result.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_convert_does_not_touch_an_existing_destination(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("data")
+    result = invoke("convert", str(GOLDEN / "train"), str(tmp_path))
+    assert result.exit_code == 1
+    assert result.stderr == f"error: {tmp_path}: exists already; remove it or choose another destination\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["precious"]
+
+
+def test_info_describes_the_machine_and_the_cache() -> None:
+    invoke("generate", PICTURE, "--model", str(GOLDEN / "train"), "--max-tokens", "1")
+    record = json.loads(invoke("info", "--json").stdout)
+    assert record["device"] in ("cpu", "gpu")
+    assert record["cores"] >= 1
+    assert record["memory"] > 1e9
+    assert [name.split("-")[0] for name in record["cached"]] == ["train"]
+    text = invoke("info").stdout
+    assert f"fastvlm-mlx  {fastvlm_mlx.__version__}, mlx " in text
+    assert "BLAS" in text
+
+
+def test_info_counts_parameters_bytes_and_tokens(converted: str) -> None:
+    record = json.loads(invoke("info", converted, "--json").stdout)
+    assert record["source"]["layout"] == "apple-train"
+    assert record["dtype"] == "float32"
+    assert record["parts"]["mm_projector"] == {
+        "parameters": 256 * 64 + 64 + 64 * 64 + 64,
+        "size_bytes": 4 * (256 * 64 + 64 + 64 * 64 + 64),
+        "bits_per_weight": 32.0,
+    }
+    tokens = {int(side): needs["visual_tokens"] for side, needs in record["resolutions"].items()}
+    assert tokens == {256: 16, 512: 64, 768: 144, 1024: 256, 1536: 576}
+    text = invoke("info", converted).stdout
+    assert "apple-train" in text
+    assert "128 px" in text
+
+
+def test_info_counts_a_quantized_layer_as_the_weights_it_stands_for() -> None:
+    record = json.loads(invoke("info", str(Path(__file__).parent / "golden/mlx_vlm/q8"), "--json").stdout)
+    plain = json.loads(invoke("info", str(GOLDEN / "train"), "--json").stdout)
+    for part in ("vision_tower", "mm_projector", "language_model"):
+        assert record["parts"][part]["parameters"] == plain["parts"][part]["parameters"]
+
+
+def test_the_version_is_printed() -> None:
+    assert invoke("--version").stdout == f"fastvlm-mlx {fastvlm_mlx.__version__}\n"
+
+
+def test_without_a_command_the_help_is_shown() -> None:
+    assert "generate  Answer a question about images." in invoke("--help").stdout
+    assert "Commands:" in invoke().output
+
+
+def test_nothing_is_coloured_when_piped(converted: str) -> None:
+    for arguments in (["--help"], ["generate", PICTURE, "-m", converted, "-v"], ["generate"], ["info", converted]):
+        assert "\x1b" not in invoke(*arguments).output
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1 kB"),
+        (245_400_000, "245 MB"),
+        (1_517_792_560, "1.52 GB"),
+        (2e12, "2000 GB"),
+    ],
+)
+def test_sizes_have_three_digits(count: float, text: str) -> None:
+    assert human_bytes(count) == text
+
+
+COMMAND = [sys.executable, "-c", "from fastvlm_mlx.cli import main; main()"]
+
+
+def test_an_interrupt_exits_130_without_a_traceback() -> None:
+    with subprocess.Popen(
+        [*COMMAND, "generate", "-"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stderr is not None
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1.5)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 130
+        assert process.stderr.read() == b""
+
+
+def test_a_reader_that_leaves_is_no_error(converted: str) -> None:
+    arguments = [*COMMAND, "generate", PICTURE, "-m", converted, "-n", "100"]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+
+
+def test_an_unforeseen_error_shows_no_traceback_unless_asked() -> None:
+    code = "import fastvlm_mlx; fastvlm_mlx.load = None; from fastvlm_mlx.cli import main; main()"
+    command = [sys.executable, "-c", code, "generate", "x.png"]
+    quiet = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert quiet.returncode == 1
+    assert (
+        quiet.stderr
+        == "error: TypeError: 'NoneType' object is not callable (unexpected; FASTVLM_DEBUG=1 shows where)\n"
+    )
+    loud = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "FASTVLM_DEBUG": "1"}
+    )
+    assert "Traceback" in loud.stderr
