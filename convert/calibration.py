@@ -27,7 +27,10 @@ def images(paths: Iterable[str | Path] = ()) -> Array:
     """
     generator = np.random.default_rng(0)
     ramp = np.linspace(0, 1, RESOLUTION, dtype=np.float32)
-    across, down = np.broadcast_to(ramp, (RESOLUTION, RESOLUTION)), np.broadcast_to(ramp[:, None], (RESOLUTION, RESOLUTION))
+    across, down = (
+        np.broadcast_to(ramp, (RESOLUTION, RESOLUTION)),
+        np.broadcast_to(ramp[:, None], (RESOLUTION, RESOLUTION)),
+    )
     rows, columns = np.indices((RESOLUTION, RESOLUTION))
     coarse, fine = ((rows // size + columns // size) % 2 for size in (32, 1))
     return np.stack(

@@ -16,8 +16,8 @@ pipeline_tag: image-text-to-text
 
 # {title}
 
-[FastVLM](https://arxiv.org/abs/2412.13303) for [MLX](https://github.com/ml-explore/mlx), converted from {origin} with fastvlm-mlx: the vision tower is
-folded into its inference form, the weights are {dtype}.
+[FastVLM](https://arxiv.org/abs/2412.13303) for [MLX](https://github.com/ml-explore/mlx), converted from {origin}
+with fastvlm-mlx: the vision tower is folded into its inference form, the weights are {dtype}.
 
 ```bash
 fastvlm generate photo.jpg --model .
@@ -59,7 +59,9 @@ def card(config: ModelConfig, parameters: dict[str, int], layout: str, title: st
     origin = f"[{name}](https://huggingface.co/{name}) at `{revision}`" if revision else f"`{name}`"
     millions = {part: count / 1e6 for part, count in parameters.items()}
     terms = "The weights keep the licence of the source" + (
-        f": see {', '.join(f'[{file}]({file})' for file in licences)}." if licences else ", which came without a licence file."
+        f": see {', '.join(f'[{file}]({file})' for file in licences)}."
+        if licences
+        else ", which came without a licence file."
     )
     return _TEMPLATE.format(
         licence_tags="license: apple-amlr\n" if apple else "",

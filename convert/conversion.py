@@ -18,7 +18,7 @@ from fastvlm_mlx.convert import layouts, upstream, writer
 from fastvlm_mlx.convert.card import card
 from fastvlm_mlx.convert.fold import Array
 from fastvlm_mlx.convert.layouts import Layout
-from fastvlm_mlx.convert.plan import Dropped, Plan, dropped_tensors
+from fastvlm_mlx.convert.plan import Plan, dropped_tensors
 from fastvlm_mlx.convert.recipes import Recipe, copies, decoder_recipes, projector_recipes, vision_recipes
 from fastvlm_mlx.convert.rescale import Scaling, choose, factors
 from fastvlm_mlx.convert.source import Source, open_source
@@ -149,7 +149,9 @@ class _Job:
             if not np.isfinite(values).all():
                 norms = [place for place in recipe.inputs if place.endswith("running_var")]
                 tensors = [self.weights[place].tensor.name for place in norms or recipe.inputs]
-                raise CheckpointError(f"{name}: folding gives NaN or infinite values; look at {layouts.listed(tensors)}")
+                raise CheckpointError(
+                    f"{name}: folding gives NaN or infinite values; look at {layouts.listed(tensors)}"
+                )
         return {name: self._unscaled(name, iter([values])) for name, values in outputs.items()}
 
     def _unscaled(self, name: str, rows: Iterator[Array]) -> Iterator[Array]:
@@ -167,14 +169,14 @@ class _Job:
                 meter.advance(0, "folding")
                 for name, rows in self._rows(recipe).items():
                     tower[name] = calibration.array(rows)
-        peaks = calibration.peaks(
-            self.plan.config.vision_config, tower, images, lambda label: meter.advance(0, label)
-        )
+        peaks = calibration.peaks(self.plan.config.vision_config, tower, images, lambda label: meter.advance(0, label))
         return {name: iter([calibration.view(value)]) for name, value in tower.items()}, choose(peaks)
 
     def _write_small_files(self, folder: Path, title: str, finished: Plan) -> None:
         source, config = self.sources[0], finished.config
-        licences = sorted(path.name for path in source.folder.iterdir() if path.is_file() and _LICENCES.match(path.name))
+        licences = sorted(
+            path.name for path in source.folder.iterdir() if path.is_file() and _LICENCES.match(path.name)
+        )
         for licence in licences:
             shutil.copyfile(source.folder / licence, folder / licence)
         FastVLMProcessor(Tokenizer(source.folder), config).save(folder)
@@ -257,9 +259,7 @@ def _match(source: Source) -> _Matched:
 
 
 @contextmanager
-def _open(
-    name: str | Path, dtype: str, revision: str | None, vision_from: str | Path | None
-) -> Iterator[_Job]:
+def _open(name: str | Path, dtype: str, revision: str | None, vision_from: str | Path | None) -> Iterator[_Job]:
     if dtype not in writer.DTYPES:
         raise ConversionError(f"dtype must be {', '.join(writer.DTYPES)}, not {dtype!r}")
     with ExitStack() as stack:
@@ -275,7 +275,8 @@ def _open(
             vision = main
         else:
             raise ConversionError(
-                f"{main.source.name} has no vision tower ({main.layout.description}); name a checkpoint that has it with --vision-from"
+                f"{main.source.name} has no vision tower ({main.layout.description}); "
+                "name a checkpoint that has one with --vision-from"
             )
         yield _job(main, vision, dtype)
 
@@ -299,7 +300,9 @@ def _job(main: _Matched, vision: _Matched, dtype: str) -> _Job:
     sources = (main.source,) if vision is main else (main.source, vision.source)
     dropped = dropped_tensors(main.source, {**main.dropped, **tied_head})
     if vision is not main:
-        others = {key: OTHER_PART_REASON for place, key in vision.places.items() if not place.startswith("vision_tower.")}
+        others = {
+            key: OTHER_PART_REASON for place, key in vision.places.items() if not place.startswith("vision_tower.")
+        }
         dropped += dropped_tensors(vision.source, {**vision.dropped, **others})
     config = ModelConfig(
         vision_config=tower,

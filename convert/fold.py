@@ -1,7 +1,8 @@
 """Folds the train-time form of a FastViTHD into its inference form: pure functions on float32 arrays.
 
-Kernels are channels-last, (O, k, k, I) with I input channels per group; linear weights are (O, I). The train-time blocks are those of
-MobileOne (arXiv 2206.04040), FastViT (arXiv 2303.14189) and RepLKNet (arXiv 2203.06717). Every fold here is exact: only rounding differs.
+Kernels are channels-last, (O, k, k, I) with I input channels per group; linear weights are (O, I). The train-time
+blocks are those of MobileOne (arXiv 2206.04040), FastViT (arXiv 2303.14189) and RepLKNet (arXiv 2203.06717). Every fold
+here is exact: only rounding differs.
 """
 
 from collections.abc import Iterable
@@ -96,5 +97,5 @@ def pointwise(convolution: Affine) -> Affine:
 
 
 def even_odd(channels: int) -> npt.NDArray[np.intp]:
-    """The order in which the outputs of a grouped convolution with two filters per input channel become two depthwise ones."""
+    """The order of outputs that makes a grouped convolution with two filters per input channel two depthwise ones."""
     return np.concatenate([np.arange(0, channels, 2), np.arange(1, channels, 2)])

@@ -1,9 +1,9 @@
-"""The layouts that checkpoints come in, each as one table of rules: an upstream key, and the place it takes in our module tree.
+"""The layouts that checkpoints come in, each as one table of rules: an upstream key, and its place in our module tree.
 
-Places are the names of `fastvlm_mlx`'s own parameters. What has still to be folded hangs below the module that it goes into:
-`<module>.branches.<name>.{conv.weight,bn.*}`, `<module>.skip.*`, `<module>.layer_scale` and the like (see `recipes`).
+Places are the names of this project's own parameters. What has still to be folded hangs below the module it goes into:
+`<module>.branches.<name>.{conv.weight,bn.*}`, `<module>.skip.*`, `<module>.layer_scale` and so on (see `recipes`).
 
-A layout is recognised by the names of its keys, never by a shape. Every key must match a rule, and every rule must be matched.
+A layout is recognised by the names of its keys, never by a shape. Every key must match a rule, every rule a key.
 """
 
 import re
@@ -209,10 +209,16 @@ def _decoder(prefix: str, head: str) -> list[Rule]:
     layer, place = f"{prefix}layers.#", "language_model.model.layers.#"
     return [
         Rule(f"{prefix}embed_tokens.weight", "language_model.model.embed_tokens.weight"),
-        *(Rule(f"{layer}.self_attn.{name}.*", f"{place}.self_attn.{name}.*", _AFFINE) for name in ("q_proj", "k_proj", "v_proj")),
+        *(
+            Rule(f"{layer}.self_attn.{name}.*", f"{place}.self_attn.{name}.*", _AFFINE)
+            for name in ("q_proj", "k_proj", "v_proj")
+        ),
         Rule(f"{layer}.self_attn.o_proj.weight", f"{place}.self_attn.o_proj.weight"),
         Rule(f"{layer}.self_attn.rotary_emb.inv_freq", None, optional=True, reason=ROTARY_REASON),
-        *(Rule(f"{layer}.mlp.{name}.weight", f"{place}.mlp.{name}.weight") for name in ("gate_proj", "up_proj", "down_proj")),
+        *(
+            Rule(f"{layer}.mlp.{name}.weight", f"{place}.mlp.{name}.weight")
+            for name in ("gate_proj", "up_proj", "down_proj")
+        ),
         Rule(f"{layer}.input_layernorm.weight", f"{place}.input_layernorm.weight"),
         Rule(f"{layer}.post_attention_layernorm.weight", f"{place}.post_attention_layernorm.weight"),
         Rule(f"{prefix}norm.weight", "language_model.model.norm.weight"),
@@ -340,7 +346,8 @@ def recognise(keys: Collection[str], name: str) -> Layout:
             return layout
     known = "; ".join(f"{layout.description}: {layout.marker.pattern}" for layout in LAYOUTS)
     raise CheckpointError(
-        f"{name}: is not a FastVLM checkpoint of a known layout. It holds {listed(sorted(keys))}; expected keys like {known}"
+        f"{name}: is not a FastVLM checkpoint of a known layout. It holds {listed(sorted(keys))}; "
+        f"expected keys like {known}"
     )
 
 

@@ -59,10 +59,11 @@ class Plan:
         vision, text = self.config.vision_config, self.config.text_config
         head = "tied to the embedding" if text.tie_word_embeddings else "of its own"
         total = sum(self.parameters.values())
+        files = ", ".join(shard.file for shard in self.shards)
         lines = {
             "source": f"{self.source}: {self.layout}, {_gigabytes(self.source_bytes)}",
             **({"vision from": f"{self.vision_from[0]}: {self.vision_from[1]}"} if self.vision_from else {}),
-            "output": f"{self.config.dtype}, {_gigabytes(self.output_bytes)} in {', '.join(shard.file for shard in self.shards)}",
+            "output": f"{self.config.dtype}, {_gigabytes(self.output_bytes)} in {files}",
             "vision tower": f"{self.parameters['vision_tower']:,} parameters; depths {list(vision.depths)}, "
             f"widths {list(vision.embed_dims)}, {vision.image_size} px",
             "projector": f"{self.parameters['mm_projector']:,} parameters; {vision.hidden_size} -> {text.hidden_size}",
@@ -85,7 +86,8 @@ class Plan:
 def dropped_tensors(source: Source, reasons: Mapping[str, str]) -> list[Dropped]:
     """The tensors of `source` that `reasons` names."""
     return [
-        Dropped(name=name, nbytes=source.tensors[name].nbytes, reason=reason) for name, reason in sorted(reasons.items())
+        Dropped(name=name, nbytes=source.tensors[name].nbytes, reason=reason)
+        for name, reason in sorted(reasons.items())
     ]
 
 

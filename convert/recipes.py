@@ -51,9 +51,7 @@ def projector_recipes(features: int, hidden: int) -> list[Recipe]:
     name = "mm_projector.0.weight"
     order = fold.even_odd(features)
     return [
-        Recipe(
-            {name: (hidden, features)}, {name: (hidden, features)}, lambda inputs: {name: inputs[name][:, order]}
-        ),
+        Recipe({name: (hidden, features)}, {name: (hidden, features)}, lambda inputs: {name: inputs[name][:, order]}),
         _copy("mm_projector.0.bias", (hidden,)),
         _copy("mm_projector.2.weight", (hidden, hidden)),
         _copy("mm_projector.2.bias", (hidden,)),
@@ -64,7 +62,7 @@ def decoder_recipes(config: TextConfig) -> list[Recipe]:
     """The recipes for the decoder: nothing in it is folded."""
     hidden, heads = config.hidden_size, config.num_attention_heads * config.head_dim
     cached = config.num_key_value_heads * config.head_dim
-    layer = {
+    layer: dict[str, Shape] = {
         "input_layernorm.weight": (hidden,),
         "self_attn.q_proj.weight": (heads, hidden),
         "self_attn.q_proj.bias": (heads,),
@@ -78,7 +76,7 @@ def decoder_recipes(config: TextConfig) -> list[Recipe]:
         "mlp.up_proj.weight": (config.intermediate_size, hidden),
         "mlp.down_proj.weight": (hidden, config.intermediate_size),
     }
-    shapes = {"language_model.model.embed_tokens.weight": (config.vocab_size, hidden)}
+    shapes: dict[str, Shape] = {"language_model.model.embed_tokens.weight": (config.vocab_size, hidden)}
     for number in range(config.num_hidden_layers):
         shapes |= {f"language_model.model.layers.{number}.{name}": shape for name, shape in layer.items()}
     shapes["language_model.model.norm.weight"] = (hidden,)
@@ -121,9 +119,7 @@ class _Tower:
         yield self.convolution("conv_exp.conv", features, 3, doubling=True)
         yield from self.squeeze_excite("conv_exp.se", features, features // 16)
 
-    def convolution(
-        self, name: str, channels: int, size: int, *, per_group: int = 1, doubling: bool = False
-    ) -> Recipe:
+    def convolution(self, name: str, channels: int, size: int, *, per_group: int = 1, doubling: bool = False) -> Recipe:
         """A convolution with `channels` outputs; `doubling` if it has two filters per input channel."""
         name = f"vision_tower.{name}"
 
@@ -200,7 +196,7 @@ class _Tower:
     def squeeze_excite(self, name: str, channels: int, reduced: int) -> Iterator[Recipe]:
         reduce, expand = f"vision_tower.{name}.reduce", f"vision_tower.{name}.expand"
         order = fold.even_odd(channels)
-        shapes = {f"{reduce}.weight": (reduced, channels)}
+        shapes: dict[str, Shape] = {f"{reduce}.weight": (reduced, channels)}
         yield Recipe(shapes, shapes, lambda inputs: {name: value[:, order] for name, value in inputs.items()})
         yield _copy(f"{reduce}.bias", (reduced,))
         shapes = {f"{expand}.weight": (channels, reduced), f"{expand}.bias": (channels,)}

@@ -1,8 +1,8 @@
 """Keeps the activations of a FastViTHD within float16 (±65504) without changing its result.
 
-The residual stream of a trained tower can leave that range. So an activation that comes too close to it is divided by a power of
-two, which is exact: whatever writes it has its weights divided, whatever reads it has them multiplied. Only what is not
-homogeneous has to know at run time: the GELUs, and the LayerNorms, whose eps is divided by the square.
+The residual stream of a trained tower can leave that range. So an activation that comes too close to it is divided by a
+power of two, which is exact: whatever writes it has its weights divided, whatever reads it has them multiplied. Only
+what is not homogeneous has to know at run time: the GELUs, and the LayerNorms, whose eps is divided by the square.
 """
 
 import math
@@ -35,7 +35,7 @@ class Scaling:
 
 
 def choose(peaks: Mapping[str, float]) -> Scaling:
-    """The smallest powers of two that bring every activation to a `MARGIN`-th of float16's largest value; 1 where it is there.
+    """The smallest powers of two that keep every activation below a `MARGIN`-th of float16's largest value; mostly 1.
 
     Args:
         peaks: The largest magnitude of every activation, as `FastViTHD.trace` names them.
@@ -74,7 +74,7 @@ def power_of_two(peak: float) -> float:
 
 
 def factors(scaling: Scaling) -> dict[str, float]:
-    """What each parameter is multiplied by to put `scaling` into an unscaled model; parameters that are not named stay."""
+    """What each parameter of an unscaled model is multiplied by; those that are not named stay as they are."""
     scales = scaling.scales
     result: dict[str, float] = {}
 

@@ -1,7 +1,7 @@
 """Opens a checkpoint read-only: a folder, a .zip archive or a Hub repository, in one safetensors file or in shards.
 
-Nothing is executed and nothing is written to the source. Only headers are read here; a tensor's bytes are read when asked for,
-straight from the file (a memory map of 15 GB would count as memory used).
+Nothing is executed and nothing is written to the source. Only headers are read here; a tensor's bytes are read when
+asked for, straight from the file (a memory map of 15 GB would count as memory used).
 """
 
 import hashlib
@@ -145,7 +145,7 @@ class Source:
         return values
 
     def sha256(self, advance: Callable[[int], None]) -> str:
-        """The SHA-256 of the one safetensors file, or of the list of digests when there are several (as `sha256sum` prints it)."""
+        """The SHA-256 of the one safetensors file; of several, that of what `sha256sum` prints for them."""
         digests = []
         for file in self.files:
             digest = hashlib.sha256()
@@ -184,7 +184,9 @@ def open_source(name: str | Path, revision: str | None = None) -> Iterator[Sourc
         if path.suffix in _PICKLES:
             raise CheckpointError(_refusal(text, [path.name]))
         if path.suffix == ".safetensors":
-            raise CheckpointError(f"{text}: give the folder that holds it; config.json and the tokenizer are needed too")
+            raise CheckpointError(
+                f"{text}: give the folder that holds it; config.json and the tokenizer are needed too"
+            )
         with tempfile.TemporaryDirectory(prefix="fastvlm-") as scratch:
             yield _open_zip(text, path, Path(scratch))
     elif text.lower() in ALIASES or (isinstance(name, str) and _HUB_ID.fullmatch(name) and not path.parent.is_dir()):
@@ -193,7 +195,8 @@ def open_source(name: str | Path, revision: str | None = None) -> Iterator[Sourc
         yield _open_folder(repository, folder, folder.name)
     else:
         raise CheckpointError(
-            f"{text}: no such folder or .zip archive, and not a Hub repository (owner/name) or one of {', '.join(ALIASES)}"
+            f"{text}: no such folder or .zip archive, and neither a Hub repository (owner/name) nor "
+            f"one of {', '.join(ALIASES)}"
         )
 
 
@@ -210,13 +213,15 @@ def _assemble(name: str, revision: str | None, folder: Path, shards: list[Tensor
     """The source whose tensor files are `shards`, or those of them that its index names."""
     source = Source(name=name, revision=revision, folder=folder, files=(), tensors={})
     index = source.json("model.safetensors.index.json")
-    if index is not None:
-        placement = index.get("weight_map")
-        if not isinstance(placement, dict):
-            raise CheckpointError(f"{name}: model.safetensors.index.json has no weight_map")
+    placement = None if index is None else index.get("weight_map")
+    if index is not None and not isinstance(placement, dict):
+        raise CheckpointError(f"{name}: model.safetensors.index.json has no weight_map")
+    if placement:
         by_name = {Path(shard.label).name: shard for shard in shards}
         if missing := sorted(set(placement.values()) - set(by_name)):
-            raise CheckpointError(f"{name}: shards named in model.safetensors.index.json are missing: {', '.join(missing)}")
+            raise CheckpointError(
+                f"{name}: shards named in model.safetensors.index.json are missing: {', '.join(missing)}"
+            )
         shards = [by_name[file] for file in sorted(set(placement.values()))]
     if not shards:
         if pickles:
@@ -228,7 +233,7 @@ def _assemble(name: str, revision: str | None, folder: Path, shards: list[Tensor
             if other := tensors.get(tensor.name):
                 raise CheckpointError(f"{tensor.name} is in both {other.file.label} and {shard.label}")
             tensors[tensor.name] = tensor
-    if index is not None and (absent := sorted(set(placement) - set(tensors))):
+    if placement and (absent := sorted(set(placement) - set(tensors))):
         raise CheckpointError(
             f"{name}: model.safetensors.index.json names tensors that no shard holds: {', '.join(absent[:5])}"
         )
@@ -237,8 +242,8 @@ def _assemble(name: str, revision: str | None, folder: Path, shards: list[Tensor
 
 def _refusal(name: str, pickles: list[str]) -> str:
     return (
-        f"{name}: the weights are pickled ({', '.join(pickles[:3])}). Unpickling can run any code, so they are not opened; "
-        "use a safetensors version of the checkpoint"
+        f"{name}: the weights are pickled ({', '.join(pickles[:3])}). Unpickling can run any code, so they are not "
+        "opened; use a safetensors version of the checkpoint"
     )
 
 
@@ -253,9 +258,13 @@ def read_header(file: TensorFile) -> list[Tensor]:
     prefix = bytes(file.read(0, 8))
     length = int.from_bytes(prefix, "little")
     if prefix == b"version ":
-        raise CheckpointError(f"{file.label}: is a Git LFS pointer, not the weights; run `git lfs pull` where it came from")
+        raise CheckpointError(
+            f"{file.label}: is a Git LFS pointer, not the weights; run `git lfs pull` where it came from"
+        )
     if length > _HEADER_LIMIT or 8 + length > file.size:
-        raise CheckpointError(f"{file.label}: is truncated or not a safetensors file (its header claims {length} bytes)")
+        raise CheckpointError(
+            f"{file.label}: is truncated or not a safetensors file (its header claims {length} bytes)"
+        )
     try:
         entries = json.loads(bytes(file.read(8, length)), object_pairs_hook=_unique)
     except ValueError as err:
@@ -285,7 +294,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _tensor(file: TensorFile, data_start: int, name: str, entry: Any) -> Tensor:
     try:
-        dtype, shape, (begin, end) = str(entry["dtype"]), tuple(map(int, entry["shape"])), map(int, entry["data_offsets"])
+        dtype, shape, (begin, end) = (
+            str(entry["dtype"]),
+            tuple(map(int, entry["shape"])),
+            map(int, entry["data_offsets"]),
+        )
     except (TypeError, KeyError, ValueError) as err:
         raise CheckpointError(f"{file.label}: the header entry of tensor {name} is damaged") from err
     if dtype not in ITEM_BYTES:
@@ -299,10 +312,12 @@ def _tensor(file: TensorFile, data_start: int, name: str, entry: Any) -> Tensor:
 
 
 def _open_zip(name: str, path: Path, scratch: Path) -> Source:
-    """The source in an archive: tensors are read in place where they are stored, and unpacked to `scratch` where they are compressed."""
+    """The source in an archive: stored tensor files are read in place, compressed ones are unpacked to `scratch`."""
     try:
         with zipfile.ZipFile(path) as archive:
-            members = [member for member in archive.infolist() if not member.is_dir() and "__MACOSX" not in member.filename]
+            members = [
+                member for member in archive.infolist() if not member.is_dir() and "__MACOSX" not in member.filename
+            ]
             roots = sorted({_parent(member) for member in members if _basename(member) == "config.json"}, key=len)
             if not roots:
                 raise CheckpointError(f"{name}: the archive holds no config.json")
@@ -319,9 +334,12 @@ def _open_zip(name: str, path: Path, scratch: Path) -> Source:
                         continue
                     if shutil.disk_usage(scratch).free < member.file_size:
                         raise CheckpointError(
-                            f"{name}: {member.filename} unpacks to {member.file_size / 1e9:.1f} GB, more than {scratch} has left"
+                            f"{name}: {member.filename} unpacks to {member.file_size / 1e9:.1f} GB, "
+                            f"more than {scratch} has left"
                         )
-                    shards.append(TensorFile(path=target, start=0, size=member.file_size, label=f"{path}:{member.filename}"))
+                    shards.append(
+                        TensorFile(path=target, start=0, size=member.file_size, label=f"{path}:{member.filename}")
+                    )
                 elif member.file_size > _SMALL_FILE_LIMIT or not any(map(target.match, _SMALL_FILES)):
                     continue
                 with archive.open(member) as packed, target.open("wb") as unpacked:
@@ -343,7 +361,7 @@ def _parent(member: zipfile.ZipInfo) -> str:
 
 
 def _data_start(path: Path, member: zipfile.ZipInfo) -> int:
-    """Where a member's bytes begin: after its local header, whose name and extra field may differ from the directory's."""
+    """Where a member's bytes begin: after its local header, whose extra field may differ from the directory's."""
     with path.open("rb") as file:
         file.seek(member.header_offset + 26)
         name_length, extra_length = (int.from_bytes(file.read(2), "little") for _ in range(2))
@@ -351,7 +369,7 @@ def _data_start(path: Path, member: zipfile.ZipInfo) -> int:
 
 
 def _download(repository: str, revision: str | None) -> Path:
-    """The folder in the Hub cache with a repository's safetensors and small files, downloaded as far as they are missing."""
+    """The folder in the Hub cache with a repository's safetensors and small files; downloads what is missing."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -365,9 +383,13 @@ def _download(repository: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=["*.safetensors", *_SMALL_FILES]))
     except GatedRepoError as err:
-        raise CheckpointError(f"{repository}: accept its licence on huggingface.co, then log in with `hf auth login`") from err
+        raise CheckpointError(
+            f"{repository}: accept its licence on huggingface.co, then log in with `hf auth login`"
+        ) from err
     except RepositoryNotFoundError as err:
-        raise CheckpointError(f"{repository}: no such repository on the Hub (or it is private: `hf auth login`)") from err
+        raise CheckpointError(
+            f"{repository}: no such repository on the Hub (or it is private: `hf auth login`)"
+        ) from err
     except RevisionNotFoundError as err:
         raise CheckpointError(f"{repository}: has no revision {revision!r}") from err
     except LocalEntryNotFoundError as err:

@@ -84,7 +84,9 @@ def text_config(config: Mapping[str, Any], shape: Callable[[str], Shape], layers
     for key, value in found.items():
         # transformers pads the vocabulary, so that more rows than tokens are fine
         if (said := values.get(key, value)) != value and not (key == "vocab_size" and said < value):
-            raise CheckpointError(f"config.json says {key} {said}, the tensors have {value}; it belongs to another model")
+            raise CheckpointError(
+                f"config.json says {key} {said}, the tensors have {value}; it belongs to another model"
+            )
     for key in ("num_attention_heads", "num_key_value_heads"):
         if not isinstance(values.get(key), int):
             raise ConfigError(f"config.json: {key} is missing, and tensors cannot tell it")

@@ -1,4 +1,4 @@
-"""A source tensor as the converter uses it: float32, channels last, dequantized, read as a whole or a few rows at a time."""
+"""A source tensor as the converter uses it: float32, channels last, dequantized, whole or a few rows at a time."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -166,7 +166,8 @@ def _packing(tensor: Tensor, shape: Shape, companions: tuple[Tensor, ...], quant
     for key, value in found.items():
         if settings.get(key, value) != value:
             raise CheckpointError(
-                f"{tensor.file.label}: tensor {tensor.name} is quantized with {key} {value}, config.json says {settings[key]}"
+                f"{tensor.file.label}: tensor {tensor.name} is quantized with {key} {value}, "
+                f"config.json says {settings[key]}"
             )
     mode = str(settings.get("mode", "affine"))
     if (biases is None) == (mode == "affine"):

@@ -1,4 +1,4 @@
-"""Writes safetensors shards in a stream: every header is known before the first tensor, so that one piece is in memory at a time."""
+"""Writes safetensors shards in a stream: every header is known in advance, so memory holds one piece at a time."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -85,7 +85,7 @@ class ShardWriter:
         assert self._left.pop(0) == name, f"{name} is written out of turn"
         written = 0
         for chunk in rows:
-            written += self._file.write(np.ascontiguousarray(cast(chunk, self._dtype, name)))
+            written += self._file.write(np.ascontiguousarray(cast(chunk, self._dtype, name)).data)
         return written
 
     def _next_file(self) -> None:
@@ -125,18 +125,18 @@ def cast(values: Array, dtype: str, name: str) -> npt.NDArray[Any]:
     Raises:
         ConversionError: If a value becomes infinite.
     """
-    if dtype == "float32":
-        return values
+    stored: npt.NDArray[Any] = values
+    overflows = False
     if dtype == "bfloat16":
         bits = values.view(np.uint32)
-        rounded = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
-        overflows = bool(((rounded & 0x7F80) == 0x7F80).any())
-    else:
+        stored = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
+        overflows = bool(((stored & 0x7F80) == 0x7F80).any())
+    elif dtype == "float16":
         with np.errstate(over="ignore"):
-            rounded = values.astype(np.float16)
-        overflows = bool(np.isinf(rounded).any())
+            stored = values.astype(np.float16)
+        overflows = bool(np.isinf(stored).any())
     if overflows:
         raise ConversionError(
             f"{name} holds {np.abs(values).max():.4g}, too large for {dtype}; convert with another --dtype"
         )
-    return rounded
+    return stored
