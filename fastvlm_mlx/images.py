@@ -43,8 +43,11 @@ _RESOLUTION_STEP = 64
 
 # The formats that are tried, those that need no plugin search first. EPS is left out: Pillow starts Ghostscript for it.
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "ICO", "TGA", "JPEG2000", "QOI", "AVIF")
-# What Pillow's decoders raise on damaged data, besides their own OSError.
-_DECODER_ERRORS = (OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, ArithmeticError, struct.error)
+# What Pillow's decoders raise on damaged data, each its own.
+_DECODER_ERRORS = (
+    *(OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, ArithmeticError, RuntimeError),
+    struct.error,
+)
 _HEIC = (b"ftypheic", b"ftypheix", b"ftypmif1")
 _STRIP_PIXELS = 1 << 24
 
@@ -64,7 +67,8 @@ def load_image(source: ImageSource, *, timeout: float = DOWNLOAD_TIMEOUT) -> Ima
     from PIL import Image
 
     if isinstance(source, Image.Image):
-        return _to_rgb(source, getattr(source, "filename", "") or "PIL image")
+        picture = _to_rgb(source, getattr(source, "filename", "") or "PIL image")
+        return picture.copy() if picture is source else picture
     if isinstance(source, np.ndarray):
         return Image.fromarray(_array_to_rgb(source))
     data, name = _read(source, timeout)
@@ -207,7 +211,8 @@ def _fetch(url: str, timeout: float) -> bytes:
         with urlopen(request, timeout=timeout) as response:
             # read1 returns what has arrived, so that a server that trickles cannot outlast the deadline.
             data = _read_limited(response.read1, MAX_DOWNLOAD_BYTES, url, deadline)
-            expected, kind = response.headers.get("Content-Length"), response.headers.get_content_type()
+            expected = int(response.headers.get("Content-Length", len(data)))
+            kind = response.headers.get_content_type()
     except HTTPError as err:
         raise ImageError(f"{url}: the server answered {err.code} {err.reason}") from err
     except (URLError, HTTPException, OSError, ValueError) as err:
@@ -215,7 +220,7 @@ def _fetch(url: str, timeout: float) -> bytes:
         if isinstance(reason, TimeoutError):
             raise ImageError(f"{url}: not fetched within {timeout:g} s") from err
         raise ImageError(f"{url}: cannot be fetched ({reason})") from err
-    if expected is not None and int(expected) != len(data):
+    if expected != len(data):
         raise ImageError(f"{url}: the connection broke after {len(data)} of {expected} bytes; try again")
     if kind.startswith("text/"):
         raise ImageError(f"{url}: is a {kind} page, not an image; use the address of the picture itself")
@@ -242,7 +247,7 @@ def _decode(data: bytes, name: str) -> Image:
 
 
 def _to_rgb(image: Image, name: str) -> Image:
-    """A copy in RGB and upright."""
+    """The picture in RGB and upright; itself if it is so already."""
     from PIL import Image
 
     width, height = image.size
@@ -261,9 +266,9 @@ def _to_rgb(image: Image, name: str) -> Image:
             samples = np.asarray(image).clip(0, 65_535) >> 8
             rgb = Image.fromarray(samples.astype(np.uint8)).convert("RGB")
         else:
-            rgb = image.convert("RGB")
+            rgb = image if image.mode == "RGB" else image.convert("RGB")
     except _DECODER_ERRORS as err:
-        raise ImageError(f"{name}: damaged or incomplete image ({err}); fetch or export it again") from err
+        raise ImageError(f"{name}: damaged, incomplete or of an unknown kind ({err}); export it again") from err
     except MemoryError as err:
         raise ImageError(f"{name}: does not fit into memory ({width}×{height} pixels)") from err
     return _upright(rgb, image)

@@ -46,12 +46,12 @@ BAD_FILES = {
     "heic": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC is not supported; save it as JPEG"),
     "pickle": (b"\x80\x04\x95\x10", "not an image in a known format"),
     "png signature": (encoded()[:8], "not an image in a known format|damaged"),
-    "half png": (encoded()[:1500], "damaged or incomplete image .*export it again"),
-    "half jpeg": (encoded("JPEG")[:700], "damaged or incomplete image"),
-    "half webp": (encoded("WEBP")[:300], "damaged or incomplete image|not an image in a known format"),
-    "half gif": (encoded("GIF")[:900], "damaged or incomplete image"),
-    "half tiff": (encoded("TIFF")[:1500], "damaged or incomplete image|not an image in a known format"),
-    "half bmp": (encoded("BMP")[:500], "damaged or incomplete image"),
+    "half png": (encoded()[:1500], "damaged, incomplete or of an unknown kind .*export it again"),
+    "half jpeg": (encoded("JPEG")[:700], "damaged, incomplete or of an unknown kind"),
+    "half webp": (encoded("WEBP")[:300], "damaged, incomplete or of an unknown kind|not an image in a known format"),
+    "half gif": (encoded("GIF")[:900], "damaged, incomplete or of an unknown kind"),
+    "half tiff": (encoded("TIFF")[:1500], "damaged, incomplete or of an unknown kind|not an image in a known format"),
+    "half bmp": (encoded("BMP")[:500], "damaged, incomplete or of an unknown kind"),
     "bomb": (png_header(30_000, 30_000), "has more than 178,956,970 pixels, the most that is read; reduce it"),
     "smaller bomb": (png_header(12_000, 15_000), "has more than 178,956,970 pixels, the most that is read"),
     "too long": (png_header(70_000, 10), "is 70000×10; a side may have at most 65,535 pixels"),
@@ -83,7 +83,7 @@ def test_every_cut_of_a_file_is_refused_or_read_whole():
 
 def test_flipped_bytes_never_raise_anything_else():
     rng = np.random.default_rng(0)
-    for kind in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"):
+    for kind in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "AVIF"):
         data = encoded(kind, (12, 9))
         for _ in range(60):
             damaged = bytearray(data)
@@ -165,6 +165,10 @@ class Server(http.server.BaseHTTPRequestHandler):
                     time.sleep(0.05)
         elif self.path == "/garbage":
             self.wfile.write(b"not http\r\n\r\n")
+        elif self.path == "/length":
+            self.send_response(200)
+            self.send_header("Content-Length", "many")
+            self.end_headers()
         elif self.path == "/page":
             self.answer(b"<html>a page about pictures</html>", kind="text/html")
         elif self.path == "/large.png":
@@ -194,6 +198,11 @@ def server():
         thread.join()
 
 
+@pytest.fixture(autouse=True)
+def _no_proxy(monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+
+
 def test_a_url_is_fetched(server):
     assert load_image(f"{server}/ein bild.png?size=ü").size == (40, 30)
 
@@ -207,6 +216,7 @@ def test_a_url_is_fetched(server):
         ("to-file", "the server answered 302"),
         ("cut.png", r"the connection broke after 1000 of \d+ bytes; try again"),
         ("garbage", "cannot be fetched"),
+        ("length", "cannot be fetched .*many"),
         ("page", "is a text/html page, not an image; use the address of the picture itself"),
         ("large.png", "larger than 2 MiB"),
     ],
