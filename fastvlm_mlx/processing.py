@@ -170,6 +170,7 @@ class FastVLMProcessor:
         self.tokenizer.save(folder)
         size = {"height": self.image_size, "width": self.image_size}
         image_processor = {
+            "image_processor_type": "CLIPImageProcessor",  # the nearest that transformers knows; it crops
             "do_convert_rgb": True,
             "do_resize": True,
             "size": {"shortest_edge": self.image_size},
@@ -202,11 +203,8 @@ class FastVLMProcessor:
         }
         for name, values in {
             "tokenizer_config": tokenizer,
-            "preprocessor_config": {"image_processor_type": "CLIPImageProcessor", **image_processor, **processor},
-            "processor_config": {
-                "image_processor": {"image_processor_type": "FastVLMImageProcessor", **image_processor},
-                **processor,
-            },
+            "preprocessor_config": {**image_processor, **processor},
+            "processor_config": {"image_processor": image_processor, **processor},
         }.items():
             text = json.dumps(values, indent=2, ensure_ascii=False)
             (folder / f"{name}.json").write_text(text + "\n", encoding="utf-8")
