@@ -28,6 +28,12 @@ SIZES = ("0.5b", "1.5b", "7b")
 LAYOUTS = ("apple", "transformers")
 SHARD_BYTES = 5_000_000_000
 CHUNK = 1 << 22
+PIXEL_GAIN = 12
+"""Makes up for filters that sum to zero on pixels, which are smooth."""
+
+GELU_GAIN = 2
+"""Makes up for what a GELU takes from a signal that nothing bypasses."""
+
 IMAGE_TOKEN = 151646
 
 _TESTS = Path(__file__).resolve().parent.parent / "tests"
@@ -70,34 +76,38 @@ def read_manifest(size: str, layout: str) -> dict[str, Tensor]:
 
 
 def _values(name: str, shape: tuple[int, ...], seed: int) -> Iterator[NDArray[np.float32]]:
-    """The values of a tensor of Apple's layout, flat and in chunks, at a scale that keeps activations near 1.
+    """The values of a tensor of Apple's layout, in chunks of whole rows, at a scale that keeps activations near 1.
 
-    Linears and convolutions are scaled by their fan-in; the RepMixer and RepCPE kernels, which carry the residual
-    stream once folded, are near the identity.
+    Filters are scaled by their fan-in and sum to zero: the positive mean that every GELU leaves behind would drown what
+    differs between two images. The RepMixer and RepCPE kernels, which carry the residual stream, are near the identity.
     """
     random = np.random.Generator(np.random.SFC64([seed, zlib.crc32(name.encode())]))
     leaf = name.rpartition(".")[2]
-    count = math.prod(shape)
-    kernel = np.zeros(0, np.float32)
-    mean, std = 0.0, 0.02
+    row_size = math.prod(shape[1:])
+    mean, std = np.zeros(row_size, np.float32), 0.002
+    zero_sum = False
     if re.search(r"(norm|bn)\.weight$|running_var$", name):
-        mean, std = 1.0, 0.05
+        mean, std = mean + 1, 0.05
     elif leaf.startswith("layer_scale"):
-        mean, std = 0.2, 0.02
+        mean, std = mean + 0.2, 0.02
     elif re.search(r"token_mixer\.reparam_conv\.weight$|network\.\d+\.reparam_conv\.weight$", name):
-        kernel = np.zeros(shape[-2:], np.float32)
-        kernel[shape[-2] // 2, shape[-1] // 2] = 1
-        std = 0.1 / math.sqrt(kernel.size)
+        mean[row_size // 2] = 1
+        std = 0.1 / math.sqrt(row_size)
     elif leaf in ("weight", "proj"):
-        std = 1 / math.sqrt(math.prod(shape[1:]))
-    for start in range(0, count, CHUNK):
-        values = random.standard_normal(min(CHUNK, count - start), dtype=np.float32)
-        values *= std
-        if kernel.size:
-            values += np.tile(kernel.ravel(), values.size // kernel.size)
-        elif mean:
-            values += mean
-        yield values
+        std = 1 / math.sqrt(row_size)
+        zero_sum = True
+        if name.endswith("patch_embed.0.reparam_conv.weight"):
+            std *= PIXEL_GAIN
+        elif re.search(r"patch_embed|\.proj\.\d|conv_exp\.reparam_conv", name):
+            std *= GELU_GAIN
+    rows_at_once = max(1, CHUNK // row_size)
+    for start in range(0, shape[0], rows_at_once):
+        rows = random.standard_normal((min(rows_at_once, shape[0] - start), row_size), dtype=np.float32)
+        rows *= std
+        if zero_sum:
+            rows -= rows.mean(axis=1, keepdims=True)
+        rows += mean
+        yield rows
 
 
 def _write_tensor(file: BinaryIO, name: str, dtype: str, shape: tuple[int, ...], seed: int, tied: bool) -> None:
@@ -107,8 +117,8 @@ def _write_tensor(file: BinaryIO, name: str, dtype: str, shape: tuple[int, ...],
         return
     if name == "lm_head.weight" and tied:
         name = "model.embed_tokens.weight"
-    for values in _values(name, shape, seed):
-        file.write(values.view("<u2")[1::2].tobytes())
+    for rows in _values(name, shape, seed):
+        file.write(rows.view("<u2")[:, 1::2].tobytes())
 
 
 def _header(tensors: dict[str, Tensor]) -> tuple[bytes, int]:
