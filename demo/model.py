@@ -281,7 +281,10 @@ class DecoderAttention(nn.Module):
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = rotate(q, *rope), rotate(k, *rope)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.heads != self.kv_heads)
+        groups = self.heads // self.kv_heads
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        scores = (q * self.head_dim**-0.5) @ k.transpose(-1, -2) + mask
+        y = scores.softmax(-1).to(v.dtype) @ v
         return self.o_proj(y.transpose(1, 2).reshape(b, length, -1))
 
 
@@ -359,7 +362,7 @@ class FastVLM(nn.Module):
         Args:
             embeds: input embeddings (B, L, D).
             positions: rotary positions, (L) or (B, 1, L).
-            mask: True where attention is allowed, broadcastable to (B, heads, L, L).
+            mask: added to attention scores, 0 or -inf, broadcastable to (B, heads, L, L).
         """
         half = torch.arange(0, self.model.layers[0].self_attn.head_dim, 2, device=embeds.device)
         frequencies = self.config.rope_theta ** (-half.float() / (2 * len(half)))

@@ -86,12 +86,12 @@ class Text:
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """What a picture shows; shapes are sorted from left to right."""
+    """What a picture shows: shapes, sorted from left to right, and at most one text (more where it is crowded)."""
 
     width: int
     height: int
     shapes: tuple[Shape, ...]
-    text: Text | None
+    texts: tuple[Text, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,9 +206,7 @@ def _font_size(rng: Random, longer: int, *, held_out: bool) -> int:
     return round(longer * (0.09 + 0.01 * step))
 
 
-def _place_text(
-    rng: Random, image: Image.Image, *, held_out: bool
-) -> Text | None:
+def _place_text(rng: Random, image: Image.Image, others: list[Text], *, held_out: bool) -> Text | None:
     """Prints a word or a number and says where, or does nothing where it does not fit."""
     width, height = image.size
     if rng.random() < 0.5:
@@ -226,6 +224,8 @@ def _place_text(
     y = rng.uniform(margin, height - text_height - margin)
     x, y = int(x), int(y)
     box = (x, y, x + text_width, y + text_height)
+    if any(y - 8 < other.box[3] and other.box[1] < box[3] + 8 for other in others):
+        return None
     brightness = image.crop(box).convert("L").resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
     dark = brightness > 150 or (brightness > 105 and rng.random() < 0.5)
     shade = rng.randint(0, 25)
@@ -236,32 +236,35 @@ def _place_text(
     return Text(text=text, box=box, centres=centres)
 
 
-def _place_shapes(rng: Random, width: int, height: int, text: Text | None) -> list[Shape]:
-    longer = max(width, height)
+def _choose_kinds(rng: Random) -> list[tuple[str, str]]:
+    """Returns one to five different pairs of shape and colour, often with shapes or colours in common."""
     shapes = rng.sample(SHAPES, rng.choice((2, 3, len(SHAPES))))
     colours = rng.sample(tuple(COLOURS), rng.choice((2, 3, len(COLOURS))))
-    kinds = rng.sample([*itertools.product(shapes, colours)], rng.choices((1, 2, 3, 4), (15, 25, 30, 30))[0])
-    if len(kinds) == 4:
-        others = [kind for kind in itertools.product(shapes, colours) if kind not in kinds]
-        kinds += rng.sample(others, min(len(others), rng.randrange(2)))
+    pairs = [*itertools.product(shapes, colours)]
+    return rng.sample(pairs, min(len(pairs), rng.choices((1, 2, 3, 4, 5), (15, 25, 28, 20, 12))[0]))
+
+
+def _place_shapes(rng: Random, size: tuple[int, int], kinds: list[tuple[str, str]], texts: list[Text]) -> list[Shape]:
+    width, height = size
+    longer = max(size)
     placed: list[Shape] = []
     for shape, colour in kinds:
-        size = rng.choice(tuple(SIZES))
-        radius = round(longer * SIZES[size] * rng.uniform(0.94, 1.06))
+        name = rng.choice(tuple(SIZES))
+        radius = round(longer * SIZES[name] * rng.uniform(0.94, 1.06))
         for _ in range(40):
             x, y = rng.uniform(radius, width - radius), rng.uniform(radius, height - radius)
-            clear = all(
+            if all(
                 math.hypot(x - s.x, y - s.y) > 0.95 * (radius + s.radius) and abs(x - s.x) > 0.045 * longer
                 for s in placed
-            )
-            if clear and text is not None:
-                left, top, right, bottom = text.box
-                dx, dy = max(left - x, 0, x - right), max(top - y, 0, y - bottom)
-                clear = math.hypot(dx, dy) > radius + 0.01 * longer
-            if clear:
-                placed.append(Shape(shape=shape, colour=colour, size=size, x=x, y=y, radius=radius))
+            ) and all(_distance(x, y, text.box) > radius + 0.01 * longer for text in texts):
+                placed.append(Shape(shape=shape, colour=colour, size=name, x=x, y=y, radius=radius))
                 break
     return placed
+
+
+def _distance(x: float, y: float, box: tuple[float, float, float, float]) -> float:
+    left, top, right, bottom = box
+    return math.hypot(max(left - x, 0, x - right), max(top - y, 0, y - bottom))
 
 
 def _draw(rng: Random, image: Image.Image, shape: Shape) -> None:
@@ -271,20 +274,36 @@ def _draw(rng: Random, image: Image.Image, shape: Shape) -> None:
     image.paste(colour, (round(shape.x - half), round(shape.y - half)), mask)
 
 
-def render(rng: Random, longer: int, *, held_out: bool = False) -> tuple[Image.Image, Scene]:
-    """Returns a picture whose longer side is `longer` pixels, aspect ratio 1:2 to 2:1, and what it shows."""
+def render(
+    rng: Random, longer: int, *, held_out: bool = False, crowded: bool = False
+) -> tuple[Image.Image, Scene]:
+    """Returns a picture and what it shows.
+
+    Args:
+        rng: decides everything.
+        longer: longer side in pixels; the aspect ratio lies between 1:2 and 2:1.
+        held_out: font sizes and backgrounds that training never shows.
+        crowded: as many shapes and texts as fit, the same ones repeated, for learning to see.
+    """
     shorter = longer if rng.random() < 0.3 else round(longer * rng.uniform(0.5, 1))
     width, height = (longer, shorter) if rng.random() < 0.5 else (shorter, longer)
     while True:
         image = _background(rng, width, height, held_out=held_out)
-        text = _place_text(rng, image, held_out=held_out) if rng.random() < 0.85 else None
-        shapes = _place_shapes(rng, width, height, text)
+        texts: list[Text] = []
+        for _ in range(4 if crowded else rng.random() < 0.85):
+            text = _place_text(rng, image, texts, held_out=held_out)
+            if text is not None:
+                texts.append(text)
+        kinds = _choose_kinds(rng)
+        if crowded:
+            kinds = [(rng.choice(SHAPES), rng.choice(tuple(COLOURS))) for _ in range(10)]
+        shapes = _place_shapes(rng, image.size, kinds, texts)
         if shapes:
             break
     for shape in shapes:
         _draw(rng, image, shape)
     shapes.sort(key=lambda shape: shape.x)
-    return image, Scene(width=width, height=height, shapes=tuple(shapes), text=text)
+    return image, Scene(width=width, height=height, shapes=tuple(shapes), texts=tuple(texts))
 
 
 # Questions
@@ -388,7 +407,7 @@ def _exists(scene: Scene, rng: Random) -> Question:
     chinese = rng.random() < 0.25
     if not chinese and rng.random() < 0.1:
         question = rng.choice(("Is there any text?", "Is there text in the picture?"))
-        return Question(kind="exists", question=question, answer="no" if scene.text is None else "yes")
+        return Question(kind="exists", question=question, answer="no" if not scene.texts else "yes")
     present = {(shape.shape, shape.colour) for shape in scene.shapes}
     if yes:
         wanted = rng.choice(sorted(present))
@@ -429,13 +448,13 @@ def _compare(scene: Scene, rng: Random) -> Question | None:
 
 
 def _read(scene: Scene, rng: Random) -> Question | None:
-    if scene.text is None:
+    if not scene.texts:
         return None
-    thing = "number" if scene.text.text.isdigit() else "word"
+    thing = "number" if scene.texts[0].text.isdigit() else "word"
     question = rng.choice(
         ("What does the text say?", "Read the text.", "What is written in the picture?", f"Which {thing} is printed?")
     )
-    return Question(kind="read", question=question, answer=scene.text.text)
+    return Question(kind="read", question=question, answer=scene.texts[0].text)
 
 
 _ASK: dict[str, Callable[[Scene, Random], Question | None]] = dict(

@@ -1,10 +1,12 @@
 """Trains the demo checkpoint: a tiny FastVLM that answers questions about the scenes of `scenes.py`.
 
-    python demo/train.py --run build/demo --steps 6000          # continues where it stopped
+    python demo/train.py --run build/demo          # continues where it stopped
     python demo/train.py --run build/demo --export fastvlm_mlx/demo_model
 
-Each picture is asked a dozen questions at once: they share the visual tokens and see nothing of each other. While it
-trains, extra heads on the tower name the shape or character in every cell of the picture; they are dropped at export.
+Three stages, as FastVLM's own training has them: first the tower learns to see, alone, with extra heads that name the
+shape or character in every cell of crowded pictures; then projector and decoder learn to answer from the frozen tower;
+at last everything is tuned together. Each picture is asked several questions at once: they share the visual tokens and
+see nothing of each other. The extra heads are dropped at export.
 The checkpoint is in train-time form under Apple's names (see `model.py`), so that it takes the way of any checkpoint
 through the converter.
 """
@@ -118,8 +120,7 @@ class Batch:
         kinds: (B, T), index into `KINDS`.
         cells: (B, G, G, 6): -1 or shape, colour, size, and the centre's x, y within the cell, in 1/256.
         characters: (B, R/16, R/8): 0 or 1 + the index of the character centred there.
-        slots: (B, SLOTS): the text, as in `characters`.
-        text_token: (B): the visual token at the text's centre, -1 without text.
+        slots: (B, R/64, R/64, SLOTS): at the visual token in the middle of a text its characters, elsewhere -1.
     """
 
     pixels: Tensor
@@ -132,7 +133,6 @@ class Batch:
     cells: Tensor
     characters: Tensor
     slots: Tensor
-    text_token: Tensor
 
     def to(self, device: torch.device) -> Batch:
         """Returns the batch on a device."""
@@ -157,38 +157,57 @@ def dense_targets(scene: Scene, resolution: int) -> dict[str, np.ndarray]:
             int(256 * (y - row)),
         )
     characters = np.zeros((resolution // 16, resolution // 8), np.int64)
-    slots = np.zeros(SLOTS, np.int64)
-    token = -1
-    if scene.text is not None:
-        for i, (character, (x, y)) in enumerate(zip(scene.text.text, scene.text.centres, strict=True)):
-            index = 1 + CHARACTERS.index(character)
-            slots[i] = index
+    slots = np.full((resolution // 64, resolution // 64, SLOTS), -1, np.int64)
+    for text in scene.texts:
+        indices = [1 + CHARACTERS.index(character) for character in text.text]
+        for index, (x, y) in zip(indices, text.centres, strict=True):
             characters[int((y + top) * scale) // 16, int((x + left) * scale) // 8] = index
-        x0, y0, x1, y1 = scene.text.box
-        column, row = (int((a + offset) * scale / 64) for a, offset in (((x0 + x1) / 2, left), ((y0 + y1) / 2, top)))
-        token = row * (resolution // 64) + column
-    return {"cells": cells, "characters": characters, "slots": slots, "text_token": np.array(token)}
+        x, y = (sum(centre) / len(indices) for centre in zip(*text.centres, strict=True))
+        slots[int((y + top) * scale) // 64, int((x + left) * scale) // 64] = np.pad(indices, (0, SLOTS - len(indices)))
+    return {"cells": cells, "characters": characters, "slots": slots}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How many steps each stage takes."""
+
+    see: int
+    answer: int
+    both: int
+
+    @property
+    def steps(self) -> int:
+        """Steps in all."""
+        return self.see + self.answer + self.both
+
+    def rate(self, step: int, peak: float) -> float:
+        """Returns the learning rate of a step (from 1): warm-up, then a cosine, once to see and once to answer."""
+        seeing = step <= self.see
+        progress = step / self.see if seeing else (step - self.see) / (self.answer + self.both)
+        return peak * min(1.0, progress / 0.04) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
 class Scenes(IterableDataset):
     """An endless stream of batches; batch number n is the same in every run with the same seed."""
 
-    def __init__(self, tokenizer: Tokenizer, *, seed: int, batch: int, start: int, steps: int, held_out: bool) -> None:
-        self.tokenizer, self.seed, self.batch = tokenizer, seed, batch
-        self.start, self.steps, self.held_out = start, steps, held_out
+    def __init__(
+        self, tokenizer: Tokenizer, schedule: Schedule, *, seed: int, batch: int, numbers: range, held_out: bool
+    ) -> None:
+        self.tokenizer, self.schedule = tokenizer, schedule
+        self.seed, self.batch, self.numbers, self.held_out = seed, batch, numbers, held_out
 
     def __iter__(self) -> Iterator[Batch]:
         info = torch.utils.data.get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
-        for number in range(self.start + worker, self.steps, workers):
+        for number in self.numbers[worker::workers]:
             yield self.make(number)
 
     def resolution(self, number: int, rng: Random) -> int:
         """Returns the side of the pictures of a batch: smaller ones first, because they are quicker."""
         if self.held_out:
             return RESOLUTION
-        early = number < 0.45 * self.steps
-        return rng.choices((192, 256, 320), (70, 30, 0) if early else (10, 80, 10))[0]
+        early = number < 0.4 * self.schedule.see
+        return rng.choices((192, 256, 320), (85, 15, 0) if early else (25, 70, 5))[0]
 
     def make(self, number: int) -> Batch:
         """Renders batch number `number`."""
@@ -197,7 +216,8 @@ class Scenes(IterableDataset):
         samples: dict[str, list[np.ndarray]] = defaultdict(list)
         for _ in range(self.batch):
             longer = resolution if rng.random() < 0.3 else rng.randint(224, 400)
-            image, scene = render(rng, longer, held_out=self.held_out)
+            crowded = not self.held_out and number < self.schedule.see and rng.random() < 0.7
+            image, scene = render(rng, longer, held_out=self.held_out, crowded=crowded)
             samples["pixels"].append(square(image, resolution))
             for name, value in (dense_targets(scene, resolution) | self.tokens(scene, rng)).items():
                 samples[name].append(value)
@@ -278,9 +298,8 @@ class DenseHeads(nn.Module):
 
     def text_loss(self, features: Tensor, batch: Batch) -> Tensor:
         """Cross-entropy of every character of the text, from the visual token at its centre alone."""
-        there = batch.text_token >= 0
-        tokens = features.flatten(2).transpose(1, 2)[there, batch.text_token[there]]
-        logits = self.slots(tokens).view(-1, SLOTS, 1 + len(CHARACTERS)).float()
+        there = batch.slots[..., 0] >= 0
+        logits = self.slots(features.permute(0, 2, 3, 1)[there]).view(-1, SLOTS, 1 + len(CHARACTERS)).float()
         return F.cross_entropy(logits.flatten(0, 1), batch.slots[there].flatten())
 
 
@@ -296,25 +315,25 @@ class Trainee(nn.Module):
             if parameter.ndim == 2:
                 nn.init.normal_(parameter, std=0.02 if "embed" in name else parameter.shape[1] ** -0.5)
 
-    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns hidden states after the image (B, T, D), whose logits predict `labels`, and the heads' losses."""
-        pixels = batch.pixels.permute(0, 3, 1, 2).float() / 255
-        maps = self.vlm.tower(pixels)
-        dense = self.heads(maps, batch)
-        with torch.autocast(pixels.device.type, torch.bfloat16):
-            visual = self.vlm.project(maps[-1])
+    def see(self, batch: Batch) -> list[Tensor]:
+        """Returns the tower's maps of the pictures."""
+        return self.vlm.tower(batch.pixels.permute(0, 3, 1, 2).float() / 255)
+
+    def answer(self, features: Tensor, batch: Batch) -> Tensor:
+        """Returns the hidden states after the image (B, T, D), whose logits predict `labels`."""
+        with torch.autocast(features.device.type, torch.bfloat16):
+            visual = self.vlm.project(features)
             embed = self.vlm.model.embed_tokens
             start = embed(self.prompt_start).expand(len(visual), -1, -1)
             embeds = torch.cat([start.to(visual.dtype), visual, embed(batch.ids).to(visual.dtype)], 1)
-            shared = embeds.shape[1] - batch.ids.shape[1]
-            positions = torch.arange(shared, device=pixels.device).expand(len(visual), -1)
-            positions = torch.cat([positions, shared + batch.offsets], 1)
+            length, shared = embeds.shape[1], embeds.shape[1] - batch.ids.shape[1]
+            order = torch.arange(length, device=features.device)
+            positions = torch.cat([order[:shared].expand(len(visual), -1), shared + batch.offsets], 1)
             segments = F.pad(batch.segments, (shared, 0))
-            causal = torch.ones(embeds.shape[1], embeds.shape[1], dtype=torch.bool, device=pixels.device).tril()
             same = segments[:, :, None] == segments[:, None, :]
-            prefix = torch.arange(embeds.shape[1], device=pixels.device) < shared
-            hidden = self.vlm.decode(embeds, positions[:, None], (causal & (same | prefix))[:, None])
-        return hidden[:, shared:], dense
+            allowed = (order[:, None] >= order) & (same | (order < shared))
+            mask = torch.zeros_like(allowed, dtype=visual.dtype).masked_fill_(~allowed, -torch.inf)
+            return self.vlm.decode(embeds, positions[:, None], mask[:, None])[:, shared:]
 
     def answer_logits(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Returns logits (n, V) and labels (n) of the answers' tokens only."""
@@ -323,12 +342,6 @@ class Trainee(nn.Module):
 
 
 # Training
-
-
-def learning_rate(progress: float, peak: float) -> float:
-    """Warm-up over the first 3 %, then a cosine down to 2 % of the peak."""
-    warm = min(1.0, progress / 0.03)
-    return peak * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
 @torch.no_grad()
@@ -340,7 +353,7 @@ def accuracy(model: Trainee, batches: list[Batch]) -> dict[str, float]:
     model.eval()
     right: dict[str, list[bool]] = defaultdict(list)
     for batch in batches:
-        hidden, _ = model(batch)
+        hidden = model.answer(model.see(batch)[-1], batch)
         logits, labels = model.answer_logits(hidden, batch)
         answers = batch.labels >= 0
         questions = batch.segments + 100 * torch.arange(len(batch.ids), device=labels.device)[:, None]
@@ -351,22 +364,54 @@ def accuracy(model: Trainee, batches: list[Batch]) -> dict[str, float]:
     return {kind: sum(right[kind]) / len(right[kind]) for kind in KINDS if right[kind]}
 
 
+@torch.no_grad()
+def sight(model: Trainee, batches: list[Batch]) -> dict[str, float]:
+    """Returns the extra heads' losses on held-out pictures."""
+    model.eval()
+    losses = [model.heads(model.see(batch), batch) for batch in batches]
+    return {name: sum(float(loss[name]) for loss in losses) / len(losses) for name in losses[0]}
+
+
 def worker_init(_: int) -> None:
     """Lets the renderer stand back behind the trainer."""
     os.nice(10)
     torch.set_num_threads(1)
 
 
+def losses_of(model: Trainee, batch: Batch, *, seeing: bool, frozen: bool) -> dict[str, Tensor]:
+    """Returns the losses of a training step.
+
+    Args:
+        model: in training mode.
+        batch: pictures and questions.
+        seeing: train the tower alone.
+        frozen: leave the tower as it is.
+    """
+    model.train()
+    if not seeing:
+        model.vlm.tower.eval()
+    with torch.set_grad_enabled(not frozen):
+        maps = model.see(batch)
+        losses = {} if frozen else model.heads(maps, batch)
+    if not seeing:
+        logits, labels = model.answer_logits(model.answer(maps[-1], batch), batch)
+        weights = batch.weights[batch.labels >= 0]
+        answers = F.cross_entropy(logits, labels, reduction="none")
+        losses["answers"] = 4 * (answers * weights).sum() / weights.sum()
+    return losses
+
+
 def train(arguments: argparse.Namespace) -> None:
-    """Trains until step `--steps`, from the last saved state if there is one."""
+    """Trains to the end of the schedule, from the last saved state if there is one."""
     run: Path = arguments.run
     run.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(arguments.seed)
     torch.set_num_threads(arguments.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    schedule = Schedule(see=arguments.see, answer=arguments.answer, both=arguments.both)
     tokenizer = load_tokenizer(run)
     model = Trainee(tokenizer.encode(PROMPT_START).ids).to(device, memory_format=torch.channels_last)
-    averaged = copy.deepcopy(model).eval().requires_grad_(False)
+    averaged = copy.deepcopy(model).requires_grad_(False)
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
@@ -380,41 +425,44 @@ def train(arguments: argparse.Namespace) -> None:
         optimizer.load_state_dict(state["optimizer"])
         step = state["step"]
     data = Scenes(
-        tokenizer, seed=arguments.seed, batch=arguments.batch, start=step, steps=arguments.steps, held_out=False
+        tokenizer,
+        schedule,
+        seed=arguments.seed,
+        batch=arguments.batch,
+        numbers=range(step, schedule.steps),
+        held_out=False,
     )
     loader = DataLoader(
         data, batch_size=None, num_workers=arguments.workers, prefetch_factor=8, worker_init_fn=worker_init
     )
-    held_out = Scenes(tokenizer, seed=-1, batch=32, start=0, steps=arguments.eval_batches, held_out=True)
+    held_out = Scenes(tokenizer, schedule, seed=-1, batch=32, numbers=range(arguments.eval_batches), held_out=True)
     batches = [batch.to(device) for batch in held_out]
     sums: dict[str, float] = defaultdict(float)
     started = time.monotonic()
     for step, batch in enumerate(loader, step + 1):
+        seeing = step <= schedule.see
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step / arguments.steps, arguments.lr)
-        model.train()
-        batch = batch.to(device)
-        hidden, dense = model(batch)
-        logits, labels = model.answer_logits(hidden, batch)
-        weights = batch.weights[batch.labels >= 0]
-        losses = {"answers": (F.cross_entropy(logits, labels, reduction="none") * weights).sum() / weights.sum(), **dense}
+            group["lr"] = schedule.rate(step, arguments.lr)
+        frozen = schedule.see < step <= schedule.see + schedule.answer
+        losses = losses_of(model, batch.to(device), seeing=seeing, frozen=frozen)
         optimizer.zero_grad()
         sum(losses.values()).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         with torch.no_grad():
-            rate = 1 - min(0.998, step / (step + 100))
-            torch._foreach_lerp_([*averaged.parameters()], [*model.parameters()], rate)
+            keep = min(0.998, step / (step + 100))
+            torch._foreach_lerp_([*averaged.parameters()], [*model.parameters()], 1 - keep)
             for mean, value in zip(averaged.buffers(), model.buffers(), strict=True):
-                mean.lerp_(value, rate) if mean.is_floating_point() else mean.copy_(value)
+                mean.lerp_(value, 1 - keep) if mean.is_floating_point() else mean.copy_(value)
         for name, value in losses.items():
             sums[name] += float(value.detach())
-        if step % arguments.log_every == 0 or step == arguments.steps:
+        if step % arguments.log_every == 0:
             row: dict[str, object] = {"step": step, "seconds": round(time.monotonic() - started, 1)}
             row |= {name: round(value / arguments.log_every, 4) for name, value in sums.items()}
             sums.clear()
-            if step % arguments.eval_every == 0 or step == arguments.steps:
-                row["accuracy"] = {kind: round(value, 3) for kind, value in accuracy(averaged, batches).items()}
+            if step % arguments.eval_every == 0 or step in (schedule.see, schedule.steps):
+                results = sight(averaged, batches) if seeing else accuracy(averaged, batches)
+                row["held_out"] = {name: round(value, 3) for name, value in results.items()}
                 state = {
                     "model": model.state_dict(),
                     "averaged": averaged.state_dict(),
@@ -511,7 +559,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train or export the demo checkpoint.")
     parser.add_argument("--run", type=Path, required=True, help="folder of the run: state, tokenizer, log")
     parser.add_argument("--export", type=Path, help="write the checkpoint into this folder instead of training")
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--see", type=int, default=3000, help="steps of the tower alone")
+    parser.add_argument("--answer", type=int, default=3000, help="steps of projector and decoder")
+    parser.add_argument("--both", type=int, default=600, help="steps of everything together")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
