@@ -18,7 +18,7 @@ from fastvlm_mlx.convert import layouts, upstream, writer
 from fastvlm_mlx.convert.card import card
 from fastvlm_mlx.convert.fold import Array
 from fastvlm_mlx.convert.layouts import Layout
-from fastvlm_mlx.convert.plan import Plan, dropped_tensors
+from fastvlm_mlx.convert.plan import Plan, dropped_tensors, readable_bytes
 from fastvlm_mlx.convert.recipes import Recipe, copies, decoder_recipes, projector_recipes, vision_recipes
 from fastvlm_mlx.convert.rescale import Scaling, choose, factors
 from fastvlm_mlx.convert.source import Source, open_source
@@ -401,7 +401,7 @@ def _partial_folder(target: Path, needed: int) -> Iterator[Path]:
         _remove_leftovers(target)
         if (free := shutil.disk_usage(target.parent).free) < needed:
             raise ConversionError(
-                f"{target}: the checkpoint takes {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free there"
+                f"{target}: the result takes {readable_bytes(needed)}, but only {readable_bytes(free)} are free there"
             )
         folder.mkdir()
         yield folder

@@ -61,9 +61,9 @@ class Plan:
         total = sum(self.parameters.values())
         files = ", ".join(shard.file for shard in self.shards)
         lines = {
-            "source": f"{self.source}: {self.layout}, {_gigabytes(self.source_bytes)}",
+            "source": f"{self.source}: {self.layout}, {readable_bytes(self.source_bytes)}",
             **({"vision from": f"{self.vision_from[0]}: {self.vision_from[1]}"} if self.vision_from else {}),
-            "output": f"{self.config.dtype}, {_gigabytes(self.output_bytes)} in {files}",
+            "output": f"{self.config.dtype}, {readable_bytes(self.output_bytes)} in {files}",
             "vision tower": f"{self.parameters['vision_tower']:,} parameters; depths {list(vision.depths)}, "
             f"widths {list(vision.embed_dims)}, {vision.image_size} px",
             "projector": f"{self.parameters['mm_projector']:,} parameters; {vision.hidden_size} -> {text.hidden_size}",
@@ -91,5 +91,6 @@ def dropped_tensors(source: Source, reasons: Mapping[str, str]) -> list[Dropped]
     ]
 
 
-def _gigabytes(count: int) -> str:
+def readable_bytes(count: int) -> str:
+    """A number of bytes for people."""
     return f"{count / 1e9:.2f} GB" if count >= 10**7 else f"{count / 1e6:.2f} MB"
