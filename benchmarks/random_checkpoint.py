@@ -13,6 +13,7 @@ numbers.
 import argparse
 import json
 import math
+import os
 import re
 import shutil
 import sys
@@ -28,6 +29,7 @@ SIZES = ("0.5b", "1.5b", "7b")
 LAYOUTS = ("apple", "transformers")
 SHARD_BYTES = 5_000_000_000
 CHUNK = 1 << 22
+BF16_ONE = b"\x80\x3f"
 PIXEL_GAIN = 12
 """Makes up for filters that sum to zero on pixels, which are smooth."""
 
@@ -163,6 +165,9 @@ def _write_weights(
             file.write(header)
             if sparse:
                 file.truncate(len(header) + size)
+                if not tied and next(reversed(shard)) == "lm_head.weight":
+                    file.seek(-len(BF16_ONE), os.SEEK_END)  # all zeros, it would equal the embedding and so be tied
+                    file.write(BF16_ONE)
             else:
                 for name, (dtype, shape) in shard.items():
                     source = apple_name(name) if layout == "transformers" else name
