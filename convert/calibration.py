@@ -22,28 +22,20 @@ _PREFIX = "vision_tower."
 def images(paths: Iterable[str | Path] = ()) -> Array:
     """Extreme and ordinary pictures, the same every time, and those of the user: (B, R, R, 3) in [0, 1].
 
+    An edge between black and white, colour gradients, checks over noise, a page of text.
+
     Raises:
         ImageError: If one of `paths` cannot be read.
     """
-    generator = np.random.default_rng(0)
-    ramp = np.linspace(0, 1, RESOLUTION, dtype=np.float32)
-    across, down = (
-        np.broadcast_to(ramp, (RESOLUTION, RESOLUTION)),
-        np.broadcast_to(ramp[:, None], (RESOLUTION, RESOLUTION)),
-    )
+    ramp = np.broadcast_to(np.linspace(0, 1, RESOLUTION, dtype=np.float32), (RESOLUTION, RESOLUTION))
     rows, columns = np.indices((RESOLUTION, RESOLUTION))
     coarse, fine = ((rows // size + columns // size) % 2 for size in (32, 1))
-    return np.stack(
-        [
-            np.zeros((RESOLUTION, RESOLUTION, 3), np.float32),
-            np.ones((RESOLUTION, RESOLUTION, 3), np.float32),
-            np.stack([across, down, 1 - across], axis=-1),
-            np.stack([coarse, 1 - coarse, fine], axis=-1).astype(np.float32),
-            generator.random((RESOLUTION, RESOLUTION, 3), np.float32),
-            _page(),
-            *(preprocess(load_image(path), RESOLUTION).astype(np.float32) / 255 for path in paths),
-        ]
-    )
+    edge = np.repeat((columns >= RESOLUTION // 2)[..., None], 3, axis=-1)
+    gradients = np.stack([ramp, ramp.T, 1 - ramp], axis=-1)
+    checks = np.stack([coarse, 1 - coarse, fine], axis=-1)
+    checks[RESOLUTION // 2 :] = np.random.default_rng(0).integers(0, 2, (RESOLUTION // 2, RESOLUTION, 3))
+    photographs = [preprocess(load_image(path), RESOLUTION).astype(np.float32) / 255 for path in paths]
+    return np.stack([edge, gradients, checks, _page(), *photographs], dtype=np.float32)
 
 
 def _page() -> Array:
