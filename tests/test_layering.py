@@ -14,9 +14,9 @@ CONVERT = ROOT / "convert"
 # Each module imports only from those before it. A new module has to be given its place here.
 ORDER = (
     *("errors", "backend", "machine", "config"),
-    *("vision", "language", "decoding", "model"),
+    *("activations", "vision", "vision_cpu", "language", "decoding", "model"),
     *("images", "tokenizer", "prompts", "processing"),
-    *("quantization", "checkpoint", "generation", "bench", "cli"),
+    *("quantization", "checkpoint", "generation", "evaluation", "bench", "cli"),
 )
 # Inside functions only: `from_pretrained` resolves names, and `checkpoint` converts what is not converted yet.
 UPWARD_WHEN_CALLED = {
