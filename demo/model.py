@@ -7,11 +7,19 @@ Shapes are PyTorch's, NCHW: B batch, C channels, H, W height and width, L positi
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
+
+STAGES = (0, 2, 4, 7, 10)
+"""Where the stages are in `network`, which also holds the downsampling and position encodings between them."""
+TOWER = "model.vision_tower.vision_tower.model."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,7 +235,6 @@ class FastViTHD(nn.Module):
             MobileOneBlock(first, first, 1),
         )
         self.network = nn.ModuleList()
-        self.stage_ends: list[int] = []
         for stage, (dim, depth) in enumerate(zip(dims, config.depths, strict=True)):
             attention = stage >= 3
             if stage > 0:
@@ -236,7 +243,6 @@ class FastViTHD(nn.Module):
                 self.network.append(RepCPE(dim))
             block = AttentionBlock if attention else RepMixerBlock
             self.network.append(nn.Sequential(*(block(dim, config.layer_scale) for _ in range(depth))))
-            self.stage_ends.append(len(self.network) - 1)
         self.conv_exp = MobileOneBlock(dims[-1], 2 * dims[-1], 3, groups=dims[-1], se=True)
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
@@ -245,7 +251,7 @@ class FastViTHD(nn.Module):
         maps = []
         for i, layer in enumerate(self.network):
             x = layer(x)
-            if i in self.stage_ends:
+            if i in STAGES:
                 maps.append(x)
         return [*maps, self.conv_exp(x)]
 
@@ -351,6 +357,49 @@ class FastVLM(nn.Module):
     def tower(self) -> FastViTHD:
         """The vision tower without upstream's wrappers."""
         return self.model.vision_tower.vision_tower.model
+
+    @classmethod
+    def load(cls, folder: Path) -> FastVLM:
+        """Returns the model of a checkpoint in Apple's train-time layout, in float32, for inference."""
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        weights = load_file(folder / "model.safetensors")
+        fields = DecoderConfig.__dataclass_fields__
+        decoder = DecoderConfig(**{name: value for name, value in config.items() if name in fields})
+        prefixes = [f"{TOWER}network.{stage}." for stage in STAGES]
+        tower = TowerConfig(
+            embed_dims=tuple(len(weights[f"{prefix}0.convffn.fc2.bias"]) for prefix in prefixes),
+            depths=tuple(sum(f"{prefix}{i}.convffn.fc2.bias" in weights for i in range(99)) for prefix in prefixes),
+            stem_scale=f"{TOWER}patch_embed.0.rbr_scale.conv.weight" in weights,
+        )
+        weights.pop(f"{TOWER}head.proj", None)  # MobileCLIP's, unused
+        model = cls(tower, decoder)
+        model.load_state_dict({name: value.float() for name, value in weights.items()})
+        return model.eval()
+
+    @torch.no_grad()
+    def greedy(self, pixels: Tensor, before: Sequence[int], after: Sequence[int], end: int, limit: int) -> list[int]:
+        """Returns the most likely answer, without `end`.
+
+        Args:
+            pixels: (1, 3, R, R), from 0 to 1.
+            before: token ids before the image.
+            after: token ids after it.
+            end: the token that ends an answer.
+            limit: most tokens of the answer.
+        """
+        embed = self.model.embed_tokens
+        visual = self.project(self.tower(pixels)[-1])
+        answer: list[int] = []
+        while len(answer) < limit:
+            start, rest = torch.tensor([before]), torch.tensor([[*after, *answer]])
+            embeds = torch.cat([embed(start), visual, embed(rest)], 1)
+            length = embeds.shape[1]
+            hidden = self.decode(embeds, torch.arange(length), torch.full((length, length), -torch.inf).triu(1))
+            token = int(self.logits(hidden[0, -1]).argmax())
+            if token == end:
+                break
+            answer.append(token)
+        return answer
 
     def project(self, features: Tensor) -> Tensor:
         """Returns the visual tokens (B, N, D) of features (B, 2C, R/64, R/64), row by row."""

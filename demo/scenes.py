@@ -120,8 +120,8 @@ def _polygon(shape: str) -> list[tuple[float, float]]:
     if shape == "triangle":
         return [(0, -1), (0.95, 0.75), (-0.95, 0.75)]
     if shape == "star":
-        radii = itertools.cycle((1.05, 0.45))
-        return [(r * math.sin(i * math.pi / 5), -r * math.cos(i * math.pi / 5)) for i, r in zip(range(10), radii)]
+        spokes = [(0.45 if i % 2 else 1.05, i * math.pi / 5) for i in range(10)]
+        return [(r * math.sin(angle), -r * math.cos(angle)) for r, angle in spokes]
     a, b = 0.3, 0.95
     return [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a)]
 
@@ -274,9 +274,7 @@ def _draw(rng: Random, image: Image.Image, shape: Shape) -> None:
     image.paste(colour, (round(shape.x - half), round(shape.y - half)), mask)
 
 
-def render(
-    rng: Random, longer: int, *, held_out: bool = False, crowded: bool = False
-) -> tuple[Image.Image, Scene]:
+def render(rng: Random, longer: int, *, held_out: bool = False, crowded: bool = False) -> tuple[Image.Image, Scene]:
     """Returns a picture and what it shows.
 
     Args:
@@ -370,9 +368,7 @@ def _shape(scene: Scene, rng: Random) -> Question | None:
     if not candidates:
         return None
     shape = rng.choice(candidates)
-    question = rng.choice(
-        ("What shape is the {} object?", "Which shape is {}?", "What is the shape of the {} object?")
-    )
+    question = rng.choice(("What shape is the {} object?", "Which shape is {}?", "What is the shape of the {} object?"))
     return Question(kind="shape", question=question.format(shape.colour), answer=shape.shape)
 
 

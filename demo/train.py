@@ -38,7 +38,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 TOWER = TowerConfig(embed_dims=(16, 32, 64, 128, 256), depths=(1, 1, 2, 3, 1), layer_scale=0.2)
 DECODER = DecoderConfig(
-    vocab_size=512,
+    vocab_size=640,
     hidden_size=192,
     intermediate_size=384,
     num_hidden_layers=4,
@@ -51,8 +51,8 @@ CELL = 32
 SLOTS = 5
 """Longest printed text."""
 ASKED = (*KINDS, "count", "colour", "shape", "where", "where", "exists", "compare")
-"""The kinds that a training picture's questions are drawn from, `QUESTIONS` at a time."""
-QUESTIONS = 8
+"""The kinds that a training picture's questions are drawn from, as many as fit into `TOKENS`."""
+TOKENS = 176
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 PROMPT_START = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
 PROMPT_END = "<|im_end|>\n<|im_start|>assistant\n"
@@ -67,7 +67,7 @@ QWEN2_SPLIT = (
 def train_tokenizer() -> Tokenizer:
     """Returns a byte-level BPE tokenizer as Qwen2's, made from the questions and answers of a few hundred scenes."""
     rng = Random("corpus")
-    corpus = [PROMPT_START, PROMPT_END, *WORDS * 40]
+    corpus = [*("You are a helpful assistant.", "system", "user", "assistant") * 1000, *WORDS * 400]
     for _ in range(1500):
         _, scene = render(rng, 64)
         for kind in ASKED:
@@ -230,7 +230,7 @@ class Scenes(IterableDataset):
     def tokens(self, scene: Scene, rng: Random) -> dict[str, np.ndarray]:
         """Returns the questions about a scene, one after the other; see `Batch`."""
         rows: list[tuple[int, int, int, int, float, int]] = []
-        kinds = KINDS if self.held_out else rng.sample(ASKED, QUESTIONS)
+        kinds = KINDS if self.held_out else rng.sample(ASKED, len(ASKED))
         for segment, kind in enumerate(kinds, 1):
             question = ask(scene, rng, kind)
             if question is None:
@@ -238,6 +238,8 @@ class Scenes(IterableDataset):
             before = self.tokenizer.encode(f"\n{question.question}{PROMPT_END}").ids
             answer = self.tokenizer.encode(question.answer + SPECIAL[2]).ids
             ids = before + answer[:-1]
+            if len(rows) + len(ids) > TOKENS and not self.held_out:
+                continue
             labels = [-100] * (len(before) - 1) + answer
             weight = len(answer) ** -0.5
             for offset, (token, label) in enumerate(zip(ids, labels, strict=True)):
@@ -348,7 +350,7 @@ class Trainee(nn.Module):
 def accuracy(model: Trainee, batches: list[Batch]) -> dict[str, float]:
     """Returns the share of exactly right answers per kind.
 
-    An answer that the model predicts token by token, given its true beginning, is the answer that greedy decoding finds.
+    An answer whose every token is the likeliest one after the true beginning is the answer that greedy decoding finds.
     """
     model.eval()
     right: dict[str, list[bool]] = defaultdict(list)
@@ -417,19 +419,19 @@ def train(arguments: argparse.Namespace) -> None:
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}], betas=(0.9, 0.98)
     )
-    step = 0
+    done = 0
     if (run / "state.pt").exists():
         state = torch.load(run / "state.pt", map_location=device)
         model.load_state_dict(state["model"])
         averaged.load_state_dict(state["averaged"])
         optimizer.load_state_dict(state["optimizer"])
-        step = state["step"]
+        done = state["step"]
     data = Scenes(
         tokenizer,
         schedule,
         seed=arguments.seed,
         batch=arguments.batch,
-        numbers=range(step, schedule.steps),
+        numbers=range(done, schedule.steps),
         held_out=False,
     )
     loader = DataLoader(
@@ -439,7 +441,7 @@ def train(arguments: argparse.Namespace) -> None:
     batches = [batch.to(device) for batch in held_out]
     sums: dict[str, float] = defaultdict(float)
     started = time.monotonic()
-    for step, batch in enumerate(loader, step + 1):
+    for step, batch in enumerate(loader, done + 1):
         seeing = step <= schedule.see
         for group in optimizer.param_groups:
             group["lr"] = schedule.rate(step, arguments.lr)
