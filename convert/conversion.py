@@ -1,43 +1,38 @@
 """From a checkpoint in any layout to a folder in this project's format."""
 
-import errno
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fastvlm_mlx.config import ModelConfig, TextConfig
+from fastvlm_mlx.config import ModelConfig
 from fastvlm_mlx.convert import layouts, upstream, writer
 from fastvlm_mlx.convert.card import card
+from fastvlm_mlx.convert.checkpoint import Checkpoint
+from fastvlm_mlx.convert.destination import partial_folder
 from fastvlm_mlx.convert.fold import Array
-from fastvlm_mlx.convert.layouts import Layout
-from fastvlm_mlx.convert.plan import Plan, dropped_tensors, readable_bytes
+from fastvlm_mlx.convert.plan import Plan, dropped_tensors
 from fastvlm_mlx.convert.recipes import Recipe, copies, decoder_recipes, projector_recipes, vision_recipes
 from fastvlm_mlx.convert.rescale import Scaling, choose, factors
 from fastvlm_mlx.convert.source import Source, open_source
-from fastvlm_mlx.convert.weights import Shape, Weight, weight
+from fastvlm_mlx.convert.weights import Weight
 from fastvlm_mlx.errors import CheckpointError, ConversionError
 from fastvlm_mlx.processing import FastVLMProcessor
-from fastvlm_mlx.tokenizer import END_OF_TEXT, IM_END, Tokenizer
+from fastvlm_mlx.tokenizer import Tokenizer
 
 Progress = Callable[[int, int, str], None]
 """Called with bytes done, bytes in all, and what is being done."""
 
-LM_HEAD = "language_model.lm_head.weight"
-EMBEDDING = "language_model.model.embed_tokens.weight"
-TIED_REASON = "equal to the embedding, which the head uses"
 OTHER_PART_REASON = "only the vision tower of this source is used"
 
 _PARTS = ("vision_tower", "mm_projector", "language_model")
 _LICENCES = re.compile(r"(licen[cs]e|notice|acknowledg|copying)", re.IGNORECASE)
-_DEFAULT_MAX_LENGTH = 8192
 
 
 def plan(
@@ -92,7 +87,7 @@ def convert_checkpoint(
     target = Path(destination).expanduser()
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ConversionError(f"{target}: exists already; remove it or choose another destination")
-    with _open(source, dtype, revision, vision_from) as job, _partial_folder(target, job.plan.output_bytes) as folder:
+    with _open(source, dtype, revision, vision_from) as job, partial_folder(target, job.plan.output_bytes) as folder:
         return job.write(folder, target.name, tuple(calibration_images), progress or (lambda *_: None))
 
 
@@ -205,232 +200,76 @@ class _Meter:
         self._progress(self._done, self._total, label)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Matched:
-    """A source whose every tensor has its place."""
-
-    source: Source
-    config: Mapping[str, Any]
-    layout: Layout
-    places: Mapping[str, str]
-    dropped: Mapping[str, str]
-    packed: Mapping[str, tuple[str, ...]]
-
-    def shape(self, place: str) -> Shape:
-        """The shape of the tensor at a place, as it is stored."""
-        return self.source.tensors[self.places[place]].shape
-
-    def weight(self, place: str, shape: Shape) -> Weight:
-        """The tensor at a place, in the shape in which it is used."""
-        key = self.places[place]
-        tensors = self.source.tensors
-        return weight(
-            tensors[key],
-            shape,
-            channels_last=self.layout.channels_last,
-            companions=tuple(tensors[companion] for companion in self.packed.get(key, ())),
-            quantization=self.config.get("quantization") or self.config.get("quantization_config"),
-        )
-
-    def count(self, prefix: str) -> int:
-        """How many blocks or layers there are behind `prefix`."""
-        return len({place[len(prefix) :].partition(".")[0] for place in self.places if place.startswith(prefix)})
-
-    def unscale(self) -> dict[str, float]:
-        """What takes the scaling of a checkpoint in our own format out of its weights."""
-        if not self.layout.folded:
-            return {}
-        scales = ModelConfig.from_dict(self.config).vision_config.scales
-        return {name: 1 / factor for name, factor in factors(Scaling.of(scales)).items()}
-
-
-def _match(source: Source) -> _Matched:
-    config = source.json("config.json")
-    if config is None:
-        raise CheckpointError(f"{source.name}: has no config.json")
-    layout = layouts.OURS if "fastvlm_format" in config else layouts.recognise(source.tensors, source.name)
-    if layout.folded:
-        ModelConfig.from_dict(config)
-    upstream.check(config)
-    found = layouts.match(layout, source.tensors, source.name)
-    return _Matched(
-        source=source, config=config, layout=layout, places=found.places, dropped=found.dropped, packed=found.packed
-    )
-
-
 @contextmanager
 def _open(name: str | Path, dtype: str, revision: str | None, vision_from: str | Path | None) -> Iterator[_Job]:
     if dtype not in writer.DTYPES:
         raise ConversionError(f"dtype must be {', '.join(writer.DTYPES)}, not {dtype!r}")
     with ExitStack() as stack:
-        main = _match(stack.enter_context(open_source(name, revision)))
-        has_tower = any(place.startswith("vision_tower.") for place in main.places)
-        if has_tower and vision_from is not None:
+        main = Checkpoint.of(stack.enter_context(open_source(name, revision)))
+        if vision_from is None:
+            if not main.has_tower:
+                raise ConversionError(
+                    f"{main.source.name} has no vision tower ({main.layout.description}); "
+                    "name a checkpoint that has one with --vision-from"
+                )
+            yield _job(main, main, dtype)
+        elif main.has_tower:
             raise ConversionError(f"{main.source.name} has a vision tower of its own; leave --vision-from out")
-        if vision_from is not None:
-            vision = _match(stack.enter_context(open_source(vision_from)))
-            if not any(place.startswith("vision_tower.") for place in vision.places):
-                raise ConversionError(f"{vision.source.name} has no vision tower either; give another --vision-from")
-        elif has_tower:
-            vision = main
         else:
-            raise ConversionError(
-                f"{main.source.name} has no vision tower ({main.layout.description}); "
-                "name a checkpoint that has one with --vision-from"
-            )
-        yield _job(main, vision, dtype)
+            vision = Checkpoint.of(stack.enter_context(open_source(vision_from)))
+            if not vision.has_tower:
+                raise ConversionError(f"{vision.source.name} has no vision tower either; give another --vision-from")
+            yield _job(main, vision, dtype)
 
 
-def _job(main: _Matched, vision: _Matched, dtype: str) -> _Job:
-    text, tied_head = _text_config(main)
-    depths = tuple(vision.count(f"vision_tower.stages.{stage}.blocks.") for stage in range(5))
-    tower = upstream.vision_config(vision.config, vision.shape, depths)
+def _job(main: Checkpoint, vision: Checkpoint, dtype: str) -> _Job:
+    """The conversion of `main`, with the tower of `vision` (mostly the same)."""
+    text, tower = main.text_config(), vision.vision_config()
     parts = [
-        (vision, vision_recipes(tower, vision.places)),
+        (vision, vision_recipes(tower, vision.match.places)),
         (main, projector_recipes(tower.hidden_size, text.hidden_size)),
         (main, decoder_recipes(text)),
     ]
     recipes: list[Recipe] = []
     weights: dict[str, Weight] = {}
-    for matched, made in parts:
-        used = copies(made) if matched.layout.folded else made
+    for checkpoint, made in parts:
+        used = copies(made) if checkpoint.layout.folded else made
         recipes += used
-        weights |= {place: matched.weight(place, shape) for recipe in used for place, shape in recipe.inputs.items()}
-    shapes = {name: shape for recipe in recipes for name, shape in recipe.outputs.items()}
+        weights |= {place: checkpoint.weight(place, shape) for recipe in used for place, shape in recipe.inputs.items()}
     sources = (main.source,) if vision is main else (main.source, vision.source)
-    dropped = dropped_tensors(main.source, {**main.dropped, **tied_head})
+    dropped = dropped_tensors(main.source, main.dropped(text))
+    provenance = {"name": main.public_name, "revision": main.source.revision, "layout": main.layout.name}
     if vision is not main:
-        others = {
-            key: OTHER_PART_REASON for place, key in vision.places.items() if not place.startswith("vision_tower.")
+        unused = {**vision.match.dropped, **dict.fromkeys(vision.outside_tower, OTHER_PART_REASON)}
+        dropped += dropped_tensors(vision.source, unused)
+        provenance |= {
+            "vision_name": vision.public_name,
+            "vision_revision": vision.source.revision,
+            "vision_layout": vision.layout.name,
         }
-        dropped += dropped_tensors(vision.source, {**vision.dropped, **others})
     config = ModelConfig(
         vision_config=tower,
         text_config=text,
         dtype=dtype,
-        eos_token_id=_end_tokens(main),
-        max_length=_max_length(main.config),
-        source=_provenance(main, vision),
+        eos_token_id=main.end_tokens(),
+        max_length=upstream.max_length(main.config),
+        source=provenance,
     )
-    return _Job(
-        plan=Plan(
-            source=main.source.name,
-            layout=main.layout.description,
-            vision_from=None if vision is main else (vision.source.name, vision.layout.description),
-            config=config,
-            source_bytes=sum(source.nbytes for source in sources),
-            output_bytes=sum(writer.nbytes(shape, dtype) for shape in shapes.values()),
-            shards=tuple(writer.shards(shapes, dtype)),
-            parameters={
-                part: sum(int(np.prod(shape)) for name, shape in shapes.items() if name.startswith(f"{part}."))
-                for part in _PARTS
-            },
-            dropped=tuple(dropped),
-        ),
-        sources=sources,
-        recipes=recipes,
-        weights=weights,
-        unscale={
-            **{name: factor for name, factor in vision.unscale().items() if name.startswith("vision_tower.")},
-            **{name: factor for name, factor in main.unscale().items() if name.startswith("mm_projector.")},
-        },
+    shapes = {name: shape for recipe in recipes for name, shape in recipe.outputs.items()}
+    sizes = {name: int(np.prod(shape)) for name, shape in shapes.items()}
+    plan = Plan(
+        source=main.source.name,
+        layout=main.layout.description,
+        vision_from=None if vision is main else (vision.source.name, vision.layout.description),
+        config=config,
+        source_bytes=sum(source.nbytes for source in sources),
+        output_bytes=sum(writer.nbytes(shape, dtype) for shape in shapes.values()),
+        shards=tuple(writer.shards(shapes, dtype)),
+        parameters={part: sum(size for name, size in sizes.items() if name.startswith(part)) for part in _PARTS},
+        dropped=tuple(dropped),
     )
-
-
-def _text_config(main: _Matched) -> tuple[TextConfig, dict[str, str]]:
-    """The decoder's architecture, and the head among the dropped tensors if it equals the embedding."""
-    layers = main.count("language_model.model.layers.")
-    text = upstream.text_config(main.config, main.shape, layers, tied=True)
-    if LM_HEAD not in main.places:
-        return text, {}
-    shape = (text.vocab_size, text.hidden_size)
-    if main.weight(LM_HEAD, shape).equals(main.weight(EMBEDDING, shape)):
-        return text, {main.places[LM_HEAD]: TIED_REASON}
-    return replace(text, tie_word_embeddings=False), {}
-
-
-def _end_tokens(main: _Matched) -> tuple[int, ...]:
-    """The tokens that end an answer: ChatML's, and what the configs name."""
-    tokenizer = Tokenizer(main.source.folder)
-    ends = {tokenizer.token_id(content) for content in (IM_END, END_OF_TEXT)}
-    for values in (main.config, main.source.json("generation_config.json") or {}):
-        named = values.get("eos_token_id")
-        ends.update(named if isinstance(named, list) else [] if named is None else [named])
-    return tuple(sorted(ends))
-
-
-def _max_length(config: Mapping[str, Any]) -> int:
-    """The longest sequence that the model was tuned for: our key, or LLaVA's."""
-    length = config.get("max_length") or config.get("tokenizer_model_max_length") or _DEFAULT_MAX_LENGTH
-    if not isinstance(length, int):
-        raise CheckpointError(f"config.json: tokenizer_model_max_length must be a whole number, not {length!r}")
-    return length
-
-
-def _provenance(main: _Matched, vision: _Matched) -> dict[str, Any]:
-    """Where the weights come from; of a local source the name only, since paths are nobody's business."""
-    provenance: dict[str, Any] = {
-        "name": _public_name(main.source),
-        "revision": main.source.revision,
-        "layout": main.layout.name,
+    unscale = {
+        **{name: factor for name, factor in main.unscale().items() if name.startswith("mm_projector.")},
+        **{name: factor for name, factor in vision.unscale().items() if name.startswith("vision_tower.")},
     }
-    if vision is not main:
-        provenance |= {
-            "vision_name": _public_name(vision.source),
-            "vision_revision": vision.source.revision,
-            "vision_layout": vision.layout.name,
-        }
-    return provenance
-
-
-def _public_name(source: Source) -> str:
-    return source.name if source.revision else Path(source.name).expanduser().resolve().name
-
-
-@contextmanager
-def _partial_folder(target: Path, needed: int) -> Iterator[Path]:
-    """A folder beside `target` that takes its name when the block ends well and is removed otherwise.
-
-    Raises:
-        ConversionError: If there is no room, or the file system refuses.
-    """
-    made = [parent for parent in (target.parent, *target.parent.parents) if not parent.exists()]
-    folder = target.parent / f".{target.name}.partial-{os.getpid()}"
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(target)
-        if (free := shutil.disk_usage(target.parent).free) < needed:
-            raise ConversionError(
-                f"{target}: the result takes {readable_bytes(needed)}, but only {readable_bytes(free)} are free there"
-            )
-        folder.mkdir()
-        yield folder
-        os.rename(folder, target)
-    except BaseException as err:
-        shutil.rmtree(folder, ignore_errors=True)
-        for parent in made:
-            with suppress(OSError):
-                parent.rmdir()
-        if isinstance(err, OSError):
-            full = err.errno in (errno.ENOSPC, errno.EDQUOT)
-            what = "the disk is full" if full else f"cannot be written: {err.strerror or err}"
-            raise ConversionError(f"{target}: {what}; nothing was left there") from err
-        raise
-
-
-def _remove_leftovers(target: Path) -> None:
-    """Removes what conversions to `target` left behind when they were killed."""
-    for folder in target.parent.glob(f".{target.name}.partial-*"):
-        process = folder.name.rpartition("-")[2]
-        if process.isdigit() and not _runs(int(process)):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _runs(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return process != os.getpid()
+    return _Job(plan=plan, sources=sources, recipes=recipes, weights=weights, unscale=unscale)

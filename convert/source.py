@@ -36,7 +36,7 @@ _NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "BOOL": "?"} 
     f"{kind}{bits}": f"<{kind.lower()}{bits // 8}" for kind in "IU" for bits in (8, 16, 32, 64)
 }
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-_SMALL_FILES = ("*.json", "*.txt", "*.jinja", "*.md", "LICEN[CS]E*", "NOTICE*", "ACKNOWLEDG*")
+_SMALL_FILES = ("*.json", "*.txt", "*.jinja", "LICEN[CS]E*", "NOTICE*", "ACKNOWLEDG*")
 _SMALL_FILE_LIMIT = 64 * 2**20
 _HEADER_LIMIT = 100 * 2**20
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -189,7 +189,7 @@ def open_source(name: str | Path, revision: str | None = None) -> Iterator[Sourc
             )
         with tempfile.TemporaryDirectory(prefix="fastvlm-") as scratch:
             yield _open_zip(text, path, Path(scratch))
-    elif text.lower() in ALIASES or (isinstance(name, str) and _HUB_ID.fullmatch(name) and not path.parent.is_dir()):
+    elif text.lower() in ALIASES or (isinstance(name, str) and _HUB_ID.fullmatch(name)):
         repository = ALIASES.get(text.lower(), text)
         folder = _download(repository, revision)
         yield _open_folder(repository, folder, folder.name)
@@ -371,10 +371,10 @@ def _data_start(path: Path, member: zipfile.ZipInfo) -> int:
 def _download(repository: str, revision: str | None) -> Path:
     """The folder in the Hub cache with a repository's safetensors and small files; downloads what is missing."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
+    from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError: of its HTTP client, whichever
         GatedRepoError,
-        HfHubHTTPError,
         HFValidationError,
+        HTTPError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -388,13 +388,14 @@ def _download(repository: str, revision: str | None) -> Path:
         ) from err
     except RepositoryNotFoundError as err:
         raise CheckpointError(
-            f"{repository}: no such repository on the Hub (or it is private: `hf auth login`)"
+            f"{repository}: no such folder, and no such repository on the Hub (or a private one: `hf auth login`)"
         ) from err
     except RevisionNotFoundError as err:
         raise CheckpointError(f"{repository}: has no revision {revision!r}") from err
     except LocalEntryNotFoundError as err:
         raise CheckpointError(
-            f"{repository}: not in the local cache and the Hub cannot be reached (HF_HUB_OFFLINE set, or no network?)"
+            f"{repository}: no such folder, not in the Hub's cache, and the Hub cannot be reached "
+            "(HF_HUB_OFFLINE set, or no network?)"
         ) from err
-    except (HfHubHTTPError, HFValidationError, OSError) as err:
+    except (HTTPError, HFValidationError, OSError) as err:
         raise CheckpointError(f"{repository}: cannot be downloaded: {err}") from err

@@ -9,6 +9,7 @@ from fastvlm_mlx.convert.weights import Shape
 from fastvlm_mlx.errors import CheckpointError, ConfigError
 
 _DEFAULT_IMAGE_SIZE = 1024
+_DEFAULT_MAX_LENGTH = 8192
 _STAGE_WIDTH = "vision_tower.stages.{}.blocks.0.conv_ffn.fc2.bias"
 
 _REQUIRED: dict[str, tuple[Any, ...]] = {
@@ -60,14 +61,13 @@ def vision_values(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return nested if isinstance(nested, Mapping) else {}
 
 
-def text_config(config: Mapping[str, Any], shape: Callable[[str], Shape], layers: int, *, tied: bool) -> TextConfig:
-    """The decoder's architecture, its sizes from the tensors.
+def text_config(config: Mapping[str, Any], shape: Callable[[str], Shape], layers: int) -> TextConfig:
+    """The decoder's architecture, its sizes from the tensors; whether the head is tied is not decided here.
 
     Args:
         config: The source's config.json.
         shape: The shape of the tensor at a place.
         layers: How many layers the tensors have.
-        tied: Whether the embedding is the head too.
 
     Raises:
         CheckpointError: If the config belongs to a model of another size.
@@ -90,7 +90,7 @@ def text_config(config: Mapping[str, Any], shape: Callable[[str], Shape], layers
     for key in ("num_attention_heads", "num_key_value_heads"):
         if not isinstance(values.get(key), int):
             raise ConfigError(f"config.json: {key} is missing, and tensors cannot tell it")
-    text = TextConfig.from_dict({**values, **found, "tie_word_embeddings": tied, "model_type": "qwen2"})
+    text = TextConfig.from_dict({**values, **found, "model_type": "qwen2"})
     cached = shape(f"{layer}.self_attn.k_proj.bias")[0]
     if cached != text.num_key_value_heads * text.head_dim:
         raise CheckpointError(
@@ -129,3 +129,15 @@ def _image_size(config: Mapping[str, Any]) -> int:
     if not isinstance(size, int):
         raise ConfigError(f"config.json: vision_config.image_size must be a number of pixels, not {size!r}")
     return size
+
+
+def max_length(config: Mapping[str, Any]) -> int:
+    """The longest sequence in positions that the model was tuned for: our key, or LLaVA's.
+
+    Raises:
+        ConfigError: If it is not a number.
+    """
+    length = config.get("max_length") or config.get("tokenizer_model_max_length") or _DEFAULT_MAX_LENGTH
+    if not isinstance(length, int):
+        raise ConfigError(f"config.json: tokenizer_model_max_length must be a whole number, not {length!r}")
+    return length

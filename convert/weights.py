@@ -14,8 +14,8 @@ from fastvlm_mlx.errors import CheckpointError
 
 Shape = tuple[int, ...]
 
-_CHUNK_ELEMENTS = 8 * 2**20
-"""Elements handled at a time: 32 MB in float32."""
+_CHUNK_ELEMENTS = 2**20
+"""Elements handled at a time: 4 MB in float32, which a processor's cache holds."""
 
 
 @dataclass(frozen=True, kw_only=True)

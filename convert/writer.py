@@ -16,6 +16,9 @@ from fastvlm_mlx.errors import ConversionError
 SHARD_BYTES = 5 * 10**9
 """The size that the Hub's tools split at."""
 
+_OVERFLOW = {"float16": (2 - 2**-11) * 2.0**15, "bfloat16": (2 - 2**-8) * 2.0**127, "float32": np.inf}
+"""The smallest values that round to infinity."""
+
 DTYPES = {"float16": ("F16", 2), "bfloat16": ("BF16", 2), "float32": ("F32", 4)}
 """What a checkpoint can be stored in: safetensors' name and the bytes per element."""
 
@@ -125,18 +128,13 @@ def cast(values: Array, dtype: str, name: str) -> npt.NDArray[Any]:
     Raises:
         ConversionError: If a value becomes infinite.
     """
-    stored: npt.NDArray[Any] = values
-    overflows = False
+    largest = max(values.max(), -values.min())
+    if largest >= _OVERFLOW[dtype]:
+        raise ConversionError(f"{name} holds {largest:.4g}, too large for {dtype}; convert with another --dtype")
+    stored: npt.NDArray[Any]
     if dtype == "bfloat16":
         bits = values.view(np.uint32)
         stored = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
-        overflows = bool(((stored & 0x7F80) == 0x7F80).any())
-    elif dtype == "float16":
-        with np.errstate(over="ignore"):
-            stored = values.astype(np.float16)
-        overflows = bool(np.isinf(stored).any())
-    if overflows:
-        raise ConversionError(
-            f"{name} holds {np.abs(values).max():.4g}, too large for {dtype}; convert with another --dtype"
-        )
+    else:
+        stored = values.astype(dtype, copy=False)
     return stored

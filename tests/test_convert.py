@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -180,6 +181,13 @@ def test_a_converted_checkpoint_converts_to_itself(converted: dict[str, Path], t
     done = convert_checkpoint(converted["apple-untied"], tmp_path / "out", dtype="float32")
     assert done.layout == "fastvlm-mlx"
     assert_same_weights(tensors(converted["apple-untied"]), tensors(tmp_path / "out"), 0)
+
+
+def test_an_archive_converts_like_its_folder(converted: dict[str, Path], tmp_path: Path) -> None:
+    archive = shutil.make_archive(str(tmp_path / "llava-fastvithd_0.5b_stage3"), "zip", SOURCES["apple"])
+    done = convert_checkpoint(archive, tmp_path / "out", dtype="float32")
+    assert done.config.source["name"] == "llava-fastvithd_0.5b_stage3.zip"
+    assert_same_weights(tensors(converted["apple"]), tensors(tmp_path / "out"), 0)
 
 
 def test_a_padded_vocabulary_is_kept(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from fastvlm_mlx.convert import conversion, layouts, plan
+from fastvlm_mlx.convert.checkpoint import LM_HEAD
 from fastvlm_mlx.convert.source import open_source
 from fastvlm_mlx.errors import CheckpointError
 from fastvlm_mlx.model import FastVLM
@@ -54,7 +55,7 @@ def test_every_tensor_of_a_released_layout_is_used_once_or_dropped_with_a_reason
     assert all(found.dropped.values())
     with conversion._open(folder, "float16", None, None) as job:
         inputs = [place for recipe in job.recipes for place in recipe.inputs]
-    head = {conversion.LM_HEAD} & set(found.places)  # tied, so that no recipe takes it
+    head = {LM_HEAD} & set(found.places)  # tied, so that no recipe takes it
     assert sorted([*inputs, *head]) == sorted(found.places)
 
 

@@ -110,8 +110,8 @@ def bare(kind: type[Exception]) -> Exception:
 @pytest.mark.parametrize(
     ("raised", "message"),
     [
-        (LocalEntryNotFoundError("offline"), "not in the local cache and the Hub cannot be reached"),
-        (bare(RepositoryNotFoundError), "no such repository on the Hub"),
+        (LocalEntryNotFoundError("offline"), "not in the Hub's cache, and the Hub cannot be reached"),
+        (bare(RepositoryNotFoundError), "no such folder, and no such repository on the Hub"),
         (bare(RevisionNotFoundError), "has no revision 'v9'"),
         (ConnectionError("reset"), "cannot be downloaded: reset"),
     ],
