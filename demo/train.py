@@ -68,7 +68,7 @@ def train_tokenizer() -> Tokenizer:
     """Returns a byte-level BPE tokenizer as Qwen2's, made from the questions and answers of a few hundred scenes."""
     rng = Random("corpus")
     corpus = [*("You are a helpful assistant.", "system", "user", "assistant") * 1000, *WORDS * 400]
-    for _ in range(1500):
+    for _ in range(500):
         _, scene = render(rng, 64)
         for kind in ASKED:
             question = ask(scene, rng, kind)
@@ -435,7 +435,11 @@ def train(arguments: argparse.Namespace) -> None:
         held_out=False,
     )
     loader = DataLoader(
-        data, batch_size=None, num_workers=arguments.workers, prefetch_factor=8, worker_init_fn=worker_init
+        data,
+        batch_size=None,
+        num_workers=arguments.workers,
+        prefetch_factor=8 if arguments.workers else None,
+        worker_init_fn=worker_init,
     )
     held_out = Scenes(tokenizer, schedule, seed=-1, batch=32, numbers=range(arguments.eval_batches), held_out=True)
     batches = [batch.to(device) for batch in held_out]
@@ -443,6 +447,8 @@ def train(arguments: argparse.Namespace) -> None:
     started = time.monotonic()
     for step, batch in enumerate(loader, done + 1):
         seeing = step <= schedule.see
+        if step == schedule.see + 1:
+            model.vlm.tower.load_state_dict(averaged.vlm.tower.state_dict())
         for group in optimizer.param_groups:
             group["lr"] = schedule.rate(step, arguments.lr)
         frozen = schedule.see < step <= schedule.see + schedule.answer
