@@ -5,10 +5,12 @@ CPU wheel is linked to the reference BLAS, about twenty times slower than OpenBL
 globally *before* MLX takes its place. macOS uses Accelerate and Metal and needs none of this.
 """
 
+import contextlib
 import ctypes
 import os
 import platform
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 BLAS_VARIABLE = "FASTVLM_BLAS"
@@ -59,12 +61,25 @@ _BLAS, _BLAS_LIBRARY = _preload_blas()
 import mlx.core as mx  # noqa: E402  (the BLAS has to be there first)
 import mlx.nn as nn  # noqa: E402
 
-__all__ = ["BLAS", "blas", "compute_dtype", "device", "mx", "nn"]
+__all__ = ["BLAS", "blas", "blas_threads", "compute_dtype", "device", "mx", "nn"]
 
 
 def blas() -> BLAS:
     """The BLAS behind MLX's CPU backend."""
     return _BLAS
+
+
+@contextlib.contextmanager
+def blas_threads(count: int) -> Iterator[None]:
+    """Lets each matrix product on the CPU use `count` threads meanwhile, where the BLAS can be told."""
+    if _BLAS_LIBRARY is None or _BLAS.threads is None:
+        yield
+        return
+    _BLAS_LIBRARY.openblas_set_num_threads(count)
+    try:
+        yield
+    finally:
+        _BLAS_LIBRARY.openblas_set_num_threads(_BLAS.threads)
 
 
 def device() -> str:

@@ -8,7 +8,8 @@ Shapes: B batch, L positions of this call, S positions of the cache, D hidden si
 
 from typing import Any
 
-from fastvlm_mlx.backend import mx, nn
+from fastvlm_mlx.activations import exp_below, swiglu
+from fastvlm_mlx.backend import device, mx, nn
 from fastvlm_mlx.config import TextConfig
 
 
@@ -74,6 +75,34 @@ class KVCache:
         return copy
 
 
+def attention(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | str | None) -> mx.array:
+    """Scaled dot-product attention (B, heads, L, head_dim); `keys` and `values` (B, kv_heads, S, head_dim) are shared.
+
+    Args:
+        queries: (B, heads, L, head_dim).
+        keys: As above.
+        values: As above.
+        mask: True where a query may attend, (B, 1, L, S) or broadcastable; or `causal`; or None.
+    """
+    scale = queries.shape[-1] ** -0.5
+    if device() == "cpu" and queries.dtype == mx.float32 and queries.shape[2] > 1:
+        return _cpu_attention(queries * scale, keys, values, mask)
+    return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
+
+
+def _cpu_attention(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | str | None) -> mx.array:
+    """The same with a softmax that MLX's CPU backend runs seven times faster than its own."""
+    (batch, heads, length, head_dim), (kv_heads, total) = queries.shape, keys.shape[1:3]
+    grouped = queries.reshape(batch, kv_heads, -1, head_dim)
+    scores = (grouped @ keys.swapaxes(2, 3)).reshape(batch, heads, length, total)
+    if mask is not None:
+        allowed = mx.tri(length, total, total - length, dtype=mx.bool_) if isinstance(mask, str) else mask
+        scores = scores + mx.where(allowed, 0.0, mx.finfo(mx.float32).min / 2)
+    weights = exp_below(scores, scores.max(axis=-1, keepdims=True))
+    weighted = weights.reshape(batch, kv_heads, -1, total) @ values
+    return weighted.reshape(batch, heads, length, head_dim) / weights.sum(axis=-1, keepdims=True)
+
+
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions: (B, L, D) -> (B, L, D)."""
 
@@ -104,7 +133,7 @@ class Attention(nn.Module):
         queries = self._rope(self._heads(self.q_proj(x)), offset)
         if cache is not None:
             keys, values = cache.update_and_fetch(keys, values)
-        x = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=self.head_dim**-0.5, mask=mask)
+        x = attention(queries, keys, values, mask)
         return self.o_proj(x.transpose(0, 2, 1, 3).reshape(x.shape[0], x.shape[2], -1))
 
 
@@ -118,7 +147,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class TransformerBlock(nn.Module):

@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastvlm_mlx.backend import mx, nn
+from fastvlm_mlx.activations import gelu
+from fastvlm_mlx.backend import device, mx, nn
 from fastvlm_mlx.config import IMAGE_TOKEN, ModelConfig
 from fastvlm_mlx.decoding import Sampler, SamplingConfig, decode
 from fastvlm_mlx.errors import ConfigError, PromptError
 from fastvlm_mlx.language import KVCache, Qwen2
-from fastvlm_mlx.vision import FastViTHD, gelu
+from fastvlm_mlx.vision import FastViTHD
+from fastvlm_mlx.vision_cpu import CPUTower
 
 TokenIds = npt.ArrayLike | mx.array
 
@@ -47,6 +49,7 @@ class FastVLM(nn.Module):
         self.vision_tower = FastViTHD(config.vision_config)
         self.mm_projector = MultimodalProjector(config.vision_config.hidden_size, config.text_config.hidden_size)
         self.language_model = Qwen2(config.text_config)
+        self._cpu_tower: CPUTower | None = None
 
     @classmethod
     def from_pretrained(cls, name: str, *, dtype: str | None = None, revision: str | None = None) -> "FastVLM":
@@ -78,8 +81,17 @@ class FastVLM(nn.Module):
             raise ConfigError(f"pixel_values must be (B, R, R, 3) with R a multiple of 64, not {pixels.shape}")
         if pixels.dtype == mx.uint8:
             pixels = pixels.astype(mx.float32) / 255
-        features = self.vision_tower(pixels.astype(self.dtype))
+        features = self._tower(pixels.astype(self.dtype))
         return self.mm_projector(features.reshape(features.shape[0], -1, features.shape[-1]))
+
+    @property
+    def _tower(self) -> FastViTHD | CPUTower:
+        """The tower in the formulation for this device; on a CPU, float32 weights are rearranged once."""
+        if device() != "cpu" or self.dtype != mx.float32:
+            return self.vision_tower
+        if self._cpu_tower is None:
+            self._cpu_tower = CPUTower(self.vision_tower)
+        return self._cpu_tower
 
     def embed(
         self,

@@ -8,29 +8,11 @@ Shapes: B batch, H and W height and width, C channels, N = H·W. A tensor held "
     value, which keeps it within float16 (see `ActivationScales`).
 """
 
-import functools
-import math
-from collections.abc import Callable
+from typing import Any
 
+from fastvlm_mlx.activations import gelu
 from fastvlm_mlx.backend import mx, nn
 from fastvlm_mlx.config import VisionConfig
-
-
-@functools.cache
-def _compiled_gelu(scale: float) -> Callable[[mx.array], mx.array]:
-    def scaled_gelu(x: mx.array) -> mx.array:
-        wide = x.astype(mx.float32)
-        return (wide * (0.5 + 0.5 * mx.erf(wide * (scale * math.sqrt(0.5))))).astype(x.dtype)
-
-    return mx.compile(scaled_gelu)
-
-
-def gelu(x: mx.array, scale: float = 1.0) -> mx.array:
-    """The exact (erf) GELU of an `x` that is held divided by `scale`, held divided likewise.
-
-    With z' = z/s, gelu(z)/s = z'·Φ(s·z'). Computed in float32 inside one fused kernel, whatever the dtype of `x`.
-    """
-    return _compiled_gelu(scale)(x)
 
 
 class DepthwiseConv(nn.Module):
@@ -206,7 +188,7 @@ class FastViTHD(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         width = config.embed_dims[0]
-        self.stem = [
+        self.stem: list[Any] = [
             nn.Conv2d(3, width, 3, stride=2, padding=1),
             DepthwiseConv(width, 3, stride=2),
             nn.Linear(width, width),

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
+from fastvlm_mlx.activations import gelu
 from fastvlm_mlx.backend import mx
 from fastvlm_mlx.config import ActivationScales, VisionConfig
-from fastvlm_mlx.vision import DoublingDepthwiseConv, FastViTHD, gelu
+from fastvlm_mlx.vision import DoublingDepthwiseConv, FastViTHD
+from fastvlm_mlx.vision_cpu import CPUTower
 
 DEPTHS = (1, 2, 1, 1, 1)
 CONFIG = VisionConfig(
@@ -91,3 +93,13 @@ def test_trace_runs_the_forward_pass(tower):
     blocks = sum(DEPTHS[:3]) * 5 + sum(DEPTHS[3:]) * 6
     assert len(peaks) == 3 + 4 * 2 + 2 + blocks + 2
     assert all(math.isfinite(float(peak)) and float(peak) > 0 for peak in peaks.values())
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (128, 192), (320, 128), (704, 64)])
+def test_cpu_formulation_equals_the_modules(tower, height, width, threads):
+    x = pixels(height, width)
+    expected = tower(x)
+    # Sums of float32 products in another order, through five stages.
+    tolerance = 2e-5 * float(mx.abs(expected).max())
+    np.testing.assert_allclose(CPUTower(tower, threads)(x), expected, rtol=0, atol=tolerance)

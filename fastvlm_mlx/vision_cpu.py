@@ -1,0 +1,337 @@
+"""FastViTHD's forward pass in the formulations that MLX's CPU backend runs fastest: the same weights, the same result.
+
+What differs from `FastViTHD.__call__`, each for a measured reason:
+
+- Channels first, (C, H, W). A depthwise convolution is then a sum of k batched matrix products, one per kernel row,
+with
+  banded matrices: T outputs of a row need S = (T - 1)·stride + k inputs, and an (S, T) matrix with the kernel's row
+  along its diagonal maps one to the other. MLX's own depthwise convolution is a scalar loop here, tens of times slower.
+- A CPU stream of MLX is one thread. The channels of depthwise convolutions, the heads of attention and the hidden units
+of
+  ConvFFNs are independent, so a feature map is kept as parts (C/P, H, W), one per stream, which only meet where a
+  linear reads all channels.
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from fastvlm_mlx.activations import exp_below, gelu
+from fastvlm_mlx.backend import blas_threads, mx, nn
+from fastvlm_mlx.vision import (
+    Attention,
+    AttentionBlock,
+    ConvExp,
+    ConvFFN,
+    DepthwiseConv,
+    DoublingDepthwiseConv,
+    FastViTHD,
+    PatchEmbed,
+    RepMixerBlock,
+    Stage,
+)
+
+Parts = list[mx.array]
+
+
+class Streams:
+    """As many CPU streams as there are cores to use, and how work is dealt to them."""
+
+    def __init__(self, count: int) -> None:
+        self._streams = [mx.new_stream(mx.cpu) for _ in range(count)]
+
+    def each(self, run: Callable[..., Any], *parts: Iterable[Any]) -> list[Any]:
+        """`run` on the first element of every list of `parts`, on the second, …, each on its own stream."""
+        results = []
+        for stream, *arguments in zip(self._streams, *parts, strict=True):
+            with mx.stream(stream):
+                results.append(run(*arguments))
+        return results
+
+    def split(self, array: mx.array) -> Parts:
+        """Equal parts of the first axis, one per stream, without a copy."""
+        return list(mx.split(array, len(self._streams)))
+
+
+def dense_weight(linear: nn.Module) -> mx.array:
+    """The weight (out, in) of a linear in floating point, dequantized if need be."""
+    if not isinstance(linear, nn.QuantizedLinear):
+        weight: mx.array = linear.weight
+        return weight
+    return mx.dequantize(
+        linear.weight,
+        linear.scales,
+        linear.get("biases"),
+        group_size=linear.group_size,
+        bits=linear.bits,
+        mode=linear.mode,
+    )
+
+
+def _tile(width: int) -> int:
+    """How many outputs of a row share a window: the divisor of `width` nearest 16, which suits BLAS kernels best."""
+    return min((d for d in range(1, width + 1) if width % d == 0), key=lambda d: abs(math.log(d / 16)))
+
+
+def band_matrices(rows: mx.array, tile: int, stride: int = 1) -> mx.array:
+    """Matrices (C, S, T) that turn windows of S inputs into T outputs, from one kernel row (C, k) per channel.
+
+    Transposed, row t holds the kernel row after t·stride zeros: all rows are one sequence of period S + stride.
+    """
+    channels, kernel_size = rows.shape
+    window = (tile - 1) * stride + kernel_size
+    period = mx.pad(rows, [(0, 0), (0, window + stride - kernel_size)])
+    repeated = mx.broadcast_to(period[:, None], (channels, tile, window + stride)).reshape(channels, -1)
+    return repeated[:, : tile * window].reshape(channels, tile, window).swapaxes(1, 2)
+
+
+def windows_of(x: mx.array, kernel_size: int, tile: int, stride: int = 1) -> mx.array:
+    """The windows (stride, C, n, S) of a padded (C, H, W), row after row, the rows sorted by their remainder."""
+    pad = kernel_size // 2
+    tiles, window = x.shape[2] // stride // tile, (tile - 1) * stride + kernel_size
+    x = mx.pad(x, [(0, 0), (pad, pad), (pad, pad)])
+    channels, height, width = x.shape
+    shape = (stride, channels, height // stride, tiles, window)
+    strides = (width, height * width, stride * width, tile * stride, 1)
+    return mx.as_strided(x, shape, strides).reshape(stride, channels, -1, window)
+
+
+class BandedConv:
+    """A k x k depthwise convolution on windows, as k batched matrix products."""
+
+    def __init__(self, weight: mx.array, bias: mx.array | None, stride: int = 1) -> None:
+        self.kernel = weight[..., 0]
+        self.bias = None if bias is None else bias[:, None, None]
+        self.stride = stride
+        self._tile = 0
+        self._bands: Parts = []
+
+    def _bands_for(self, tile: int) -> Parts:
+        if tile != self._tile:
+            rows = range(self.kernel.shape[1])
+            self._bands = [band_matrices(self.kernel[:, row], tile, self.stride) for row in rows]
+            self._tile = tile
+        return self._bands
+
+    def __call__(self, windows: mx.array, height: int, width: int) -> mx.array:
+        """(C, height, width) from `windows_of` the input."""
+        tile = (windows.shape[-1] - self.kernel.shape[1]) // self.stride + 1
+        tiles, y = width // tile, self.bias
+        for row, band in enumerate(self._bands_for(tile)):
+            start = row // self.stride * tiles
+            part = windows[row % self.stride, :, start : start + height * tiles]
+            y = part @ band if y is None else mx.addmm(y, part, band)
+        assert y is not None
+        return y.reshape(-1, height, width)
+
+
+class Depthwise:
+    """`DepthwiseConv` on parts."""
+
+    def __init__(self, conv: DepthwiseConv, streams: Streams) -> None:
+        self._streams = streams
+        weights = streams.split(conv.weight)
+        biases = streams.split(conv.bias) if "bias" in conv else [None] * len(weights)
+        self._convs = [BandedConv(w, b, conv.stride) for w, b in zip(weights, biases, strict=True)]
+
+    def __call__(self, x: Parts) -> Parts:
+        def run(conv: BandedConv, part: mx.array) -> mx.array:
+            height, width = (side // conv.stride for side in part.shape[1:])
+            return conv(windows_of(part, conv.kernel.shape[1], _tile(width), conv.stride), height, width)
+
+        return self._streams.each(run, self._convs, x)
+
+
+class DoublingDepthwise:
+    """`DoublingDepthwiseConv` on parts: the even filters' parts, then the odd ones'."""
+
+    def __init__(self, conv: DoublingDepthwiseConv, streams: Streams) -> None:
+        self._streams = streams
+        halves = zip(mx.split(conv.weight, 2), mx.split(conv.bias, 2), strict=True)
+        even, odd = (list(zip(streams.split(weight), streams.split(bias), strict=True)) for weight, bias in halves)
+        self._convs = [tuple(BandedConv(*half, conv.stride) for half in pair) for pair in zip(even, odd, strict=True)]
+
+    def __call__(self, x: Parts, then: Callable[[mx.array], mx.array]) -> Parts:
+        """`then` is applied to each part of the result."""
+
+        def run(convs: tuple[BandedConv, ...], part: mx.array) -> Parts:
+            stride, kernel_size = convs[0].stride, convs[0].kernel.shape[1]
+            height, width = (side // stride for side in part.shape[1:])
+            windows = windows_of(part, kernel_size, _tile(width), stride)
+            return [then(conv(windows, height, width)) for conv in convs]
+
+        pairs = self._streams.each(run, self._convs, x)
+        return [part for half in zip(*pairs, strict=True) for part in half]
+
+
+def _whole(x: Parts) -> mx.array:
+    """(C, H·W) of all channels."""
+    return mx.concatenate([part.reshape(part.shape[0], -1) for part in x])
+
+
+class LinearGELU:
+    """A linear over channels and its GELU; each stream computes a part of the outputs from the whole input."""
+
+    def __init__(self, linear: nn.Module, scale: float, streams: Streams) -> None:
+        self._streams, self._scale = streams, scale
+        self._weights, self._biases = streams.split(dense_weight(linear)), streams.split(linear.bias[:, None])
+
+    def __call__(self, x: Parts) -> Parts:
+        size, whole = x[0].shape[1:], _whole(x)
+
+        def run(weight: mx.array, bias: mx.array) -> mx.array:
+            return gelu(mx.addmm(bias, weight, whole), self._scale).reshape(-1, *size)
+
+        return self._streams.each(run, self._weights, self._biases)
+
+
+@mx.compile
+def _residual(x: mx.array, bias: mx.array, *branches: mx.array) -> mx.array:
+    return sum(branches, x + bias)
+
+
+class FFN:
+    """`x + ConvFFN(x)`: each stream runs a part of the hidden units, whose contributions are then added up."""
+
+    def __init__(self, ffn: ConvFFN, streams: Streams) -> None:
+        self._streams, self._scale = streams, ffn.scale
+        self._conv = Depthwise(ffn.conv, streams)
+        self._fc1, self._bias1 = streams.split(dense_weight(ffn.fc1)), streams.split(ffn.fc1.bias[:, None])
+        # Stored by hidden unit, a part of them is contiguous, which MLX's matrix product would otherwise have to copy.
+        by_hidden = mx.contiguous(dense_weight(ffn.fc2).T)
+        if not isinstance(ffn.fc2, nn.QuantizedLinear):
+            ffn.fc2.weight = by_hidden.T
+        self._fc2, self._bias2 = streams.split(by_hidden), streams.split(ffn.fc2.bias[:, None, None])
+
+    def __call__(self, x: Parts) -> Parts:
+        whole, size = _whole(self._conv(x)), x[0].shape[1:]
+
+        def hidden(fc1: mx.array, bias: mx.array, fc2: mx.array) -> mx.array:
+            return fc2.T @ gelu(mx.addmm(bias, fc1, whole), self._scale)
+
+        sums = [
+            self._streams.split(y.reshape(-1, *size))
+            for y in self._streams.each(hidden, self._fc1, self._bias1, self._fc2)
+        ]
+        return self._streams.each(_residual, x, self._bias2, *sums)
+
+
+class SelfAttention:
+    """`x + Attention(norm(x))`: each stream runs a part of the heads, then a part of the projection's outputs."""
+
+    def __init__(self, norm: nn.LayerNorm, attention: Attention, streams: Streams) -> None:
+        self._streams, self._norm, self._head_dim = streams, norm, attention.head_dim
+        self._qkv = [streams.split(weight) for weight in mx.split(dense_weight(attention.qkv), 3)]
+        self._proj = streams.split(dense_weight(attention.proj))
+        self._bias = streams.split(attention.proj.bias[:, None, None])
+
+    def __call__(self, x: Parts) -> Parts:
+        normed, size = self._norm(_whole(x).T).T, x[0].shape[1:]
+
+        def heads(*qkv: mx.array) -> mx.array:
+            q, k, v = ((weight @ normed).reshape(-1, self._head_dim, normed.shape[1]) for weight in qkv)
+            scores = k.swapaxes(1, 2) @ (q * self._head_dim**-0.5)  # keys down, queries across
+            weights = exp_below(scores, scores.max(axis=1, keepdims=True))
+            return ((v @ weights) / weights.sum(axis=1, keepdims=True)).reshape(-1, normed.shape[1])
+
+        attended = mx.concatenate(self._streams.each(heads, *self._qkv))
+
+        def project(part: mx.array, weight: mx.array, bias: mx.array) -> mx.array:
+            summed: mx.array = _residual(part, bias, (weight @ attended).reshape(-1, *size))
+            return summed
+
+        return self._streams.each(project, x, self._proj, self._bias)
+
+
+class Stem:
+    """The three layers before stage 0: an image (H, W, 3) to parts (C/P, H/4, W/4)."""
+
+    def __init__(self, tower: FastViTHD, streams: Streams) -> None:
+        first, second, third = tower.stem
+        self._streams, self._scales = streams, tower.stem_scales
+        self._first = streams.split(first.weight.reshape(first.weight.shape[0], -1))
+        self._bias = streams.split(first.bias[:, None])
+        self._second = Depthwise(second, streams)
+        self._third = LinearGELU(third, tower.stem_scales[2], streams)
+
+    def __call__(self, image: mx.array) -> Parts:
+        height, width = image.shape[0] // 2, image.shape[1] // 2
+        image = mx.pad(image, [(1, 1), (1, 1), (0, 0)])
+        row = image.shape[1] * 3
+        patches = mx.as_strided(image, (3, 9, height, width), (row, 1, 2 * row, 6)).reshape(27, -1)
+
+        def run(weight: mx.array, bias: mx.array) -> mx.array:
+            return gelu(mx.addmm(bias, weight, patches), self._scales[0]).reshape(-1, height, width)
+
+        x = self._second(self._streams.each(run, self._first, self._bias))
+        return self._third(self._streams.each(lambda part: gelu(part, self._scales[1]), x))
+
+
+class Downsample:
+    """`PatchEmbed` on parts."""
+
+    def __init__(self, patch_embed: PatchEmbed, streams: Streams) -> None:
+        self._scale = patch_embed.scales[0]
+        self._conv = DoublingDepthwise(patch_embed.conv, streams)
+        self._proj = LinearGELU(patch_embed.proj, patch_embed.scales[1], streams)
+
+    def __call__(self, x: Parts) -> Parts:
+        return self._proj(self._conv(x, lambda part: gelu(part, self._scale)))
+
+
+class Head:
+    """`ConvExp` on parts: to features (H, W, C)."""
+
+    def __init__(self, conv_exp: ConvExp, streams: Streams) -> None:
+        self._conv = DoublingDepthwise(conv_exp.conv, streams)
+        self._se, self._scale = conv_exp.se, conv_exp.scale
+
+    def __call__(self, x: Parts) -> mx.array:
+        y = mx.concatenate(self._conv(x, lambda part: part)).transpose(1, 2, 0)[None]
+        return gelu(y * self._se(y), self._scale)[0]
+
+
+def _stage_layers(stage: Stage, streams: Streams) -> list[Callable[[Parts], Parts]]:
+    layers: list[Callable[[Parts], Parts]] = []
+    if "downsample" in stage:
+        layers.append(Downsample(stage.downsample, streams))
+    if "cpe" in stage:
+        layers.append(Depthwise(stage.cpe, streams))
+    for block in stage.blocks:
+        if isinstance(block, RepMixerBlock):
+            layers += [Depthwise(block.token_mixer, streams), FFN(block.conv_ffn, streams)]
+        elif isinstance(block, AttentionBlock):
+            layers += [SelfAttention(block.norm, block.token_mixer, streams), FFN(block.conv_ffn, streams)]
+    return layers
+
+
+class CPUTower:
+    """A `FastViTHD` arranged for the CPU: pixel values (B, H, W, 3) -> features (B, H/64, W/64, C), evaluated.
+
+    Args:
+        tower: Shares its weights; the second linear of each ConvFFN is laid out anew, in place.
+        threads: At most so many, by default one per core up to four; as many as the narrowest layer can be dealt to.
+    """
+
+    def __init__(self, tower: FastViTHD, threads: int | None = None) -> None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        attention = tower.stages[3].blocks[0].token_mixer
+        heads = attention.proj.bias.size // attention.head_dim
+        parts = math.gcd(heads, tower.stem[0].bias.size)
+        streams = Streams(max(n for n in range(1, (threads or min(cores, 4)) + 1) if parts % n == 0))
+        self._stem = Stem(tower, streams)
+        self._layers = [layer for stage in tower.stages for layer in _stage_layers(stage, streams)]
+        self._head = Head(tower.conv_exp, streams)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        with blas_threads(1):
+            features = mx.stack([self._forward(image) for image in x])
+            mx.eval(features)
+        return features
+
+    def _forward(self, image: mx.array) -> mx.array:
+        x = self._stem(image)
+        for layer in self._layers:
+            x = layer(x)
+        return self._head(x)
