@@ -129,7 +129,7 @@ class _Job:
                 for name, rows in outputs.items():
                     factor = np.float32(rescale.get(name, 1.0))
                     values = rows if factor == 1 else (chunk * factor for chunk in rows)
-                    meter.advance(out.write(name, values), "writing")
+                    out.write(name, values, lambda count: meter.advance(count, "writing"))
         self._write_small_files(folder, title, finished)
         return finished
 
@@ -169,11 +169,12 @@ class _Job:
 
     def _write_small_files(self, folder: Path, title: str, finished: Plan) -> None:
         source, config = self.sources[0], finished.config
-        licences = sorted(
-            path.name for path in source.folder.iterdir() if path.is_file() and _LICENCES.match(path.name)
-        )
-        for licence in licences:
-            shutil.copyfile(source.folder / licence, folder / licence)
+        licences: dict[str, Path] = {}
+        for one in reversed(self.sources):  # where both have a file of that name, the decoder's is kept
+            paths = [path for path in one.folder.iterdir() if path.is_file() and _LICENCES.match(path.name)]
+            licences |= {path.name: path for path in paths}
+        for name, path in licences.items():
+            shutil.copyfile(path, folder / name)
         FastVLMProcessor(Tokenizer(source.folder), config).save(folder)
         generation = {**(source.json("generation_config.json") or {}), "eos_token_id": list(config.eos_token_id)}
         files: dict[str, Mapping[str, Any]] = {
@@ -183,7 +184,7 @@ class _Job:
         }
         for name, values in files.items():
             (folder / name).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        readme = card(config, dict(finished.parameters), finished.layout, title, licences)
+        readme = card(config, dict(finished.parameters), finished.layout, title, sorted(licences))
         (folder / "README.md").write_text(readme, encoding="utf-8")
 
 

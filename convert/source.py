@@ -39,6 +39,7 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _SMALL_FILES = ("*.json", "*.txt", "*.jinja", "LICEN[CS]E*", "NOTICE*", "ACKNOWLEDG*")
 _SMALL_FILE_LIMIT = 64 * 2**20
 _HEADER_LIMIT = 100 * 2**20
+_CHUNK = 2**20
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -160,9 +161,6 @@ class Source:
             f"{digest}  {Path(file.label).name}\n" for digest, file in zip(digests, self.files, strict=True)
         )
         return hashlib.sha256(listing.encode()).hexdigest()
-
-
-_CHUNK = 8 * 2**20
 
 
 @contextmanager

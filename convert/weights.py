@@ -138,7 +138,7 @@ def weight(
         return Weight(tensor=tensor, shape=shape, transpose=False, packing=packing)
     if tensor.dtype not in ("F32", "F16", "BF16"):
         raise CheckpointError(f"{tensor.file.label}: tensor {tensor.name} is {tensor.dtype}; expected F32, F16 or BF16")
-    transpose = tensor.shape[1:] != () and len(tensor.shape) == 4 and not channels_last
+    transpose = len(tensor.shape) == 4 and not channels_last
     stored = (tensor.shape[0], *tensor.shape[2:], tensor.shape[1]) if transpose else tensor.shape
     if len(shape) == 1 and len(stored) > 1:
         fits = tuple(size for size in stored if size != 1) == tuple(size for size in shape if size != 1)

@@ -1,7 +1,7 @@
 """Writes safetensors shards in a stream: every header is known in advance, so memory holds one piece at a time."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -76,8 +76,8 @@ class ShardWriter:
         if self._file:
             self._file.close()
 
-    def write(self, name: str, rows: Iterable[Array]) -> int:
-        """Appends a tensor, cast to the output's dtype; returns its bytes.
+    def write(self, name: str, rows: Iterable[Array], advance: Callable[[int], None]) -> None:
+        """Appends a tensor, cast to the output's dtype; `advance` is told the bytes of each chunk.
 
         Raises:
             ConversionError: If a value does not fit the dtype.
@@ -86,10 +86,8 @@ class ShardWriter:
             self._next_file()
         assert self._file is not None
         assert self._left.pop(0) == name, f"{name} is written out of turn"
-        written = 0
         for chunk in rows:
-            written += self._file.write(np.ascontiguousarray(cast(chunk, self._dtype, name)).data)
-        return written
+            advance(self._file.write(np.ascontiguousarray(cast(chunk, self._dtype, name)).data))
 
     def _next_file(self) -> None:
         if self._file:

@@ -123,7 +123,9 @@ def exported_decoder(tmp_path: Path) -> Path:
             if not name.startswith("vision_tower."):
                 values[name.replace("mm_projector.", "multi_modal_projector.linear_")] = value
 
-    return changed(SOURCES["mlx-vlm-q8"], tmp_path / "exported", edit=without_tower)
+    folder = changed(SOURCES["mlx-vlm-q8"], tmp_path / "exported", edit=without_tower)
+    (folder / "LICENSE").write_text("the decoder's")
+    return folder
 
 
 @pytest.mark.parametrize("tower", ["apple", "transformers", "ours", "ours-half"])
@@ -133,6 +135,8 @@ def test_the_tower_may_come_from_a_second_source(
     if tower == "ours-half":
         vision = tmp_path / "vision"
         convert_checkpoint(SOURCES["apple-hot"], vision, dtype="float16")
+        for name in ("LICENSE", "LICENSE_TOWER"):
+            (vision / name).write_text("the tower's")
         alike, tolerance = converted["apple-hot"], 1e-3
     else:
         vision = converted["apple"] if tower == "ours" else SOURCES[tower]
@@ -141,6 +145,8 @@ def test_the_tower_may_come_from_a_second_source(
     assert done.vision_from is not None
     assert done.config.source["vision_name"] == vision.name
     assert len(done.config.source["vision_sha256"]) == 64
+    assert (tmp_path / "out" / "LICENSE").read_text() == "the decoder's"
+    assert (tmp_path / "out" / "LICENSE_TOWER").exists() == (tower == "ours-half")
     written = tensors(tmp_path / "out")
     parts = {
         part: {name: value for name, value in tensors(folder).items() if name.startswith("vision_tower.") == part}
