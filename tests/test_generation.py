@@ -1,0 +1,171 @@
+"""Streaming, stopping, sampling, and the statistics that a result carries."""
+
+import numpy as np
+import pytest
+
+from fastvlm_mlx.backend import mx
+from fastvlm_mlx.checkpoint import load
+from fastvlm_mlx.convert import convert_checkpoint
+from fastvlm_mlx.decoding import Sampler, SamplingConfig
+from fastvlm_mlx.errors import ConfigError, PromptError
+from fastvlm_mlx.generation import StopStrings, generate, stream_generate
+from tests.checkpoints import GOLDEN, SOURCES
+
+PICTURE = GOLDEN / "apple" / "images" / "landscape.png"
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("generation") / "apple"
+    convert_checkpoint(SOURCES["apple"], folder, dtype="float32")
+    return load(folder)
+
+
+def test_pieces_add_up_to_the_answer(loaded):
+    pieces = list(stream_generate(*loaded, image=PICTURE, max_tokens=20))
+    whole = generate(*loaded, image=PICTURE, max_tokens=20)
+    assert "".join(piece.text for piece in pieces) == whole.text
+    assert [token for piece in pieces for token in piece.token_ids] == list(whole.token_ids)
+    assert [piece.finish_reason for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
+    assert [piece.generated_tokens for piece in pieces] == sorted(piece.generated_tokens for piece in pieces)
+
+
+def test_a_result_says_how_long_each_stage_took(loaded):
+    result = generate(*loaded, image=PICTURE, max_tokens=5)
+    timings = result.timings
+    assert result.finish_reason == "length"
+    assert result.generated_tokens == 5
+    assert 0 < timings["preprocess"] < timings["ttft"]
+    assert timings["total"] >= timings["ttft"] + timings["decode"]
+    assert result.tokens_per_second == pytest.approx(4 / timings["decode"])
+
+
+@pytest.mark.parametrize("eos", ["<|im_end|>", "<|endoftext|>"])
+def test_both_end_tokens_stop(loaded, monkeypatch, eos):
+    model, processor = loaded
+    end = processor.tokenizer.token_id(eos)
+    head = model.language_model.prefill
+
+    def forced(embeddings, cache):
+        return mx.where(mx.arange(384) == end, 1e4, head(embeddings, cache))
+
+    monkeypatch.setattr(type(model.language_model), "prefill", lambda self, *args: forced(*args))
+    result = generate(model, processor, image=PICTURE, max_tokens=5)
+    assert (result.text, result.token_ids, result.finish_reason, result.generated_tokens) == ("", (), "stop", 1)
+
+
+def test_a_stop_string_ends_the_answer_before_it(loaded):
+    whole = generate(*loaded, image=PICTURE, max_tokens=20).text
+    stop = whole[5:8]
+    cut = generate(*loaded, image=PICTURE, max_tokens=20, stop=["never there", stop])
+    assert cut.finish_reason == "stop"
+    assert cut.text == whole[: whole.index(stop)]
+    pieces = list(stream_generate(*loaded, image=PICTURE, max_tokens=20, stop=stop))
+    assert "".join(piece.text for piece in pieces) == cut.text
+
+
+@pytest.mark.parametrize(
+    ("stop", "pieces", "shown"),
+    [
+        (("END",), ["abcE", "N", "Dxyz"], ["abc", "", ""]),
+        (("END",), ["abcE", "N", "xyz"], ["abc", "", "ENxyz"]),
+        (("aab",), ["a", "a", "a", "b"], ["", "", "a", ""]),
+        (("\n\n", "."), ["one\n", "two.", "three"], ["one", "\ntwo"]),
+        ((), ["abc"], ["abc"]),
+    ],
+)
+def test_what_may_begin_a_stop_string_is_held_back(stop, pieces, shown):
+    stream, got = StopStrings(stop), []
+    for piece in pieces:
+        text, ended = stream.add(piece)
+        got.append(text)
+        if ended:
+            break
+    assert got == shown
+
+
+def test_a_question_without_an_image_is_answered(loaded):
+    result = generate(*loaded, prompt="Hello.", max_tokens=3)
+    assert result.visual_tokens == 0
+    assert result.generated_tokens == 3
+
+
+def test_a_conversation_goes_on(loaded):
+    messages = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]},
+        {"role": "assistant", "content": "A cat."},
+        {"role": "user", "content": "What colour?"},
+    ]
+    once = generate(*loaded, image=PICTURE, prompt=messages, max_tokens=3)
+    alone = generate(*loaded, image=PICTURE, prompt="What colour?", max_tokens=3)
+    assert once.visual_tokens == alone.visual_tokens == 4
+    assert once.prompt_tokens > alone.prompt_tokens
+
+
+def test_a_seed_repeats_an_answer_and_another_changes_it(loaded):
+    def answer(seed):
+        return generate(*loaded, image=PICTURE, max_tokens=12, temperature=1.0, seed=seed).token_ids
+
+    assert answer(7) == answer(7)
+    assert len({answer(seed) for seed in range(5)}) > 1
+
+
+def test_the_answer_ends_with_the_context(loaded, monkeypatch):
+    model, processor = loaded
+    monkeypatch.setattr(processor, "context_length", 40)
+    result = generate(model, processor, image=PICTURE, max_tokens=100)
+    assert result.generated_tokens == 40 - result.prompt_tokens
+    assert result.finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"max_tokens": 0}, ConfigError, "max_tokens must be at least 1, not 0"),
+        ({"temperature": -1.0}, ConfigError, "temperature must be at least 0, not -1.0"),
+        ({"temperature": float("nan")}, ConfigError, "temperature must be at least 0, not nan"),
+        ({"top_p": 0.0}, ConfigError, "top_p must be above 0 and at most 1, not 0.0"),
+        ({"top_p": 1.5}, ConfigError, "top_p must be above 0 and at most 1, not 1.5"),
+        ({"min_p": 2.0}, ConfigError, "min_p must be between 0 and 1, not 2.0"),
+        ({"top_k": -1}, ConfigError, "top_k must be at least 0, not -1"),
+        ({"repetition_penalty": 0.0}, ConfigError, "repetition_penalty must be above 0, not 0.0"),
+        ({"stop": ["ok", ""]}, PromptError, "a stop string is empty"),
+        ({"resolution": 100}, ConfigError, "100"),
+        ({"prompt": ""}, PromptError, "empty"),
+    ],
+)
+def test_impossible_arguments_are_refused_before_any_work(loaded, arguments, error, message):
+    with pytest.raises(error, match=message):
+        stream_generate(*loaded, **{"image": PICTURE, **arguments})
+
+
+LOGITS = mx.array([[1.0, 3.0, 2.0, 0.0, -1.0, 2.5]])
+
+
+def kept(**settings):
+    """The tokens that can still be drawn."""
+    sampler = Sampler(SamplingConfig(temperature=1.0, seed=0, **settings), [[]])
+    return set(np.flatnonzero(np.isfinite(np.array(sampler._filtered(LOGITS))[0])).tolist())
+
+
+def test_filters_keep_what_their_definitions_say():
+    probabilities = np.exp(np.array(LOGITS[0])) / np.exp(np.array(LOGITS[0])).sum()
+    assert kept() == set(range(6))
+    assert kept(top_k=2) == {1, 5}
+    assert kept(min_p=float(probabilities[2] / probabilities[1]) * 0.99) == {1, 5, 2}
+    assert kept(top_p=float(probabilities[1]) * 0.5) == {1}
+    assert kept(top_p=float(probabilities[1]) * 1.01) == {1, 5}
+    assert kept(top_p=0.999999) == set(range(6))
+
+
+def test_samples_follow_the_tempered_distribution():
+    rows = mx.broadcast_to(LOGITS, (20000, 6))
+    tokens = np.array(Sampler(SamplingConfig(temperature=0.7, seed=3), [[]] * 20000)(rows))
+    weights = np.exp(np.array(LOGITS[0]) / 0.7)
+    # Four standard deviations of a proportion over 20,000 draws are 0.014.
+    np.testing.assert_allclose(np.bincount(tokens, minlength=6) / 20000, weights / weights.sum(), atol=0.015)
+
+
+def test_a_repetition_penalty_counts_prompt_and_answer():
+    sampler = Sampler(SamplingConfig(repetition_penalty=2.0), [[1]])
+    assert [int(sampler(LOGITS).item()) for _ in range(3)] == [5, 2, 1]
