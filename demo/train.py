@@ -259,15 +259,18 @@ class Scenes(IterableDataset):
 
 
 class DenseHeads(nn.Module):
-    """The extra heads: objects from the features and from stage 4, characters from stage 3, the text in a token."""
+    """The extra heads: objects from stage 4 and the features, characters from stages 3 and 4, texts from features."""
 
     outputs = 1 + len(SHAPES) + len(COLOURS) + len(SIZES) + 2
+    characters_out = 1 + len(CHARACTERS)
 
     def __init__(self, dims: tuple[int, ...]) -> None:
         super().__init__()
         self.objects = nn.ModuleList([nn.Conv2d(dims[3], self.outputs, 1), nn.Conv2d(2 * dims[4], 4 * self.outputs, 1)])
-        self.characters = nn.Conv2d(dims[2], 2 * (1 + len(CHARACTERS)), 1)
-        self.slots = nn.Linear(2 * dims[4], SLOTS * (1 + len(CHARACTERS)))
+        self.characters = nn.ModuleList(
+            [nn.Conv2d(dims[2], 2 * self.characters_out, 1), nn.Conv2d(dims[3], 8 * self.characters_out, 1)]
+        )
+        self.slots = nn.Linear(2 * dims[4], SLOTS * self.characters_out)
 
     def forward(self, maps: list[Tensor], batch: Batch) -> dict[str, Tensor]:
         """Returns the losses."""
@@ -276,8 +279,8 @@ class DenseHeads(nn.Module):
         late = self.object_loss(F.pixel_shuffle(self.objects[1](features), 2), batch.cells)
         return {
             "objects": 0.5 * early + late,
-            "characters": self.character_loss(maps[2], batch.characters),
-            "text": self.text_loss(features, batch),
+            "characters": sum(self.character_loss(i, maps[2 + i], batch.characters) for i in range(2)),
+            "text": 2 * self.text_loss(features, batch),
         }
 
     def object_loss(self, y: Tensor, cells: Tensor) -> Tensor:
@@ -291,9 +294,11 @@ class DenseHeads(nn.Module):
             loss = loss + F.cross_entropy(logits, target[:, i])
         return loss + 8 * F.mse_loss(splits[3], target[:, 3:] / 256)
 
-    def character_loss(self, x: Tensor, characters: Tensor) -> Tensor:
+    def character_loss(self, head: int, x: Tensor, characters: Tensor) -> Tensor:
         """Cross-entropy over the characters plus that over the empty places."""
-        logits = self.characters(x).permute(0, 2, 3, 1).reshape(*characters.shape, 1 + len(CHARACTERS)).float()
+        rows, columns = characters.shape[1] // x.shape[2], characters.shape[2] // x.shape[3]
+        y = self.characters[head](x).unflatten(1, (rows, columns, self.characters_out))
+        logits = y.permute(0, 4, 1, 5, 2, 3).reshape(*characters.shape, self.characters_out).float()
         losses = F.cross_entropy(logits.flatten(0, 2), characters.flatten(), reduction="none")
         there = characters.flatten() > 0
         return losses[there].sum() / there.sum().clamp(min=1) + 4 * losses[~there].mean()
@@ -301,7 +306,7 @@ class DenseHeads(nn.Module):
     def text_loss(self, features: Tensor, batch: Batch) -> Tensor:
         """Cross-entropy of every character of the text, from the visual token at its centre alone."""
         there = batch.slots[..., 0] >= 0
-        logits = self.slots(features.permute(0, 2, 3, 1)[there]).view(-1, SLOTS, 1 + len(CHARACTERS)).float()
+        logits = self.slots(features.permute(0, 2, 3, 1)[there]).view(-1, SLOTS, self.characters_out).float()
         return F.cross_entropy(logits.flatten(0, 1), batch.slots[there].flatten())
 
 
