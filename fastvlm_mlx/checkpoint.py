@@ -8,21 +8,22 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from mlx.utils import tree_flatten, tree_unflatten
 
-from fastvlm_mlx.backend import compute_dtype, mx
+from fastvlm_mlx.backend import compute_dtype, device, mx
 from fastvlm_mlx.config import ModelConfig
 from fastvlm_mlx.errors import CheckpointError, ConfigError
 from fastvlm_mlx.model import FastVLM
 from fastvlm_mlx.processing import FastVLMProcessor
-from fastvlm_mlx.quantization import quantize_layers
+from fastvlm_mlx.quantization import quantize_layers, suit_device
 
 ALIASES = {"0.5b": "apple/FastVLM-0.5B", "1.5b": "apple/FastVLM-1.5B", "7b": "apple/FastVLM-7B"}
 CACHE_VARIABLE = "FASTVLM_CACHE"
+_READERS = 2
 DEMO = "demo"
 
 Progress = Callable[[int, int, str], None]
@@ -109,7 +110,7 @@ def load(
     notify: Callable[[str], None] | None = None,
     progress: Progress | None = None,
 ) -> tuple[FastVLM, FastVLMProcessor]:
-    """The model and the processor of a checkpoint, its weights mapped but not yet read.
+    """The model and the processor of a checkpoint; the tokenizer is built while the weights are read.
 
     Args:
         name: A Hub id, an alias, a source folder, a `.zip` or a converted folder.
@@ -123,11 +124,15 @@ def load(
         ConversionError: If it cannot be converted.
     """
     folder = resolve(name, revision=revision, notify=notify, progress=progress)
-    return load_model(folder, dtype=dtype), FastVLMProcessor.from_pretrained(folder)
+    processor = FastVLMProcessor.from_folder(folder)
+    return load_model(folder, dtype=dtype), processor
 
 
 def load_model(folder: Path, *, dtype: str | None = None) -> FastVLM:
-    """The model in a converted folder, its weights mapped but not yet read.
+    """The model in a converted folder.
+
+    On a GPU its weights are mapped, and read when they are first used. A CPU, which computes in another dtype than what
+    is stored, reads and casts them here, on as many threads as pay.
 
     Raises:
         CheckpointError: If the weights are missing, damaged or not exactly those that the config asks for.
@@ -137,24 +142,38 @@ def load_model(folder: Path, *, dtype: str | None = None) -> FastVLM:
     if dtype not in (None, "float16", "bfloat16", "float32"):
         raise ConfigError(f"dtype must be float16, bfloat16 or float32, not {dtype!r}")
     model = FastVLM(config)
-    weights = read_weights(folder)
+    target = getattr(mx, dtype) if dtype else compute_dtype(config.dtype)
+    streams = [mx.new_stream(mx.cpu) for _ in range(_READERS)] if device() == "cpu" else [None]
+    weights = _dealt([read_weights(folder, stream) for stream in streams], streams, target)
     if config.quantization:
         quantize_layers(model, config.quantization, weights)
     _check(folder, weights, {name: value.shape for name, value in _flat(model.parameters())})
-    target = getattr(mx, dtype) if dtype else compute_dtype(config.dtype)
-    cast = [(name, _cast(value, target)) for name, value in weights.items()]
-    model.update(tree_unflatten(cast))
+    model.update(tree_unflatten(list(weights.items())))
+    if config.quantization:
+        suit_device(model, "language_model", target)
     model.eval()
+    if device() == "cpu":
+        mx.eval(model.parameters())
     return model
+
+
+def _dealt(
+    readings: list[dict[str, mx.array]], streams: Sequence[mx.Stream | None], dtype: mx.Dtype
+) -> dict[str, mx.array]:
+    """Every tensor from one of several readings of the same files, each about the same bytes, cast on its stream."""
+    weights, sizes = {}, [0] * len(readings)
+    for name in readings[0]:
+        reader = sizes.index(min(sizes))
+        value = readings[reader][name]
+        sizes[reader] += value.nbytes
+        castable = mx.issubdtype(value.dtype, mx.floating) and value.dtype != dtype
+        weights[name] = value.astype(dtype, stream=streams[reader]) if castable else value
+    return weights
 
 
 def _flat(tree: Any) -> list[tuple[str, mx.array]]:
     leaves: Any = tree_flatten(tree)
     return list(leaves)
-
-
-def _cast(value: mx.array, dtype: mx.Dtype) -> mx.array:
-    return value.astype(dtype) if mx.issubdtype(value.dtype, mx.floating) and value.dtype != dtype else value
 
 
 def _check(folder: Path, weights: dict[str, mx.array], expected: dict[str, tuple[int, ...]]) -> None:
@@ -198,8 +217,8 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def read_weights(folder: Path) -> dict[str, mx.array]:
-    """Every tensor of a converted folder, read when first used.
+def read_weights(folder: Path, stream: mx.Stream | None = None) -> dict[str, mx.array]:
+    """Every tensor of a converted folder, read on `stream` when first used.
 
     Raises:
         CheckpointError: If a file is missing, truncated or no safetensors file.
@@ -208,7 +227,7 @@ def read_weights(folder: Path) -> dict[str, mx.array]:
     for file in weight_files(folder):
         _check_length(file)
         try:
-            arrays: Any = mx.load(str(file))
+            arrays: Any = mx.load(str(file), stream=stream)
         except (RuntimeError, ValueError) as err:
             raise CheckpointError(f"{file}: cannot be read as safetensors ({err})") from err
         weights.update(arrays)

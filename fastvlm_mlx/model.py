@@ -4,6 +4,7 @@ Shapes: B batch, R resolution in pixels, N = (R/64)² visual tokens per image, T
     (an image is N), D hidden size, V vocabulary.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -49,7 +50,7 @@ class FastVLM(nn.Module):
         self.vision_tower = FastViTHD(config.vision_config)
         self.mm_projector = MultimodalProjector(config.vision_config.hidden_size, config.text_config.hidden_size)
         self.language_model = Qwen2(config.text_config)
-        self._cpu_tower: CPUTower | None = None
+        self._arranged: Callable[[mx.array], mx.array] | None = None
 
     @classmethod
     def from_pretrained(cls, name: str, *, dtype: str | None = None, revision: str | None = None) -> "FastVLM":
@@ -85,13 +86,16 @@ class FastVLM(nn.Module):
         return self.mm_projector(features.reshape(features.shape[0], -1, features.shape[-1]))
 
     @property
-    def _tower(self) -> FastViTHD | CPUTower:
-        """The tower in the formulation for this device; on a CPU, float32 weights are rearranged once."""
-        if device() != "cpu" or self.dtype != mx.float32:
-            return self.vision_tower
-        if self._cpu_tower is None:
-            self._cpu_tower = CPUTower(self.vision_tower)
-        return self._cpu_tower
+    def _tower(self) -> Callable[[mx.array], mx.array]:
+        """The tower in the form that suits the device: compiled on a GPU, rearranged on a CPU; made on first use."""
+        if self._arranged is None:
+            # Before compiling, or every call would read the weights again.
+            mx.eval(self.vision_tower.parameters())
+            if device() == "gpu":
+                self._arranged = mx.compile(self.vision_tower)
+            else:
+                self._arranged = CPUTower(self.vision_tower) if self.dtype == mx.float32 else self.vision_tower
+        return self._arranged
 
     def embed(
         self,

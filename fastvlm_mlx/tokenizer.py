@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,7 +59,7 @@ def build_tokenizer(folder: Path) -> tokenizers.Tokenizer:
 
 
 class Tokenizer:
-    """The tokenizer of a checkpoint folder, built when it is first used (which takes up to half a second).
+    """The tokenizer of a checkpoint folder, built in the background (which takes half a second) from the start on.
 
     Args:
         folder: Holds `tokenizer.json`, or `vocab.json` and `merges.txt`.
@@ -72,12 +73,18 @@ class Tokenizer:
         names = {name for name in ("tokenizer.json", "vocab.json", "merges.txt") if (self._folder / name).is_file()}
         if not names & {"tokenizer.json"} and len(names) < 2:
             raise CheckpointError(f"{folder}: has no tokenizer: neither tokenizer.json nor vocab.json and merges.txt")
+        executor = ThreadPoolExecutor(1, "tokenizer")
+        self._building = executor.submit(self._build)
+        executor.shutdown(wait=False)
 
-    @cached_property
-    def _backend(self) -> tokenizers.Tokenizer:
+    def _build(self) -> tokenizers.Tokenizer:
         backend = build_tokenizer(self._folder)
         backend.encode_special_tokens = True  # markup in the text is text
         return backend
+
+    @property
+    def _backend(self) -> tokenizers.Tokenizer:
+        return self._building.result()
 
     @cached_property
     def _added(self) -> dict[int, bytes]:

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 from typer.testing import CliRunner, Result
 
 import fastvlm_mlx
+from fastvlm_mlx import images
 from fastvlm_mlx.cli import app
 from fastvlm_mlx.cli.terminal import human_bytes
 from fastvlm_mlx.errors import ImageError
@@ -76,6 +77,7 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> FakeRuntime:
     fake = FakeRuntime()
     monkeypatch.setattr(fastvlm_mlx, "load", fake.load)
     monkeypatch.setattr(fastvlm_mlx, "stream_generate", fake.stream_generate)
+    monkeypatch.setattr(images, "load_image", lambda source: source)
     return fake
 
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -70,13 +71,17 @@ def generate(
     pictures, question = _read_stdin(images or [], DEFAULT_PROMPT if prompt is None else prompt)
 
     from fastvlm_mlx import load, stream_generate
+    from fastvlm_mlx.images import load_image
 
-    with ByteProgress() as progress:
-        network, processor = load(model, dtype=dtype.value if dtype else None, notify=note, progress=progress)
+    with ThreadPoolExecutor() as pool:  # the pictures are decoded while the weights are read
+        opening = [pool.submit(load_image, picture) for picture in pictures]
+        with ByteProgress() as progress:
+            network, processor = load(model, dtype=dtype.value if dtype else None, notify=note, progress=progress)
+        opened = [picture.result() for picture in opening]
     stream = stream_generate(
         network,
         processor,
-        image=pictures or None,
+        image=opened or None,
         prompt=question,
         max_tokens=max_tokens,
         temperature=temperature,
