@@ -1,10 +1,25 @@
-"""Which layers of a model are quantized, and how; read from and written to `config.json` as mlx-lm does."""
+"""Which layers of a model are quantized, and how; read from and written to `config.json` as mlx-lm does.
 
-from collections.abc import Iterable, Mapping
+On a GPU these are MLX's own layers. Its CPU backend multiplies one quantized row about as fast as memory delivers a
+float32 one, but many rows no faster each; there the tower and the projector, which only ever see many, are held in
+floating point, and the decoder unpacks a layer's weights for as long as it is at work on a prompt.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from fastvlm_mlx.backend import nn
+from mlx.utils import tree_map_with_path
+
+from fastvlm_mlx.backend import device, mx, nn
 from fastvlm_mlx.errors import ConfigError
+
+DENSE_ROWS = 4
+"""From so many rows on, unpacking a layer costs less on a CPU than multiplying with it packed."""
+
+_BLOCK = 2**22
+"""Weights unpacked at a time."""
 
 
 def quantize_layers(model: nn.Module, quantization: Mapping[str, Any], stored: Iterable[str]) -> None:
@@ -34,3 +49,122 @@ def quantize_layers(model: nn.Module, quantization: Mapping[str, Any], stored: I
         nn.quantize(model, mode=default.get("mode", "affine"), class_predicate=settings)
     except (ValueError, TypeError) as err:
         raise ConfigError(f"quantization {dict(default)} is not possible: {err}") from err
+
+
+def suit_device(model: nn.Module, decoder: str, dtype: mx.Dtype) -> None:
+    """Rearranges a quantized model, its weights in place, for the device at hand; on a GPU it stays as it is.
+
+    Args:
+        model: Any module tree.
+        decoder: The path of the part that sees one row at a time; all others see many.
+        dtype: What the others are held in.
+    """
+    if device() != "cpu":
+        return
+
+    def suited(path: str, layer: nn.Module) -> nn.Module:
+        if not isinstance(layer, nn.QuantizedLinear | nn.QuantizedEmbedding):
+            return layer
+        if isinstance(layer, nn.QuantizedEmbedding):
+            return CPUQuantizedEmbedding(layer)
+        return CPUQuantizedLinear(layer) if path.startswith(decoder) else _dense(layer, dtype)
+
+    model.update_modules(tree_map_with_path(suited, model.leaf_modules(), is_leaf=nn.Module.is_module))
+
+
+def _dense(layer: nn.QuantizedLinear, dtype: mx.Dtype) -> nn.Linear:
+    linear = nn.Linear(1, 1, bias=False)
+    linear.weight = mx.dequantize(
+        layer.weight, layer.scales, layer.get("biases"), group_size=layer.group_size, bits=layer.bits, mode=layer.mode
+    ).astype(dtype)
+    if "bias" in layer:
+        linear.bias = layer.bias
+    return linear
+
+
+class CPUQuantizedLinear(nn.QuantizedLinear):
+    """A quantized linear that unpacks its weights to multiply many rows.
+
+    Args:
+        layer: What it takes the place of and shares its arrays with.
+    """
+
+    def __init__(self, layer: nn.QuantizedLinear) -> None:
+        nn.Module.__init__(self)
+        self.group_size, self.bits, self.mode = layer.group_size, layer.bits, layer.mode
+        dict.update(self, layer)
+        self.freeze()
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """(…, in) -> (…, out)."""
+        if math.prod(x.shape[:-1]) < DENSE_ROWS:
+            y: mx.array = super().__call__(x)
+            return y
+        y = unpacked_product(x, self)
+        return y + self.bias if "bias" in self else y
+
+
+class CPUQuantizedEmbedding(nn.QuantizedEmbedding):
+    """A quantized embedding whose use as the head unpacks its weights to multiply many rows.
+
+    Args:
+        layer: What it takes the place of and shares its arrays with.
+    """
+
+    def __init__(self, layer: nn.QuantizedEmbedding) -> None:
+        nn.Module.__init__(self)
+        self.group_size, self.bits, self.mode = layer.group_size, layer.bits, layer.mode
+        self.num_embeddings, self.dims = layer.num_embeddings, layer.dims
+        dict.update(self, layer)
+        self.freeze()
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """(…, D) -> (…, V)."""
+        return super().as_linear(x) if math.prod(x.shape[:-1]) < DENSE_ROWS else unpacked_product(x, self)
+
+
+def unpacked_product(x: mx.array, layer: nn.Module) -> mx.array:
+    """`x` times the transposed weights, (…, in) -> (…, out), with only a block of the weights unpacked at a time."""
+    step = max(1, _BLOCK // x.shape[-1])
+    products = []
+    for first in range(0, layer.weight.shape[0], step):
+        rows = slice(first, first + step)
+        if layer.mode == "affine":
+            slices = _unpack(layer.bits)(layer.weight[rows], layer.scales[rows], layer.biases[rows])
+        else:
+            settings = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
+            slices = [mx.dequantize(layer.weight[rows], layer.scales[rows], **settings).astype(x.dtype)]
+        products.append(sum(_terms(x, slices), mx.array(0, x.dtype)))
+    return mx.concatenate(products, axis=-1) if len(products) > 1 else products[0]
+
+
+def _terms(x: mx.array, slices: list[mx.array]) -> Iterator[mx.array]:
+    for index, columns in enumerate(slices):
+        yield x[..., index :: len(slices)] @ columns.T
+
+
+@functools.cache
+def _unpack(bits: int) -> Callable[..., list[mx.array]]:
+    """What dequantizes affine weights (out, in) into slices of their columns: each n-th, beginning with 0, 1, …, n - 1.
+
+    MLX packs weights as one stream of bits, n of them into the fewest whole bytes. Each of the n has its own shifts,
+    and columns that share them are taken together; MLX's own function takes each weight by itself, several times slower
+    on a CPU.
+    """
+    together = 8 // math.gcd(8, bits)
+    mask = 2**bits - 1
+
+    def unpack(weight: mx.array, scales: mx.array, biases: mx.array) -> list[mx.array]:
+        rows, groups = scales.shape
+        stream = weight.view(mx.uint8).reshape(rows, groups, -1, together * bits // 8)
+        slices = []
+        for index in range(together):
+            byte, shift = divmod(index * bits, 8)
+            values = stream[..., byte] >> shift
+            if shift + bits > 8:
+                values = values | (stream[..., byte + 1] << (8 - shift))
+            values = (values & mask).astype(scales.dtype)
+            slices.append((values * scales[..., None] + biases[..., None]).reshape(rows, -1))
+        return slices
+
+    return mx.compile(unpack)

@@ -1,0 +1,76 @@
+"""Quantized layers: as the config says, and on a CPU the same result by another way."""
+
+import numpy as np
+import pytest
+
+from fastvlm_mlx.backend import mx, nn
+from fastvlm_mlx.errors import ConfigError
+from fastvlm_mlx.quantization import CPUQuantizedEmbedding, CPUQuantizedLinear, quantize_layers, suit_device
+
+SETTINGS = [
+    *(("affine", bits, group_size) for bits in (2, 3, 4, 5, 6, 8) for group_size in (32, 64, 128)),
+    ("mxfp4", 4, 32),
+    ("mxfp8", 8, 32),
+    ("nvfp4", 4, 16),
+]
+
+
+@pytest.mark.parametrize(("mode", "bits", "group_size"), SETTINGS)
+@pytest.mark.parametrize("rows", [1, 7])
+def test_unpacking_gives_the_plain_product(mode: str, bits: int, group_size: int, rows: int) -> None:
+    mx.random.seed(0)
+    x = mx.random.normal((1, rows, 256))
+    linear = nn.Linear(256, 40).to_quantized(group_size, bits, mode)
+    embedding = nn.Embedding(50, 256).to_quantized(group_size, bits, mode)
+    pairs = [
+        (CPUQuantizedLinear(linear)(x), linear(x)),
+        (CPUQuantizedEmbedding(embedding).as_linear(x), embedding.as_linear(x)),
+        (CPUQuantizedEmbedding(embedding)(mx.array([[3, 49]])), embedding(mx.array([[3, 49]]))),
+    ]
+    for unpacked, packed in pairs:
+        # 256 float32 products summed in another order
+        tolerance = 2e-6 * float(mx.abs(packed).max())
+        np.testing.assert_allclose(*(np.array(y.astype(mx.float32)) for y in (unpacked, packed)), atol=tolerance)
+
+
+def test_large_layers_are_unpacked_by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastvlm_mlx.quantization._BLOCK", 256 * 16)
+    layer = nn.Linear(256, 40, bias=False).to_quantized(64, 4)
+    x = mx.random.normal((8, 256))
+    np.testing.assert_allclose(np.array(CPUQuantizedLinear(layer)(x)), np.array(layer(x)), atol=1e-5)
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tower = nn.Linear(64, 8)
+        self.decoder = [nn.Embedding(5, 64), nn.Linear(64, 8, bias=False)]
+
+
+def test_on_a_cpu_only_the_decoder_stays_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Two()
+    quantize_layers(model, {"group_size": 32, "bits": 8}, ["tower.scales", "decoder.0.scales", "decoder.1.scales"])
+    packed = model.tower
+    x = mx.random.normal((5, 64))
+    expected = packed(x)
+    monkeypatch.setattr("fastvlm_mlx.quantization.device", lambda: "gpu")
+    suit_device(model, "decoder", mx.float32)
+    assert model.tower is packed
+    monkeypatch.setattr("fastvlm_mlx.quantization.device", lambda: "cpu")
+    suit_device(model, "decoder", mx.float32)
+    assert [type(layer) for layer in (model.tower, *model.decoder)] == [
+        nn.Linear,
+        CPUQuantizedEmbedding,
+        CPUQuantizedLinear,
+    ]
+    np.testing.assert_allclose(np.array(model.tower(x)), np.array(expected), atol=1e-5)
+
+
+def test_stored_layer_that_the_model_lacks() -> None:
+    with pytest.raises(ConfigError, match=r"decoder\.7 is stored quantized, but the model has no such linear"):
+        quantize_layers(Two(), {"group_size": 32, "bits": 8}, ["decoder.7.scales"])
+
+
+def test_impossible_settings() -> None:
+    with pytest.raises(ConfigError, match=r"quantization \{'group_size': 48, 'bits': 8\} is not possible"):
+        quantize_layers(Two(), {"group_size": 48, "bits": 8}, ["tower.scales"])
