@@ -14,7 +14,7 @@ import numpy as np
 from fastvlm_mlx.config import ModelConfig
 from fastvlm_mlx.convert import layouts, upstream, writer
 from fastvlm_mlx.convert.card import card
-from fastvlm_mlx.convert.checkpoint import Checkpoint
+from fastvlm_mlx.convert.checkpoint import EMBEDDING, Checkpoint
 from fastvlm_mlx.convert.destination import partial_folder
 from fastvlm_mlx.convert.fold import Array
 from fastvlm_mlx.convert.plan import Plan, dropped_tensors
@@ -24,6 +24,7 @@ from fastvlm_mlx.convert.source import Source, open_source
 from fastvlm_mlx.convert.weights import Weight
 from fastvlm_mlx.errors import CheckpointError, ConversionError
 from fastvlm_mlx.processing import FastVLMProcessor
+from fastvlm_mlx.quantization import quantization_entry
 from fastvlm_mlx.tokenizer import Tokenizer
 
 Progress = Callable[[int, int, str], None]
@@ -35,8 +36,19 @@ _PARTS = ("vision_tower", "mm_projector", "language_model")
 _LICENCES = re.compile(r"(licen[cs]e|notice|acknowledg|copying)", re.IGNORECASE)
 
 
+_COPIED_BYTES = 2**24
+
+_KEPT_PACKED = ("language_model.", "mm_projector.2.")
+"""Where quantized weights can stay as they are: neither folded nor scaled, nor their columns permuted."""
+
+
 def plan(
-    source: str | Path, *, dtype: str = "float16", revision: str | None = None, vision_from: str | Path | None = None
+    source: str | Path,
+    *,
+    dtype: str = "float16",
+    revision: str | None = None,
+    vision_from: str | Path | None = None,
+    dequantize: bool = False,
 ) -> Plan:
     """What `convert_checkpoint` would do; reads headers only, and the head where it may equal the embedding.
 
@@ -45,13 +57,14 @@ def plan(
         dtype: `float16`, `bfloat16` or `float32`.
         revision: A branch, tag or commit of a Hub id.
         vision_from: The source of the vision tower, for a source that has none.
+        dequantize: Whether quantized weights that could stay as they are are not to.
 
     Raises:
         CheckpointError: If the source is missing, incomplete, damaged or of an unknown layout.
         ConfigError: If its config.json describes another architecture.
         ConversionError: If the options do not fit the source.
     """
-    with _open(source, dtype, revision, vision_from) as job:
+    with _open(source, dtype, revision, vision_from, dequantize) as job:
         return job.plan
 
 
@@ -62,6 +75,7 @@ def convert_checkpoint(
     dtype: str = "float16",
     revision: str | None = None,
     vision_from: str | Path | None = None,
+    dequantize: bool = False,
     calibration_images: Iterable[str | Path] = (),
     progress: Progress | None = None,
 ) -> Plan:
@@ -75,6 +89,7 @@ def convert_checkpoint(
         dtype: `float16`, `bfloat16` or `float32`.
         revision: A branch, tag or commit of a Hub id.
         vision_from: The source of the vision tower, for a source that has none.
+        dequantize: Whether quantized weights that could stay as they are are not to.
         calibration_images: Pictures that the tower's range is measured on for float16, beside the built-in ones.
         progress: Called with bytes done, bytes in all and what is being done.
 
@@ -87,7 +102,10 @@ def convert_checkpoint(
     target = Path(destination).expanduser()
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ConversionError(f"{target}: exists already; remove it or choose another destination")
-    with _open(source, dtype, revision, vision_from) as job, partial_folder(target, job.plan.output_bytes) as folder:
+    with (
+        _open(source, dtype, revision, vision_from, dequantize) as job,
+        partial_folder(target, job.plan.output_bytes) as folder,
+    ):
         return job.write(folder, target.name, tuple(calibration_images), progress or (lambda *_: None))
 
 
@@ -101,6 +119,7 @@ class _Job:
         recipes: Of every parameter, in the order in which they are written.
         weights: The source's tensor at every place.
         unscale: What takes the scaling of a source in our own format out of its weights.
+        kept: The quantized weights that stay as they are, by parameter.
     """
 
     plan: Plan
@@ -108,6 +127,7 @@ class _Job:
     recipes: list[Recipe]
     weights: Mapping[str, Weight]
     unscale: Mapping[str, float]
+    kept: Mapping[str, Weight]
 
     def write(self, folder: Path, title: str, pictures: tuple[str | Path, ...], progress: Progress) -> Plan:
         """Writes every file into `folder`."""
@@ -123,8 +143,11 @@ class _Job:
             vision = replace(finished.config.vision_config, scales=scaling.scales)
             finished = finished.with_config(vision_config=vision)
         rescale = factors(scaling)
-        with writer.ShardWriter(folder, finished.shards, finished.config.dtype) as out:
+        with writer.ShardWriter(folder, finished.shards) as out:
             for recipe in self.recipes:
+                if packed := self.kept.get(next(iter(recipe.outputs))):
+                    self._copy(out, next(iter(recipe.outputs)), packed, meter)
+                    continue
                 outputs = {name: tower.pop(name) for name in recipe.outputs} if tower else self._rows(recipe)
                 for name, rows in outputs.items():
                     factor = np.float32(rescale.get(name, 1.0))
@@ -132,6 +155,12 @@ class _Job:
                     out.write(name, values, lambda count: meter.advance(count, "writing"))
         self._write_small_files(folder, title, finished)
         return finished
+
+    def _copy(self, out: writer.ShardWriter, name: str, weight: Weight, meter: "_Meter") -> None:
+        for part, tensor in weight.packed.items():
+            step = max(1, _COPIED_BYTES * tensor.shape[0] // tensor.nbytes)
+            rows = (tensor.read(first, min(step, tensor.shape[0] - first)) for first in range(0, tensor.shape[0], step))
+            out.copy(_part(name, part), rows, lambda count: meter.advance(count, "writing"))
 
     def _rows(self, recipe: Recipe) -> dict[str, Iterator[Array]]:
         """The unscaled outputs of a recipe, each as chunks of rows."""
@@ -180,12 +209,17 @@ class _Job:
         files: dict[str, Mapping[str, Any]] = {
             "config.json": config.to_dict(),
             "generation_config.json": generation,
-            "model.safetensors.index.json": writer.index(finished.shards, config.dtype),
+            "model.safetensors.index.json": writer.index(finished.shards),
         }
         for name, values in files.items():
             (folder / name).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         readme = card(config, dict(finished.parameters), finished.layout, title, sorted(licences))
         (folder / "README.md").write_text(readme, encoding="utf-8")
+
+
+def _part(name: str, part: str) -> str:
+    """The name of a part of the quantized layer with the weight `name`."""
+    return f"{name.removesuffix('weight')}{part}"
 
 
 class _Meter:
@@ -202,7 +236,9 @@ class _Meter:
 
 
 @contextmanager
-def _open(name: str | Path, dtype: str, revision: str | None, vision_from: str | Path | None) -> Iterator[_Job]:
+def _open(
+    name: str | Path, dtype: str, revision: str | None, vision_from: str | Path | None, dequantize: bool
+) -> Iterator[_Job]:
     if dtype not in writer.DTYPES:
         raise ConversionError(f"dtype must be {', '.join(writer.DTYPES)}, not {dtype!r}")
     with ExitStack() as stack:
@@ -213,17 +249,17 @@ def _open(name: str | Path, dtype: str, revision: str | None, vision_from: str |
                     f"{main.source.name} has no vision tower ({main.layout.description}); "
                     "name a checkpoint that has one with --vision-from"
                 )
-            yield _job(main, main, dtype)
+            yield _job(main, main, dtype, dequantize)
         elif main.has_tower:
             raise ConversionError(f"{main.source.name} has a vision tower of its own; leave --vision-from out")
         else:
             vision = Checkpoint.of(stack.enter_context(open_source(vision_from)))
             if not vision.has_tower:
                 raise ConversionError(f"{vision.source.name} has no vision tower either; give another --vision-from")
-            yield _job(main, vision, dtype)
+            yield _job(main, vision, dtype, dequantize)
 
 
-def _job(main: Checkpoint, vision: Checkpoint, dtype: str) -> _Job:
+def _job(main: Checkpoint, vision: Checkpoint, dtype: str, dequantize: bool) -> _Job:
     """The conversion of `main`, with the tower of `vision` (mostly the same)."""
     text, tower = main.text_config(), vision.vision_config()
     parts = [
@@ -237,6 +273,8 @@ def _job(main: Checkpoint, vision: Checkpoint, dtype: str) -> _Job:
         used = copies(made) if checkpoint.layout.folded else made
         recipes += used
         weights |= {place: checkpoint.weight(place, shape) for recipe in used for place, shape in recipe.inputs.items()}
+    packed = {place: weight for place, weight in weights.items() if weight.packing}
+    kept = {} if dequantize else {place: weight for place, weight in packed.items() if _can_stay(place, weight)}
     sources = (main.source,) if vision is main else (main.source, vision.source)
     dropped = dropped_tensors(main.source, main.dropped(text))
     provenance = {"name": main.public_name, "revision": main.source.revision, "layout": main.layout.name}
@@ -254,9 +292,19 @@ def _job(main: Checkpoint, vision: Checkpoint, dtype: str) -> _Job:
         dtype=dtype,
         eos_token_id=main.end_tokens(),
         max_length=upstream.max_length(main.config),
+        quantization=_quantization(kept),
         source=provenance,
     )
     shapes = {name: shape for recipe in recipes for name, shape in recipe.outputs.items()}
+    stored: dict[str, writer.Stored] = {}
+    for name, shape in shapes.items():
+        if name in kept:
+            stored |= {
+                _part(name, part): writer.Stored(tensor.dtype, tensor.shape)
+                for part, tensor in kept[name].packed.items()
+            }
+        else:
+            stored[name] = writer.Stored(writer.DTYPES[dtype], shape)
     sizes = {name: int(np.prod(shape)) for name, shape in shapes.items()}
     plan = Plan(
         source=main.source.name,
@@ -264,13 +312,35 @@ def _job(main: Checkpoint, vision: Checkpoint, dtype: str) -> _Job:
         vision_from=None if vision is main else (vision.source.name, vision.layout.description),
         config=config,
         source_bytes=sum(source.nbytes for source in sources),
-        output_bytes=sum(writer.nbytes(shape, dtype) for shape in shapes.values()),
-        shards=tuple(writer.shards(shapes, dtype)),
+        output_bytes=sum(tensor.nbytes for tensor in stored.values()),
+        shards=tuple(writer.shards(stored)),
         parameters={part: sum(size for name, size in sizes.items() if name.startswith(part)) for part in _PARTS},
         dropped=tuple(dropped),
+        kept_quantized=len(kept),
+        dequantized=tuple(place.removesuffix(".weight") for place in packed if place not in kept),
     )
     unscale = {
         **{name: factor for name, factor in main.unscale().items() if name.startswith("mm_projector.")},
         **{name: factor for name, factor in vision.unscale().items() if name.startswith("vision_tower.")},
     }
-    return _Job(plan=plan, sources=sources, recipes=recipes, weights=weights, unscale=unscale)
+    return _Job(plan=plan, sources=sources, recipes=recipes, weights=weights, unscale=unscale, kept=kept)
+
+
+def _can_stay(place: str, weight: Weight) -> bool:
+    """Whether a quantized weight can; MLX dequantizes an embedding to bfloat16 in every mode but affine."""
+    affine = weight.packing is not None and weight.packing.mode == "affine"
+    return place.startswith(_KEPT_PACKED) and (affine or place != EMBEDDING)
+
+
+def _quantization(kept: Mapping[str, Weight]) -> dict[str, Any] | None:
+    """The entry of config.json for quantized weights: the commonest settings, and the layers that have others."""
+    settings = {
+        name.removesuffix(".weight"): {
+            "group_size": weight.packing.group_size,
+            "bits": weight.packing.bits,
+            "mode": weight.packing.mode,
+        }
+        for name, weight in kept.items()
+        if weight.packing
+    }
+    return quantization_entry(settings) if settings else None

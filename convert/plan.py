@@ -39,6 +39,8 @@ class Plan:
         shards: The files written.
         parameters: How many there are in each part.
         dropped: Every tensor that is not used.
+        kept_quantized: How many quantized layers stay as they are.
+        dequantized: The layers that do not.
     """
 
     source: str
@@ -50,6 +52,8 @@ class Plan:
     shards: tuple[Shard, ...]
     parameters: Mapping[str, int]
     dropped: tuple[Dropped, ...]
+    kept_quantized: int
+    dequantized: tuple[str, ...]
 
     def with_config(self, **changes: Any) -> "Plan":
         """The plan with fields of its config replaced."""
@@ -71,6 +75,8 @@ class Plan:
             f"{text.hidden_size}, {text.num_attention_heads} heads ({text.num_key_value_heads} key/value), "
             f"{text.vocab_size} tokens, head {head}",
             "total": f"{total:,} parameters",
+            **({"quantized": f"{self.kept_quantized} layers, kept as they are"} if self.kept_quantized else {}),
+            **({"dequantized": f"{len(self.dequantized)} layers"} if self.dequantized else {}),
         }
         return "\n".join([*(f"{key:<13} {value}" for key, value in lines.items()), *self._dropped_lines()])
 

@@ -70,6 +70,13 @@ class Weight:
         """
         return self._rows(0, self.shape[0])
 
+    @property
+    def packed(self) -> dict[str, Tensor]:
+        """What a quantized tensor is stored as, by the names that a quantized layer has for it."""
+        assert self.packing is not None
+        parts = {"weight": self.tensor, "scales": self.packing.scales, "biases": self.packing.biases}
+        return {name: part for name, part in parts.items() if part is not None}
+
     def equals(self, other: "Weight") -> bool:
         """Whether both hold the same values; compared some rows at a time, until the first difference."""
         if self.shape != other.shape:

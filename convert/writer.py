@@ -1,26 +1,41 @@
 """Writes safetensors shards in a stream: every header is known in advance, so memory holds one piece at a time."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from fastvlm_mlx.convert.fold import Array
+from fastvlm_mlx.convert.source import ITEM_BYTES
 from fastvlm_mlx.convert.weights import Shape
 from fastvlm_mlx.errors import ConversionError
 
 SHARD_BYTES = 5 * 10**9
 """The size that the Hub's tools split at."""
 
-_OVERFLOW = {"float16": (2 - 2**-11) * 2.0**15, "bfloat16": (2 - 2**-8) * 2.0**127, "float32": np.inf}
+_OVERFLOW = {"F16": (2 - 2**-11) * 2.0**15, "BF16": (2 - 2**-8) * 2.0**127, "F32": np.inf}
 """The smallest values that round to infinity."""
 
-DTYPES = {"float16": ("F16", 2), "bfloat16": ("BF16", 2), "float32": ("F32", 4)}
-"""What a checkpoint can be stored in: safetensors' name and the bytes per element."""
+DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+"""What a checkpoint can be stored in, and safetensors' name for it."""
+
+
+class Stored(NamedTuple):
+    """How a tensor lies in a file: safetensors' name of its dtype, and its shape."""
+
+    dtype: str
+    shape: Shape
+
+    @property
+    def nbytes(self) -> int:
+        """Its bytes."""
+        size: int = ITEM_BYTES[self.dtype] * math.prod(self.shape)
+        return size
 
 
 @dataclass(frozen=True)
@@ -29,24 +44,23 @@ class Shard:
 
     Attributes:
         file: Its name.
-        tensors: Names and shapes, in the order in which they are written.
+        tensors: What it holds, in the order in which it is written.
     """
 
     file: str
-    tensors: Mapping[str, Shape]
+    tensors: Mapping[str, Stored]
 
 
-def shards(shapes: Mapping[str, Shape], dtype: str, limit: int = SHARD_BYTES) -> list[Shard]:
+def shards(tensors: Mapping[str, Stored], limit: int = SHARD_BYTES) -> list[Shard]:
     """Splits tensors, in their order, into files of at most `limit` bytes (or of one tensor, if that is larger)."""
-    groups: list[dict[str, Shape]] = [{}]
+    groups: list[dict[str, Stored]] = [{}]
     used = 0
-    for name, shape in shapes.items():
-        size = nbytes(shape, dtype)
-        if groups[-1] and used + size > limit:
+    for name, stored in tensors.items():
+        if groups[-1] and used + stored.nbytes > limit:
             groups.append({})
             used = 0
-        groups[-1][name] = shape
-        used += size
+        groups[-1][name] = stored
+        used += stored.nbytes
     if len(groups) == 1:
         return [Shard("model.safetensors", groups[0])]
     return [
@@ -54,20 +68,14 @@ def shards(shapes: Mapping[str, Shape], dtype: str, limit: int = SHARD_BYTES) ->
     ]
 
 
-def nbytes(shape: Shape, dtype: str) -> int:
-    """Bytes of a tensor."""
-    return int(np.prod(shape)) * DTYPES[dtype][1]
-
-
 class ShardWriter:
     """Writes tensors in the order of `shards`; a context manager."""
 
-    def __init__(self, folder: Path, files: Iterable[Shard], dtype: str) -> None:
+    def __init__(self, folder: Path, files: Iterable[Shard]) -> None:
         self._folder = folder
-        self._dtype = dtype
         self._pending = list(files)
         self._file: IO[bytes] | None = None
-        self._left: list[str] = []
+        self._left: dict[str, Stored] = {}
 
     def __enter__(self) -> "ShardWriter":
         return self
@@ -77,62 +85,76 @@ class ShardWriter:
             self._file.close()
 
     def write(self, name: str, rows: Iterable[Array], advance: Callable[[int], None]) -> None:
-        """Appends a tensor, cast to the output's dtype; `advance` is told the bytes of each chunk.
+        """Appends a tensor of float32 values, cast to its dtype; `advance` is told the bytes of each chunk.
 
         Raises:
             ConversionError: If a value does not fit the dtype.
         """
+        file, dtype = self._turn(name)
+        for chunk in rows:
+            advance(file.write(np.ascontiguousarray(cast(chunk, dtype, name)).data))
+
+    def copy(self, name: str, rows: Iterable[npt.NDArray[Any]], advance: Callable[[int], None]) -> None:
+        """Appends a tensor of values as they are to be stored."""
+        file, _ = self._turn(name)
+        for chunk in rows:
+            advance(file.write(np.ascontiguousarray(chunk).data))
+
+    def _turn(self, name: str) -> tuple[IO[bytes], str]:
+        """The file that a tensor goes to, and its dtype."""
         if not self._left:
             self._next_file()
         assert self._file is not None
-        assert self._left.pop(0) == name, f"{name} is written out of turn"
-        for chunk in rows:
-            advance(self._file.write(np.ascontiguousarray(cast(chunk, self._dtype, name)).data))
+        assert next(iter(self._left)) == name, f"{name} is written out of turn"
+        return self._file, self._left.pop(name).dtype
 
     def _next_file(self) -> None:
         if self._file:
             self._file.close()
         shard = self._pending.pop(0)
         self._file = (self._folder / shard.file).open("wb")
-        self._file.write(header(shard.tensors, self._dtype))
-        self._left = list(shard.tensors)
+        self._file.write(header(shard.tensors))
+        self._left = dict(shard.tensors)
 
 
-def header(tensors: Mapping[str, Shape], dtype: str) -> bytes:
+def header(tensors: Mapping[str, Stored]) -> bytes:
     """The beginning of a safetensors file: the length of the JSON, and the JSON padded to eight bytes."""
     entries: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
     end = 0
-    for name, shape in tensors.items():
-        begin, end = end, end + nbytes(shape, dtype)
-        entries[name] = {"dtype": DTYPES[dtype][0], "shape": list(shape), "data_offsets": [begin, end]}
+    for name, stored in tensors.items():
+        begin, end = end, end + stored.nbytes
+        entries[name] = {"dtype": stored.dtype, "shape": list(stored.shape), "data_offsets": [begin, end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
-def index(files: Iterable[Shard], dtype: str) -> dict[str, Any]:
+def index(files: Collection[Shard]) -> dict[str, Any]:
     """The contents of `model.safetensors.index.json`."""
-    placement = {name: (shard.file, shape) for shard in files for name, shape in shard.tensors.items()}
-    total = sum(nbytes(shape, dtype) for _, shape in placement.values())
+    placement = {name: shard.file for shard in files for name in shard.tensors}
     return {
-        "metadata": {"total_size": total, "format": "mlx"},
-        "weight_map": {name: placement[name][0] for name in sorted(placement)},
+        "metadata": {
+            "total_size": sum(stored.nbytes for shard in files for stored in shard.tensors.values()),
+            "format": "mlx",
+        },
+        "weight_map": dict(sorted(placement.items())),
     }
 
 
 def cast(values: Array, dtype: str, name: str) -> npt.NDArray[Any]:
-    """Rounded to nearest even, bfloat16 as the uint16 of its bits.
+    """Rounded to nearest even, bfloat16 as the uint16 of its bits; `dtype` is safetensors' name.
 
     Raises:
         ConversionError: If a value becomes infinite.
     """
     largest = max(values.max(), -values.min())
     if largest >= _OVERFLOW[dtype]:
-        raise ConversionError(f"{name} holds {largest:.4g}, too large for {dtype}; convert with another --dtype")
+        wanted = next(name for name, stored in DTYPES.items() if stored == dtype)
+        raise ConversionError(f"{name} holds {largest:.4g}, too large for {wanted}; convert with another --dtype")
     stored: npt.NDArray[Any]
-    if dtype == "bfloat16":
+    if dtype == "BF16":
         bits = values.view(np.uint32)
         stored = ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype(np.uint16)
     else:
-        stored = values.astype(dtype, copy=False)
+        stored = values.astype(np.float16 if dtype == "F16" else np.float32, copy=False)
     return stored

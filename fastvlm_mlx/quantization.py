@@ -51,6 +51,17 @@ def quantize_layers(model: nn.Module, quantization: Mapping[str, Any], stored: I
         raise ConfigError(f"quantization {dict(default)} is not possible: {err}") from err
 
 
+def quantization_entry(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The `quantization` entry of `config.json`: the commonest settings, and by path the layers that have others.
+
+    Args:
+        layers: `group_size`, `bits` and `mode` of every quantized layer by its path; at least one.
+    """
+    settings = [dict(layer) for layer in layers.values()]
+    default = max(settings, key=lambda each: settings.count(each))
+    return {**default, **{path: dict(layer) for path, layer in layers.items() if dict(layer) != default}}
+
+
 def suit_device(model: nn.Module, decoder: str, dtype: mx.Dtype) -> None:
     """Rearranges a quantized model, its weights in place, for the device at hand; on a GPU it stays as it is.
 

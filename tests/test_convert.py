@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from fastvlm_mlx.checkpoint import load_model, read_weights
+from fastvlm_mlx.checkpoint import load, load_model, read_weights
 from fastvlm_mlx.config import ModelConfig
 from fastvlm_mlx.convert import convert_checkpoint, plan, writer
 from fastvlm_mlx.errors import ConversionError
@@ -40,7 +40,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Every golden checkpoint, converted in float32."""
     folder = tmp_path_factory.mktemp("converted")
     for name, source in SOURCES.items():
-        convert_checkpoint(source, folder / name, dtype="float32")
+        convert_checkpoint(source, folder / name, dtype="float32", dequantize=True)
     return {name: folder / name for name in SOURCES}
 
 
@@ -141,7 +141,7 @@ def test_the_tower_may_come_from_a_second_source(
     else:
         vision = converted["apple"] if tower == "ours" else SOURCES[tower]
         alike, tolerance = converted["transformers" if tower == "transformers" else "apple"], 1e-6
-    done = convert_checkpoint(exported_decoder, tmp_path / "out", dtype="float32", vision_from=vision)
+    done = convert_checkpoint(exported_decoder, tmp_path / "out", dtype="float32", vision_from=vision, dequantize=True)
     assert done.vision_from is not None
     assert done.config.source["vision_name"] == vision.name
     assert len(done.config.source["vision_sha256"]) == 64
@@ -316,7 +316,7 @@ def test_a_layer_may_be_quantized_differently_from_the_rest(converted: dict[str,
     config = json.loads((source / "config.json").read_text())
     config["quantization"][name] = {"group_size": 64, "bits": 4}
     (source / "config.json").write_text(json.dumps(config))
-    convert_checkpoint(source, tmp_path / "out", dtype="float32")
+    convert_checkpoint(source, tmp_path / "out", dtype="float32", dequantize=True)
     expected = mx.dequantize(*(values[f"{name}.{part}"] for part in ("weight", "scales", "biases")), 64, 4)
     np.testing.assert_array_equal(tensors(tmp_path / "out")[f"{name}.weight"], np.array(expected))
 
@@ -327,23 +327,48 @@ def test_a_group_size_that_needs_no_biases_is_read_as_its_mode_says(tmp_path: Pa
     name = "language_model.model.layers.0.mlp.up_proj"
     values[f"{name}.weight"], values[f"{name}.scales"] = mx.quantize(values[f"{name}.weight"], mode="mxfp4")
     mx.save_safetensors(str(source / "model.safetensors"), values)
-    convert_checkpoint(source, tmp_path / "out", dtype="float32")
+    convert_checkpoint(source, tmp_path / "out", dtype="float32", dequantize=True)
     expected = mx.dequantize(values[f"{name}.weight"], values[f"{name}.scales"], mode="mxfp4")
     np.testing.assert_array_equal(tensors(tmp_path / "out")[f"{name}.weight"], np.array(expected.astype(mx.float32)))
 
 
+@pytest.mark.parametrize("name", ["q8", "q4"])
+def test_quantized_weights_of_mlx_vlm_stay_as_they_are_and_give_its_logits(name: str, tmp_path: Path) -> None:
+    source = SOURCES[f"mlx-vlm-{name}"]
+    done = convert_checkpoint(source, tmp_path / "out", dtype="float32")
+    stored, written = tensors(source), tensors(tmp_path / "out")
+    layers = {key.removesuffix(".scales") for key in stored if key.endswith(".scales")}
+    # the columns of the projector's first layer are permuted, and permuted columns are other groups
+    assert done.dequantized == ("mm_projector.0",)
+    for key in (f"{layer}.{part}" for layer in layers - {"mm_projector.0"} for part in ("weight", "scales", "biases")):
+        np.testing.assert_array_equal(written[key], stored[key], err_msg=key)
+    assert done.config.quantization == {"group_size": 32, "bits": int(name[1]), "mode": "affine"}
+    assert "quantized     16 layers, kept as they are\ndequantized   1 layers" in str(done)
+    expected = load_file(GOLDEN / "mlx_vlm" / "expected.safetensors")
+    apple = load_file(GOLDEN / "apple" / "expected.safetensors")
+    model, processor = load(tmp_path / "out")
+    inputs = processor([GOLDEN / "apple" / "images" / "landscape.png"], "Describe the image.")
+    np.testing.assert_array_equal(
+        np.float32(inputs["pixel_values"][0]) / 255, np.moveaxis(apple["landscape.pixel_values"], 0, -1)
+    )
+    logits = np.array(model.prefill(**inputs)[0])[0]
+    wanted = expected[f"{name}.logits"]
+    np.testing.assert_allclose(logits, wanted, rtol=0, atol=1e-3 * np.abs(wanted).max())
+
+
 def test_shards_hold_at_most_their_limit_or_one_tensor() -> None:
     shapes = {"a": (10, 10), "b": (10, 10), "c": (50, 10), "d": (1,)}
-    files = writer.shards(shapes, "float16", limit=400)
+    stored = {name: writer.Stored("F16", shape) for name, shape in shapes.items()}
+    files = writer.shards(stored, limit=400)
     assert [list(file.tensors) for file in files] == [["a", "b"], ["c"], ["d"]]
     assert files[1].file == "model-00002-of-00003.safetensors"
-    assert writer.shards(shapes, "float16")[0].file == "model.safetensors"
+    assert writer.shards(stored)[0].file == "model.safetensors"
 
 
 def test_casts_round_to_nearest_even() -> None:
     values = np.random.default_rng(0).standard_normal(10_000).astype(np.float32)
     values[:3] = 1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8  # halfway between two bfloat16s
     expected = np.array(mx.array(values).astype(mx.bfloat16).view(mx.uint16))
-    np.testing.assert_array_equal(writer.cast(values, "bfloat16", "x"), expected)
+    np.testing.assert_array_equal(writer.cast(values, "BF16", "x"), expected)
     with pytest.raises(ConversionError, match=r"x holds 3.4e\+38, too large for bfloat16"):
-        writer.cast(np.array([3.4e38], np.float32), "bfloat16", "x")
+        writer.cast(np.array([3.4e38], np.float32), "BF16", "x")

@@ -40,7 +40,7 @@ def test_a_released_layout_fills_every_parameter_of_its_model(manifest: Path, tm
     assert vision.embed_dims == (96, 192, 384, 768, 1536)
     assert planned.parameters["language_model"] == parameters + (text.vocab_size - vocabulary) * width * (2 - tied)
     model = {name: value.shape for name, value in tree_flatten(FastVLM(planned.config).parameters())}
-    assert {name: shape for shard in planned.shards for name, shape in shard.tensors.items()} == model
+    assert {name: stored.shape for shard in planned.shards for name, stored in shard.tensors.items()} == model
 
 
 @pytest.mark.parametrize("manifest", sorted(MANIFESTS.glob("*_0.5b.json")), ids=lambda path: path.stem)
@@ -53,7 +53,7 @@ def test_every_tensor_of_a_released_layout_is_used_once_or_dropped_with_a_reason
     used = list(found.places.values())
     assert sorted([*used, *found.dropped]) == sorted(names)
     assert all(found.dropped.values())
-    with conversion._open(folder, "float16", None, None) as job:
+    with conversion._open(folder, "float16", None, None, False) as job:
         inputs = [place for recipe in job.recipes for place in recipe.inputs]
     head = {LM_HEAD} & set(found.places)  # tied, so that no recipe takes it
     assert sorted([*inputs, *head]) == sorted(found.places)
