@@ -16,7 +16,8 @@ ORDER = (
     *("errors", "backend", "machine", "config"),
     *("activations", "vision", "vision_cpu", "language", "decoding", "model"),
     *("images", "tokenizer", "prompts", "processing"),
-    *("quantization", "checkpoint", "generation", "evaluation", "bench", "cli"),
+    *("quantization", "checkpoint", "generation", "evaluation"),
+    *("conditions", "pictures", "random_weights", "bench", "report", "cli"),
 )
 # Inside functions only: `from_pretrained` resolves names, and `checkpoint` converts what is not converted yet.
 UPWARD_WHEN_CALLED = {

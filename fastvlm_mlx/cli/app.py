@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from fastvlm_mlx import __version__
-from fastvlm_mlx.cli import convert, generate, info
+from fastvlm_mlx.cli import bench, convert, generate, info
 from fastvlm_mlx.errors import FastVLMError
 
 DEBUG_VARIABLE = "FASTVLM_DEBUG"
@@ -78,6 +78,7 @@ def fastvlm(
 app.command()(generate.generate)
 app.command()(convert.convert)
 app.command()(info.info)
+app.add_typer(bench.app, name="bench")
 
 
 def main() -> None:

@@ -17,3 +17,12 @@ class DType(str, Enum):
     float16 = "float16"
     bfloat16 = "bfloat16"
     float32 = "float32"
+
+
+def parse_resolution(text: str) -> int | str:
+    """`auto` or a multiple of 64."""
+    if text == "auto":
+        return text
+    if not text.isdecimal() or int(text) == 0 or int(text) % 64:
+        raise typer.BadParameter(f"{text!r} is neither a positive multiple of 64 nor 'auto'")
+    return int(text)

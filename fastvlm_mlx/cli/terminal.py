@@ -1,5 +1,6 @@
 """What the commands share to write on a terminal. Everything here goes to stderr: stdout is for the answer."""
 
+import shutil
 import sys
 from typing import TYPE_CHECKING
 
@@ -52,3 +53,19 @@ class ByteProgress:
             self._task = self._bar.add_task(what)
             self._bar.start()
         self._bar.update(self._task, completed=done, total=total, description=what)
+
+
+class LiveLine:
+    """One line on stderr that is written over and gone at the end; where stderr is no terminal, nothing."""
+
+    def __enter__(self) -> "LiveLine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.show("")
+
+    def show(self, text: str) -> None:
+        """Shows `text` in place of what was shown before."""
+        if sys.stderr.isatty():
+            width = shutil.get_terminal_size().columns - 1
+            typer.echo(f"\r\x1b[K{text[:width]}", err=True, nl=False)

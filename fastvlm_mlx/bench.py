@@ -1,0 +1,339 @@
+"""Time to first token, stage by stage and as a whole.
+
+What is measured, and where the clock starts and stops:
+
+- **wall TTFT**: encoded image bytes and a prompt -> the first token id on the host, model loaded. The user's wait in a
+  program that stays alive. Measured on `stream_generate`, the function behind `fastvlm generate`; nothing is left out
+  and nothing is added.
+- **cold TTFT**: start of a `fastvlm generate` process -> the first character on its standard output.
+- **paper TTFT**: pixel values -> logits after the visual tokens alone: vision tower, projector and the prefill of the
+  N visual tokens, as arXiv 2412.13303 counts it. No image decoding, no text.
+- **stages**: load, decode (bytes -> picture), preprocess (picture and prompt -> pixel values and token ids), vision,
+  projector, prefill (all positions, to logits), first token (logits -> token id on the host). Each is closed by an
+  evaluation, so their sum exceeds the wall TTFT: nothing overlaps any more.
+- **decode rate**: generated tokens per second after the first one; end tokens do not end the answer.
+
+Every run gets a picture of its own, so that nothing can be answered from a cache. Each sample is kept.
+"""
+
+import copy
+import hashlib
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from fastvlm_mlx import generation
+from fastvlm_mlx.backend import mx, nn
+from fastvlm_mlx.checkpoint import Progress as LoadProgress
+from fastvlm_mlx.checkpoint import load_model, resolve, weight_files
+from fastvlm_mlx.conditions import peak_resident_bytes
+from fastvlm_mlx.decoding import Sampler, SamplingConfig
+from fastvlm_mlx.errors import CheckpointError
+from fastvlm_mlx.images import load_image
+from fastvlm_mlx.model import FastVLM
+from fastvlm_mlx.pictures import Pictures
+from fastvlm_mlx.processing import FastVLMProcessor, Resolution
+from fastvlm_mlx.random_weights import full_size, random_model
+
+STAGES = ("load", "decode", "preprocess", "vision", "projector", "prefill", "first_token")
+PARTS = ("vision_tower", "mm_projector", "language_model")
+
+_T = TypeVar("_T")
+Progress = Callable[[int, int], None]
+"""Called with the runs done and all of them, warm-up included."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statistics:
+    """What a list of samples comes to."""
+
+    n: int
+    median: float
+    mean: float
+    std: float
+    min: float
+    p90: float
+    p95: float
+    max: float
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> "Statistics":
+        """The statistics of at least one sample; the standard deviation of one is 0."""
+        values = np.asarray(samples, dtype=np.float64)
+        median, p90, p95 = np.percentile(values, [50, 90, 95]).tolist()
+        return cls(
+            n=len(values),
+            median=median,
+            mean=float(values.mean()),
+            std=float(values.std(ddof=1)) if len(values) > 1 else 0.0,
+            min=float(values.min()),
+            p90=p90,
+            p95=p95,
+            max=float(values.max()),
+        )
+
+
+class Stopwatch:
+    """Seconds by stage; a stage ends when everything that it returns has been evaluated."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def time(self, stage: str, run: Callable[[], _T]) -> _T:
+        """What `run` returns, evaluated: an array, or any nesting of lists and dicts with arrays in it."""
+        start = time.perf_counter()
+        result = run()
+        mx.eval(result)
+        self.seconds[stage] = time.perf_counter() - start
+        return result
+
+
+@contextmanager
+def _replaced(model: FastVLM, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Lets `function` stand for the attribute `name` of `model` meanwhile; the module tree stays as it is."""
+    object.__setattr__(model, name, function)
+    try:
+        yield
+    finally:
+        object.__delattr__(model, name)
+
+
+def time_stages(
+    model: FastVLM, processor: FastVLMProcessor, image: bytes, prompt: str, resolution: Resolution
+) -> dict[str, float]:
+    """Seconds of every stage from `decode` on."""
+    watch = Stopwatch()
+    picture = watch.time("decode", lambda: load_image(image))
+    inputs = watch.time("preprocess", lambda: processor(picture, prompt, resolution=resolution))
+    with _replaced(model, "mm_projector", lambda features: features):
+        features = watch.time("vision", lambda: model.encode_image(inputs["pixel_values"]))
+    visual = watch.time("projector", lambda: model.mm_projector(features))
+
+    def prefill() -> tuple[mx.array, list[Any]]:
+        logits, cache = model.prefill(**inputs)
+        return logits, [layer.state for layer in cache]
+
+    with _replaced(model, "encode_image", lambda _: visual):
+        logits, _ = watch.time("prefill", prefill)
+    sampler = Sampler(SamplingConfig(), [[]])
+    watch.time("first_token", lambda: np.asarray(sampler(logits)))
+    return watch.seconds
+
+
+def time_paper(model: FastVLM, processor: FastVLMProcessor, image: bytes, resolution: Resolution) -> float:
+    """The paper TTFT in seconds."""
+    pixel_values = processor.prepare_images([image], resolution)
+    watch = Stopwatch()
+
+    def run() -> tuple[mx.array, list[Any]]:
+        cache = model.language_model.make_cache()
+        logits = model.language_model.prefill(model.encode_image(pixel_values), cache)
+        return logits, [layer.state for layer in cache]
+
+    watch.time("paper", run)
+    return watch.seconds["paper"]
+
+
+def time_generate(
+    model: FastVLM, processor: FastVLMProcessor, image: bytes, prompt: str, resolution: Resolution, max_tokens: int
+) -> generation.GenerationResult:
+    """The last piece of an answer of exactly `max_tokens`, with its timings and counts."""
+    endless = copy.copy(processor)
+    endless.eos_token_ids = ()
+    stream = generation.stream_generate(
+        model, endless, image=image, prompt=prompt, resolution=resolution, max_tokens=max_tokens
+    )
+    *_, last = stream
+    return last
+
+
+def time_cold(folder: Path, image: bytes, prompt: str, resolution: Resolution, dtype: str | None = None) -> float:
+    """The cold TTFT in seconds: what `fastvlm generate` takes as a new process until it has written a character.
+
+    Files that were read before are still in the operating system's cache.
+
+    Raises:
+        CheckpointError: If the process fails.
+    """
+    arguments = ["generate", "-", "--model", str(folder), "--prompt", prompt, "--max-tokens", "8"]
+    if resolution is not None:
+        arguments += ["--resolution", str(resolution)]
+    if dtype is not None:
+        arguments += ["--dtype", dtype]
+    with tempfile.TemporaryFile() as picture, tempfile.TemporaryFile() as errors:
+        picture.write(image)
+        picture.seek(0)
+        start = time.perf_counter()
+        with subprocess.Popen(
+            [sys.executable, "-c", "from fastvlm_mlx.cli import main; main()", *arguments],
+            stdin=picture,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+        ) as process:
+            assert process.stdout is not None
+            process.stdout.read(1)
+            seconds = time.perf_counter() - start
+            process.stdout.read()
+        errors.seek(0)
+        if process.returncode:
+            raise CheckpointError(f"fastvlm generate failed: {errors.read().decode(errors='replace').strip()}")
+    return seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A model to measure.
+
+    Attributes:
+        name: What to call it.
+        model: Loaded, all weights read.
+        processor: Its own.
+        folder: Where it is on disk; None for random weights.
+        dtype: What it was asked to load as; None for the default.
+        load_seconds: What loading took, converting not included; None for random weights.
+        sha256: Of the weight files in their order; None for random weights.
+    """
+
+    name: str
+    model: FastVLM
+    processor: FastVLMProcessor
+    folder: Path | None = None
+    dtype: str | None = None
+    load_seconds: float | None = None
+    sha256: str | None = None
+
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        *,
+        dtype: str | None = None,
+        notify: Callable[[str], None] | None = None,
+        progress: LoadProgress | None = None,
+    ) -> "Subject":
+        """The model that `fastvlm_mlx.load` knows by `name`; the errors are its too."""
+        folder = resolve(name, notify=notify, progress=progress)
+        start = time.perf_counter()
+        model = load_model(folder, dtype=dtype)
+        mx.eval(model.parameters())
+        load_seconds = time.perf_counter() - start
+        digest = hashlib.sha256()
+        for file in weight_files(folder):
+            with file.open("rb") as stream:
+                while block := stream.read(1 << 24):
+                    digest.update(block)
+        return cls(
+            name=folder.name if Path(name).is_dir() else name,
+            model=model,
+            processor=FastVLMProcessor.from_folder(folder),
+            folder=folder,
+            dtype=dtype,
+            load_seconds=load_seconds,
+            sha256=digest.hexdigest(),
+        )
+
+    @classmethod
+    def random(cls, size: str, *, dtype: str | None = None) -> "Subject":
+        """The released model of `size` with random weights."""
+        model, processor = random_model(full_size(size, dtype or "float16"))
+        mx.eval(model.parameters())
+        return cls(name=f"{size}, random", model=model, processor=processor)
+
+
+def precision(model: FastVLM) -> dict[str, str]:
+    """What each part computes in: a dtype, or the bits of its quantized layers."""
+    described = {}
+    for part in PARTS:
+        layers = [module for path, module in model.named_modules() if path.startswith(part)]
+        quantized = {
+            f"{layer.bits}-bit {layer.mode}, groups of {layer.group_size}"
+            for layer in layers
+            if isinstance(layer, nn.QuantizedLinear | nn.QuantizedEmbedding)
+        }
+        dtype = str(model.dtype).removeprefix("mlx.core.")
+        described[part] = " and ".join(sorted(quantized)) + f" ({dtype})" if quantized else dtype
+    return described
+
+
+def measure(
+    subject: Subject,
+    *,
+    pictures: Pictures,
+    prompt: str,
+    resolution: Resolution = None,
+    runs: int = 10,
+    warmup: int = 3,
+    max_tokens: int = 32,
+    cold: bool = False,
+    progress: Progress = lambda done, total: None,
+) -> dict[str, Any]:
+    """One row of a report: `tokens`, `memory` in bytes, and `metrics`, each with its unit, statistics and samples.
+
+    Args:
+        subject: What to measure.
+        pictures: What to show it.
+        prompt: What to ask.
+        resolution: As in `stream_generate`.
+        runs: How often everything is measured.
+        warmup: How often it is run before that.
+        max_tokens: The length of each answer.
+        cold: Whether to measure the cold TTFT too.
+        progress: Told how far it is.
+    """
+    model, processor = subject.model, subject.processor
+    samples: dict[str, list[float]] = {}
+    if subject.load_seconds is not None:
+        samples["load"] = [subject.load_seconds]
+    mx.reset_peak_memory()
+    for run in range(warmup + runs):
+        progress(run, warmup + runs)
+        staged, paper, whole = (pictures(3 * run + which) for which in range(3))
+        taken = time_stages(model, processor, staged, prompt, resolution)
+        taken["paper_ttft"] = time_paper(model, processor, paper, resolution)
+        result = time_generate(model, processor, whole, prompt, resolution, max_tokens)
+        taken["wall_ttft"] = result.timings["ttft"]
+        if result.generated_tokens > 1:
+            taken["decode_rate"] = result.tokens_per_second
+        if run < warmup:
+            continue
+        if cold and subject.folder:
+            taken["cold_ttft"] = time_cold(subject.folder, whole, prompt, resolution, subject.dtype)
+        for name, value in taken.items():
+            samples.setdefault(name, []).append(value)
+    visual = result.visual_tokens
+    return {
+        "model": subject.name,
+        "weights_sha256": subject.sha256,
+        "source": model.config.source,
+        "hidden_size": model.config.text_config.hidden_size,
+        "precision": precision(model),
+        "resolution": "native" if resolution is None else resolution,
+        "pixels": round(visual**0.5) * processor.patch_size,
+        "tokens": {
+            "visual": visual,
+            "text": result.prompt_tokens - visual,
+            "prompt": result.prompt_tokens,
+            "generated": result.generated_tokens,
+        },
+        "memory": {
+            "peak_bytes": mx.get_peak_memory(),
+            "active_bytes": mx.get_active_memory(),
+            "process_peak_bytes": peak_resident_bytes(),
+        },
+        "metrics": {
+            name: {
+                "unit": "tokens/s" if name == "decode_rate" else "s",
+                **asdict(Statistics.of(values)),
+                "samples": values,
+            }
+            for name, values in samples.items()
+        },
+    }

@@ -1,0 +1,215 @@
+"""`fastvlm bench`: time to first token, measured stage by stage; the cost of a model; two reports compared."""
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import typer
+
+from fastvlm_mlx.cli.options import MODEL_HELP, DType, parse_resolution
+from fastvlm_mlx.cli.terminal import ByteProgress, LiveLine, note
+
+if TYPE_CHECKING:
+    from fastvlm_mlx.bench import Subject
+
+DEFAULT_MODEL = "apple/FastVLM-0.5B"
+DEFAULT_PROMPT = "Describe the image."
+
+app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
+
+
+class Size(str, Enum):
+    """The released models."""
+
+    small = "0.5b"
+    medium = "1.5b"
+    large = "7b"
+
+
+def _percentage(text: str) -> float:
+    """`5%` or `0.05` as a fraction."""
+    try:
+        fraction = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError as err:
+        raise typer.BadParameter(f"{text!r} is not a percentage such as 5%") from err
+    if not 0 <= fraction < 10:
+        raise typer.BadParameter(f"{text!r} is out of range; give for example 5%")
+    return fraction
+
+
+@app.callback()
+def bench(
+    context: typer.Context,
+    models: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--model", "-m", help=f"{MODEL_HELP} Repeatable. [env var: FASTVLM_MODEL] [default: {DEFAULT_MODEL}]"
+        ),
+    ] = None,
+    random_weights: Annotated[
+        list[Size] | None,
+        typer.Option(help="Instead of a model: the full architecture of this size, random, no download. Repeatable."),
+    ] = None,
+    image: Annotated[
+        Path | None,
+        typer.Option(help="Show marked copies of this picture instead of synthetic ones."),
+    ] = None,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question.")] = DEFAULT_PROMPT,
+    resolutions: Annotated[
+        list[Any] | None,
+        typer.Option(
+            "--resolution",
+            "-r",
+            parser=parse_resolution,
+            metavar="INT|auto",
+            help="Pixels a side, or auto; repeatable. [default: the model's own]",
+        ),
+    ] = None,
+    runs: Annotated[int, typer.Option(min=1, help="Measured runs.")] = 10,
+    warmup: Annotated[int, typer.Option(min=0, help="Runs before these.")] = 3,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="Length of each answer.")] = 32,
+    dtype: Annotated[DType | None, typer.Option(help="Load the weights as this type.")] = None,
+    cold: Annotated[bool, typer.Option("--cold", help="Also measure the cold TTFT; needs a model on disk.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report, every sample in it.")] = None,
+    csv_file: Annotated[Path | None, typer.Option("--csv", help="Write one line for each sample.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw the stages: .svg, .png or .pdf (extra: plot).")] = None,
+) -> None:
+    """Measure the time to first token.
+
+    Wall TTFT: encoded image bytes and a prompt -> the first token id on the host, model loaded; measured on the
+    function that `fastvlm generate` runs.
+
+    Cold TTFT: start of a `fastvlm generate` process -> the first character it writes. Files are in the system's cache.
+
+    Paper TTFT: pixel values -> logits after the visual tokens alone (arXiv 2412.13303): vision tower, projector and
+    prefill of the visual tokens, without image decoding and text.
+
+    Stages: load, decode (bytes -> picture), preprocess (-> pixel values, token ids), vision, projector, prefill (all
+    positions), first token (logits -> token id on the host). Each is closed by an evaluation, so they sum to more than
+    the wall TTFT.
+
+    tokens/s counts the tokens after the first. Every run shows another picture. The table holds medians in ms; --json
+    keeps every sample and the conditions.
+    """
+    if context.invoked_subcommand:
+        return
+    if random_weights and models:
+        raise typer.BadParameter("give models or random weights, not both", param_hint="--random-weights")
+    if random_weights and cold:
+        raise typer.BadParameter("a cold start needs a model on disk, not random weights", param_hint="--cold")
+    from fastvlm_mlx.bench import Subject
+
+    kind = dtype.value if dtype else None
+    subjects = (
+        (Subject.random(size.value, dtype=kind) for size in random_weights)
+        if random_weights
+        else (_load(name, kind) for name in models or [os.environ.get("FASTVLM_MODEL", DEFAULT_MODEL)])
+    )
+    outputs = Outputs(json_file, csv_file, plot, markdown)
+    counts = {"runs": runs, "warmup": warmup, "max_tokens": max_tokens}
+    _measure(subjects, image, prompt, resolutions or [None], outputs, cold=cold, **counts)
+
+
+def _load(name: str, dtype: str | None) -> "Subject":
+    from fastvlm_mlx.bench import Subject
+
+    with ByteProgress() as progress:
+        return Subject.load(name, dtype=dtype, notify=note, progress=progress)
+
+
+class Outputs(NamedTuple):
+    """Where a report goes."""
+
+    json: Path | None
+    csv: Path | None
+    plot: Path | None
+    markdown: bool
+
+
+def _measure(
+    subjects: "Iterable[Subject]",
+    image: Path | None,
+    prompt: str,
+    resolutions: Sequence[Any],
+    outputs: Outputs,
+    *,
+    cold: bool,
+    **counts: int,
+) -> None:
+    from fastvlm_mlx.bench import measure
+    from fastvlm_mlx.conditions import conditions
+    from fastvlm_mlx.pictures import Pictures
+    from fastvlm_mlx.report import as_csv, as_markdown, as_text, check_plot, make_report, plot, table
+
+    if outputs.plot:
+        check_plot(outputs.plot)
+    pictures = Pictures(image.read_bytes() if image else None, str(image))
+    found, rows = conditions(), []
+    with LiveLine() as line:
+        for subject in subjects:
+            for resolution in resolutions:
+
+                def show(done: int, total: int, what: str = f"{subject.name}, {resolution or 'native'} px") -> None:
+                    line.show(f"{what}: run {done + 1} of {total}")
+
+                rows.append(
+                    measure(
+                        subject,
+                        pictures=pictures,
+                        prompt=prompt,
+                        resolution=resolution,
+                        cold=cold,
+                        progress=show,
+                        **counts,
+                    )
+                )
+    report = make_report(found, {"prompt": prompt, "image_sha256": pictures.sha256, **counts}, rows)
+    if outputs.json:
+        outputs.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if outputs.csv:
+        outputs.csv.write_text(as_csv(report), encoding="utf-8")
+    if outputs.plot:
+        plot(report, outputs.plot)
+    typer.echo((as_markdown if outputs.markdown else as_text)(table(report)))
+
+
+@app.command()
+def compare(
+    before: Annotated[Path, typer.Argument(metavar="A.json", help="A report of `fastvlm bench --json`.")],
+    after: Annotated[Path, typer.Argument(metavar="B.json", help="A later one.")],
+    threshold: Annotated[
+        float, typer.Option(parser=_percentage, metavar="PERCENT", help="How much slower a median may be.")
+    ] = "5%",  # type: ignore[assignment]
+) -> None:
+    """Compare two reports: exit code 1 if a TTFT or the decode rate of B is worse than A's by more than the threshold.
+
+    Prints the medians of every row that both have. What was not the same about the two measurements goes to stderr.
+    """
+    from fastvlm_mlx.report import as_text, compare_reports, different_conditions, read_report
+
+    first, second = read_report(before), read_report(after)
+    for difference in different_conditions(first, second):
+        note(f"not the same: {difference}")
+    changes = compare_reports(first, second)
+    lines = [["row", "metric", "A", "B", "change", ""]]
+    for change in changes:
+        digits = ".1f" if change.metric == "decode_rate" else ".4f"
+        verdict = "slower" if change.slower > threshold else "faster" if change.slower < -threshold else ""
+        lines.append(
+            [
+                change.row,
+                change.metric,
+                f"{change.before:{digits}}",
+                f"{change.after:{digits}}",
+                f"{change.after / change.before - 1:+.1%}",
+                verdict,
+            ]
+        )
+    typer.echo(as_text(lines))
+    if slower := [change for change in changes if change.slower > threshold]:
+        note(f"{len(slower)} of {len(changes)} metrics are worse by more than {threshold:.0%}")
+        raise typer.Exit(1)
