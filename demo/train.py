@@ -45,7 +45,7 @@ DECODER = DecoderConfig(
     num_attention_heads=6,
     num_key_value_heads=2,
 )
-RESOLUTION = 256
+RESOLUTION = 192
 CELL = 32
 """Side in pixels of a cell of the object heads: half a visual token."""
 SLOTS = 5
@@ -202,20 +202,17 @@ class Scenes(IterableDataset):
         for number in self.numbers[worker::workers]:
             yield self.make(number)
 
-    def resolution(self, number: int, rng: Random) -> int:
-        """Returns the side of the pictures of a batch: smaller ones first, because they are quicker."""
-        if self.held_out:
-            return RESOLUTION
-        early = number < 0.4 * self.schedule.see
-        return rng.choices((192, 256, 320), (85, 15, 0) if early else (25, 70, 5))[0]
+    def resolution(self, rng: Random) -> int:
+        """Returns the side of the pictures of a batch; a few larger ones, so that these are not unheard of."""
+        return RESOLUTION if self.held_out else rng.choices((RESOLUTION, 256), (88, 12))[0]
 
     def make(self, number: int) -> Batch:
         """Renders batch number `number`."""
         rng = Random(f"{self.seed}/{number}")
-        resolution = self.resolution(number, rng)
+        resolution = self.resolution(rng)
         samples: dict[str, list[np.ndarray]] = defaultdict(list)
         for _ in range(self.batch):
-            longer = resolution if rng.random() < 0.3 else rng.randint(224, 400)
+            longer = resolution if rng.random() < 0.3 else rng.randint(192, 384)
             crowded = not self.held_out and number < self.schedule.see and rng.random() < 0.7
             image, scene = render(rng, longer, held_out=self.held_out, crowded=crowded)
             samples["pixels"].append(square(image, resolution))
