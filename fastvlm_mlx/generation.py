@@ -13,6 +13,7 @@ from fastvlm_mlx.decoding import Sampler, SamplingConfig, decode
 from fastvlm_mlx.errors import ConfigError, PromptError
 from fastvlm_mlx.images import ImageSource
 from fastvlm_mlx.model import FastVLM
+from fastvlm_mlx.prefix_cache import prefix_key
 from fastvlm_mlx.processing import FastVLMProcessor, Resolution
 from fastvlm_mlx.prompts import Prompt
 
@@ -30,6 +31,7 @@ class GenerationResult:
             string cut off still has its ids here.
         prompt_tokens: Positions of the prompt; an image counts as its visual tokens.
         visual_tokens: Those among them that are images.
+        reused_tokens: Those that an earlier prompt of the same model began with, which were not computed again.
         generated_tokens: Tokens generated so far, the end token included.
         finish_reason: `stop` (an end token or a stop string), `length`, or None while streaming.
         timings: Seconds by stage: `preprocess` (images and prompt to arrays), `ttft` (from the call to the first token
@@ -40,6 +42,7 @@ class GenerationResult:
     token_ids: tuple[int, ...]
     prompt_tokens: int
     visual_tokens: int
+    reused_tokens: int = 0
     generated_tokens: int
     finish_reason: str | None
     timings: dict[str, float]
@@ -101,6 +104,7 @@ def stream_generate(
     stop: str | Sequence[str] = (),
     system: str | None = None,
     resolution: Resolution = None,
+    reuse: bool = True,
 ) -> Iterator[GenerationResult]:
     """Streams the answer to a prompt about one or several images, or about none.
 
@@ -121,6 +125,7 @@ def stream_generate(
         stop: Strings that end the answer and are not part of it.
         system: Replaces the default system text.
         resolution: Side in pixels that images are resized to: a multiple of 64, `auto`, or None for the model's own.
+        reuse: Whether to continue from what an earlier prompt with the same beginning left in `model.prefixes`.
 
     Raises:
         ImageError: If an image cannot be read.
@@ -145,6 +150,7 @@ def stream_generate(
         sampling,
         StopStrings(stop),
         max_tokens,
+        reuse,
         start,
     )
 
@@ -156,6 +162,7 @@ def _stream(
     sampling: SamplingConfig,
     stop: StopStrings,
     max_tokens: int,
+    reuse: bool,
     start: float,
 ) -> Iterator[GenerationResult]:
     prompt_ids: list[int] = inputs["input_ids"][0].tolist()
@@ -163,7 +170,14 @@ def _stream(
     prompt_tokens = processor.positions(prompt_ids, resolution)
     timings = {"preprocess": time.perf_counter() - start}
     sampler = Sampler(sampling, [[token for token in prompt_ids if token != IMAGE_TOKEN]])
-    logits, cache = model.prefill(**inputs)
+    pixel_values, visual_tokens = inputs.get("pixel_values"), processor.visual_tokens(resolution)
+    key = prefix_key(prompt_ids, pixel_values)
+    reused, cache = model.prefixes.match(key, visual_tokens) if reuse else (0, None)
+    if pixel_values is not None:
+        unseen = pixel_values[prompt_ids[:reused].count(IMAGE_TOKEN) :]
+        pixel_values = unseen if len(unseen) else None
+    logits, cache = model.prefill(prompt_ids[reused:], pixel_values, cache=cache)
+    prompt_cache = [layer.snapshot() for layer in cache]
     steps = decode(
         model.language_model, logits, cache, sampler, min(max_tokens, processor.context_length - prompt_tokens)
     )
@@ -172,7 +186,8 @@ def _stream(
         text="",
         token_ids=(),
         prompt_tokens=prompt_tokens,
-        visual_tokens=prompt_ids.count(IMAGE_TOKEN) * processor.visual_tokens(resolution),
+        visual_tokens=prompt_ids.count(IMAGE_TOKEN) * visual_tokens,
+        reused_tokens=processor.positions(prompt_ids[:reused], resolution),
         generated_tokens=0,
         finish_reason=None,
         timings=timings,
@@ -184,7 +199,11 @@ def _stream(
 
     for count, tokens in enumerate(steps, start=1):
         token = int(np.asarray(tokens)[0])
-        first = first or time.perf_counter()
+        if count == 1:
+            first = time.perf_counter()
+            if reuse:
+                model.prefixes.store(key, prompt_cache)
+            del prompt_cache
         piece = replace(piece, generated_tokens=count, timings=elapsed())
         if token in processor.eos_token_ids:
             break
@@ -216,6 +235,7 @@ def generate(
     stop: str | Sequence[str] = (),
     system: str | None = None,
     resolution: Resolution = None,
+    reuse: bool = True,
 ) -> GenerationResult:
     """The whole answer at once; arguments and errors are those of `stream_generate`."""
     pieces = list(
@@ -234,6 +254,7 @@ def generate(
             stop=stop,
             system=system,
             resolution=resolution,
+            reuse=reuse,
         )
     )
     text = "".join(piece.text for piece in pieces)

@@ -66,12 +66,12 @@ class KVCache:
         """Bytes held."""
         return 0 if self.keys is None or self.values is None else self.keys.nbytes + self.values.nbytes
 
-    def snapshot(self) -> "KVCache":
-        """A cache with the same content that grows on its own; nothing is copied until it does."""
+    def snapshot(self, length: int | None = None) -> "KVCache":
+        """A cache of the first `length` positions, by default all, that grows on its own; a copy only once it does."""
         copy = KVCache(self.left_padding)
-        copy.offset = self.offset
+        copy.offset = self.offset if length is None else length
         if self.keys is not None and self.values is not None:
-            copy.keys, copy.values = self.keys[..., : self.offset, :], self.values[..., : self.offset, :]
+            copy.keys, copy.values = self.keys[..., : copy.offset, :], self.values[..., : copy.offset, :]
         return copy
 
 

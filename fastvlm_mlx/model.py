@@ -16,6 +16,7 @@ from fastvlm_mlx.config import IMAGE_TOKEN, ModelConfig
 from fastvlm_mlx.decoding import Sampler, SamplingConfig, decode
 from fastvlm_mlx.errors import ConfigError, PromptError
 from fastvlm_mlx.language import KVCache, Qwen2
+from fastvlm_mlx.prefix_cache import PrefixCache
 from fastvlm_mlx.vision import FastViTHD
 from fastvlm_mlx.vision_cpu import CPUTower
 
@@ -42,7 +43,11 @@ class MultimodalProjector(list[nn.Module]):
 
 
 class FastVLM(nn.Module):
-    """The whole model."""
+    """The whole model.
+
+    Attributes:
+        prefixes: What earlier prompts left behind for `stream_generate`.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -50,6 +55,7 @@ class FastVLM(nn.Module):
         self.vision_tower = FastViTHD(config.vision_config)
         self.mm_projector = MultimodalProjector(config.vision_config.hidden_size, config.text_config.hidden_size)
         self.language_model = Qwen2(config.text_config)
+        self.prefixes = PrefixCache()
         self._arranged: Callable[[mx.array], mx.array] | None = None
 
     @classmethod
@@ -148,10 +154,19 @@ class FastVLM(nn.Module):
         input_ids: TokenIds,
         pixel_values: npt.ArrayLike | mx.array | None = None,
         attention_mask: npt.ArrayLike | mx.array | None = None,
+        cache: list[KVCache] | None = None,
     ) -> tuple[mx.array, list[KVCache]]:
-        """Logits (B, V) of the last position and the filled cache: pixels to logits as one graph, not yet evaluated."""
+        """Logits (B, V) of the last position and the filled cache: pixels to logits as one graph, not yet evaluated.
+
+        Args:
+            input_ids: As in `embed`, without the tokens that `cache` holds already.
+            pixel_values: As in `embed`.
+            attention_mask: As in `embed`.
+            cache: What came before, for one row; by default nothing.
+        """
         embeddings, padding = self._embed(_rows(input_ids, attention_mask), pixel_values)
-        cache = self.language_model.make_cache(mx.array(padding) if any(padding) else None)
+        if cache is None:
+            cache = self.language_model.make_cache(mx.array(padding) if any(padding) else None)
         return self.language_model.prefill(embeddings, cache), cache
 
     def generate(

@@ -12,6 +12,7 @@ of
   linear reads all channels.
 """
 
+import contextlib
 import math
 import os
 from collections.abc import Callable, Iterable
@@ -48,6 +49,11 @@ class Streams:
             with mx.stream(stream):
                 results.append(run(*arguments))
         return results
+
+    def next(self) -> contextlib.AbstractContextManager[Any]:
+        """The streams in turn, for work that is not in parts."""
+        self._streams.append(self._streams.pop(0))
+        return mx.stream(self._streams[0])
 
     def split(self, array: mx.array) -> Parts:
         """Equal parts of the first axis, one per stream, without a copy."""
@@ -199,7 +205,8 @@ class FFN:
         self._conv = Depthwise(ffn.conv, streams)
         self._fc1, self._bias1 = streams.split(dense_weight(ffn.fc1)), streams.split(ffn.fc1.bias[:, None])
         # Stored by hidden unit, a part of them is contiguous, which MLX's matrix product would otherwise have to copy.
-        by_hidden = mx.contiguous(dense_weight(ffn.fc2).T)
+        with streams.next():
+            by_hidden = mx.contiguous(dense_weight(ffn.fc2).T)
         if not isinstance(ffn.fc2, nn.QuantizedLinear):
             ffn.fc2.weight = by_hidden.T
         self._fc2, self._bias2 = streams.split(by_hidden), streams.split(ffn.fc2.bias[:, None, None])
@@ -232,7 +239,7 @@ class SelfAttention:
         def heads(*qkv: mx.array) -> mx.array:
             q, k, v = ((weight @ normed).reshape(-1, self._head_dim, normed.shape[1]) for weight in qkv)
             scores = k.swapaxes(1, 2) @ (q * self._head_dim**-0.5)  # keys down, queries across
-            weights = exp_below(scores, scores.max(axis=1, keepdims=True))
+            weights: mx.array = exp_below(scores, scores.max(axis=1, keepdims=True))
             return ((v @ weights) / weights.sum(axis=1, keepdims=True)).reshape(-1, normed.shape[1])
 
         attended = mx.concatenate(self._streams.each(heads, *self._qkv))

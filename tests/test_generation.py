@@ -9,6 +9,7 @@ from fastvlm_mlx.convert import convert_checkpoint
 from fastvlm_mlx.decoding import Sampler, SamplingConfig
 from fastvlm_mlx.errors import ConfigError, PromptError
 from fastvlm_mlx.generation import StopStrings, generate, stream_generate
+from fastvlm_mlx.prefix_cache import PrefixCache, prefix_key
 from tests.checkpoints import GOLDEN, SOURCES
 
 PICTURE = GOLDEN / "apple" / "images" / "landscape.png"
@@ -169,3 +170,78 @@ def test_samples_follow_the_tempered_distribution():
 def test_a_repetition_penalty_counts_prompt_and_answer():
     sampler = Sampler(SamplingConfig(repetition_penalty=2.0), [[1]])
     assert [int(sampler(LOGITS).item()) for _ in range(3)] == [5, 2, 1]
+
+
+def test_a_second_question_about_an_image_continues_from_the_first(loaded, monkeypatch):
+    model, processor = loaded
+    model.prefixes.clear()
+    first = generate(model, processor, image=PICTURE, prompt="What is it?", max_tokens=4)
+    prefills = []
+    prefill = type(model).prefill
+    monkeypatch.setattr(
+        type(model), "prefill", lambda self, *args, **kw: prefills.append(args) or prefill(self, *args, **kw)
+    )
+    second = generate(model, processor, image=PICTURE.read_bytes(), prompt="Where is it?", max_tokens=4)
+    ((ids, pixels),) = prefills
+    assert first.reused_tokens == 0
+    assert second.reused_tokens == second.prompt_tokens - len(ids) >= 14 + 4 + 1
+    assert pixels is None
+    assert len(ids) <= len(processor.encode("Where is it?", 1)) - 15
+    alone = generate(model, processor, image=PICTURE, prompt="Where is it?", max_tokens=4, reuse=False)
+    assert (second.text, second.token_ids, alone.reused_tokens) == (alone.text, alone.token_ids, 0)
+
+
+def test_continuing_gives_the_logits_of_starting_anew(loaded):
+    model, processor = loaded
+    cache = PrefixCache()
+    before = processor([PICTURE], "What is it?")
+    now = processor([PICTURE], "Where is the dog?")
+    keys = [prefix_key(inputs["input_ids"][0].tolist(), inputs["pixel_values"]) for inputs in (before, now)]
+    cache.store(keys[0], model.prefill(**before)[1])
+    reused, known = cache.match(keys[1], 4)
+    logits = model.prefill(now["input_ids"][:, reused:], cache=known)[0]
+    # Float32 sums over other shapes; a wrong position or token moves logits by whole units.
+    np.testing.assert_allclose(logits, model.prefill(**now)[0], rtol=0, atol=1e-4)
+
+
+def test_an_overwritten_picture_gets_its_own_answer(loaded, tmp_path):
+    path = tmp_path / "picture.png"
+    texts = []
+    for name in ("landscape", "square", "landscape"):
+        path.write_bytes((GOLDEN / "apple" / "images" / f"{name}.png").read_bytes())
+        once = generate(*loaded, image=path, max_tokens=12)
+        assert once.token_ids == generate(*loaded, image=path, max_tokens=12, reuse=False).token_ids
+        texts.append(once.text)
+    assert texts[0] == texts[2] != texts[1]
+
+
+def test_other_pixels_sizes_and_systems_share_only_what_is_equal(loaded):
+    model, processor = loaded
+    model.prefixes.clear()
+    generate(model, processor, image=PICTURE, max_tokens=1)
+    reused = [
+        generate(model, processor, image=PICTURE, max_tokens=1, **changed).reused_tokens
+        for changed in ({"resolution": 192}, {"system": "Be brief."}, {})
+    ]
+    system = processor.encode("x", 1).index(-200)
+    assert reused[0] == system
+    assert reused[1] < system
+    assert reused[2] == 30
+
+
+def test_reuse_is_bounded_in_bytes(loaded):
+    model, processor = loaded
+    inputs = processor([PICTURE], "What is it?")
+    ids = inputs["input_ids"][0].tolist()
+    filled = model.prefill(**inputs)[1]
+    one = sum(layer.nbytes for layer in filled)
+    cache = PrefixCache(max_bytes=2 * one)
+    keys = [prefix_key(ids, inputs["pixel_values"] + np.uint8(n)) for n in range(3)]
+    for key in keys:
+        cache.store(key, filled)
+        assert cache.nbytes <= 2 * one
+    known = [cache.match(key, 4)[0] for key in keys]
+    assert known[0] < known[1] == known[2] == len(ids) - 1
+    off = PrefixCache(max_bytes=0)
+    off.store(keys[0], filled)
+    assert off.match(keys[0], 4) == (0, None)
