@@ -234,12 +234,13 @@ class SelfAttention:
         self._bias = streams.split(attention.proj.bias[:, None, None])
 
     def __call__(self, x: Parts) -> Parts:
-        normed, size = self._norm(_whole(x).T).T, x[0].shape[1:]
+        normed: mx.array = self._norm(_whole(x).T).T
+        size = x[0].shape[1:]
 
         def heads(*qkv: mx.array) -> mx.array:
             q, k, v = ((weight @ normed).reshape(-1, self._head_dim, normed.shape[1]) for weight in qkv)
             scores = k.swapaxes(1, 2) @ (q * self._head_dim**-0.5)  # keys down, queries across
-            weights: mx.array = exp_below(scores, scores.max(axis=1, keepdims=True))
+            weights = exp_below(scores, scores.max(axis=1, keepdims=True))
             return ((v @ weights) / weights.sum(axis=1, keepdims=True)).reshape(-1, normed.shape[1])
 
         attended = mx.concatenate(self._streams.each(heads, *self._qkv))
