@@ -4,7 +4,6 @@ BIN := $(VENV)/bin
 # The first interpreter that is new enough; choose another with `make PYTHON=…`.
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python3.10; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$p && break; done)
-SCRATCH ?= $(or $(TMPDIR),/tmp)/fastvlm-bench
 
 .DEFAULT_GOAL := help
 .PHONY: setup demo test lint fmt bench bench-peers dist help
@@ -14,10 +13,6 @@ $(VENV)/.installed: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Python 3.10 or newer is needed; none was found on PATH" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
-	@touch $@
-
-$(VENV)/.installed-peers: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[benchmarks]'
 	@touch $@
 
 setup: $(VENV)/.installed ## create .venv with the package and its development tools
@@ -37,12 +32,10 @@ fmt: setup ## format the code and apply the safe fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: setup ## convert and run a full-size 0.5B with random weights (needs 4 GB of disk under SCRATCH)
-	test -d $(SCRATCH)/source || $(BIN)/python benchmarks/random_checkpoint.py 0.5b $(SCRATCH)/source
-	test -d $(SCRATCH)/converted || $(BIN)/fastvlm convert $(SCRATCH)/source $(SCRATCH)/converted
-	$(BIN)/fastvlm generate --model $(SCRATCH)/converted tests/golden/apple/images/large.png --max-tokens 32 --json
+bench: setup ## time the first token of a 0.5B with random weights (ARGS='--resolution 512 --json FILE')
+	$(BIN)/fastvlm bench --random-weights 0.5b $(or $(ARGS),--resolution 256 --resolution 512 --resolution 1024)
 
-bench-peers: $(VENV)/.installed-peers ## compare with mlx-vlm and transformers on the same checkpoint
+bench-peers: setup ## compare with mlx-vlm and transformers (makes their environments; 13 GB under ~/.cache)
 	$(BIN)/python benchmarks/peers.py $(ARGS)
 
 dist: setup ## build the sdist and the wheel into dist/

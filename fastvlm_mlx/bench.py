@@ -118,7 +118,7 @@ def time_stages(
     visual = watch.time("projector", lambda: model.mm_projector(features))
 
     def prefill() -> tuple[mx.array, list[Any]]:
-        logits, cache = model.prefill(**inputs)
+        logits, cache = model.prefill(inputs["input_ids"], inputs["pixel_values"])
         return logits, [layer.state for layer in cache]
 
     with _replaced(model, "encode_image", lambda _: visual):

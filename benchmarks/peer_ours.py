@@ -1,0 +1,67 @@
+"""A process of `peers.py` that runs fastvlm-mlx; see there for what it reads and writes."""
+
+import json
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from fastvlm_mlx import load, stream_generate
+from fastvlm_mlx.backend import mx, nn
+
+
+def answer(model: Any, processor: Any, picture: str, request: dict[str, Any]) -> tuple[float, float, list[int]]:
+    """Seconds from the file's bytes to the first token, tokens per second after it, token ids."""
+    data = Path(picture).read_bytes()
+    start = time.perf_counter()
+    first, pieces = 0.0, []
+    for piece in stream_generate(
+        model,
+        processor,
+        image=data,
+        prompt=request["prompt"],
+        resolution=request["resolution"],
+        max_tokens=request["max_tokens"],
+    ):
+        if not first:
+            first = time.perf_counter() - start
+            print("first", flush=True)
+        pieces.append(piece)
+    return first, pieces[-1].tokens_per_second, [token for piece in pieces for token in piece.token_ids]
+
+
+def agreement(model: Any, processor: Any, picture: str, request: dict[str, Any]) -> dict[str, Any]:
+    """Greedy tokens with the log-probabilities of the first and each one's lead over the second choice."""
+    import numpy as np
+
+    inputs = processor(picture, request["prompt"], resolution=request["resolution"])
+    logits, cache = model.prefill(inputs["input_ids"], inputs["pixel_values"])
+    tokens, margins = [], []
+    for step in range(request["max_tokens"]):
+        log_probabilities = np.array(nn.log_softmax(logits[0].astype(mx.float32)))
+        if step == 0:
+            np.save(request["logits"], log_probabilities)
+        second, best = np.argsort(log_probabilities)[-2:]
+        tokens.append(int(best))
+        margins.append(float(log_probabilities[best] - log_probabilities[second]))
+        logits = model.language_model(mx.array([[int(best)]]), cache)[:, -1]
+    return {"tokens": tokens, "margins": margins}
+
+
+def main() -> None:
+    """Answers about each picture of the request and writes what it took as JSON."""
+    request = json.loads(sys.argv[1])
+    model, processor = load(request["model"])
+    result: dict[str, Any]
+    if request.get("logits"):
+        result = agreement(model, processor, request["pictures"][0], request)
+    else:
+        result = {}
+        for picture in request["pictures"]:
+            result["warm_ttft"], result["decode_rate"], result["tokens"] = answer(model, processor, picture, request)
+    result["versions"] = {name: version(name) for name in ("fastvlm-mlx", "mlx", "numpy", "pillow")}
+    print(json.dumps(result))
+
+
+main()
