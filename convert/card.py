@@ -37,13 +37,15 @@ print(generate(model, processor, image="photo.jpg", prompt="Describe the image."
 | source layout | {layout} |
 | source SHA-256 | `{digest}` |
 
-## Licence
+{loss}## Licence
 
 {licence}
 """
 
 
-def card(config: ModelConfig, parameters: dict[str, int], layout: str, title: str, licences: Collection[str]) -> str:
+def card(
+    config: ModelConfig, parameters: dict[str, int], layout: str, title: str, licences: Collection[str], loss: str = ""
+) -> str:
     """The model card.
 
     Args:
@@ -52,10 +54,12 @@ def card(config: ModelConfig, parameters: dict[str, int], layout: str, title: st
         layout: The layout of the source.
         title: The name of the checkpoint.
         licences: The licence files that were copied.
+        loss: The section on what quantization cost.
     """
     name, revision = config.source["name"], config.source["revision"]
     vision, text = config.vision_config, config.text_config
     apple = name.startswith("apple/")
+    quantized = "base_model_relation: quantized\n"
     origin = f"[{name}](https://huggingface.co/{name}) at `{revision}`" if revision else f"`{name}`"
     millions = {part: count / 1e6 for part, count in parameters.items()}
     terms = "The weights keep the licence of the source" + (
@@ -65,10 +69,11 @@ def card(config: ModelConfig, parameters: dict[str, int], layout: str, title: st
     )
     return _TEMPLATE.format(
         licence_tags="license: apple-amlr\n" if apple else "",
-        base_model=f"base_model: {name}\n" if revision else "",
+        base_model=(f"base_model: {name}\n" + quantized * bool(config.quantization)) if revision else "",
         title=title,
         origin=origin,
-        dtype=config.dtype,
+        dtype="quantized" if config.quantization else config.dtype,
+        loss=f"{loss}\n" if loss else "",
         tower=millions["vision_tower"],
         projector=millions["mm_projector"],
         decoder=millions["language_model"],

@@ -15,7 +15,7 @@ from fastvlm_mlx.config import ModelConfig
 from fastvlm_mlx.convert import layouts, upstream, writer
 from fastvlm_mlx.convert.card import card
 from fastvlm_mlx.convert.checkpoint import EMBEDDING, Checkpoint
-from fastvlm_mlx.convert.destination import partial_folder
+from fastvlm_mlx.convert.destination import partial_folder, vacant
 from fastvlm_mlx.convert.fold import Array
 from fastvlm_mlx.convert.plan import Plan, dropped_tensors
 from fastvlm_mlx.convert.recipes import Recipe, copies, decoder_recipes, projector_recipes, vision_recipes
@@ -33,7 +33,7 @@ Progress = Callable[[int, int, str], None]
 OTHER_PART_REASON = "only the vision tower of this source is used"
 
 _PARTS = ("vision_tower", "mm_projector", "language_model")
-_LICENCES = re.compile(r"(licen[cs]e|notice|acknowledg|copying)", re.IGNORECASE)
+LICENCES = re.compile(r"(licen[cs]e|notice|acknowledg|copying)", re.IGNORECASE)
 
 
 _COPIED_BYTES = 2**24
@@ -99,9 +99,7 @@ def convert_checkpoint(
         ConversionError: If the destination exists, there is no room for it, or a weight does not fit `dtype`.
         ImageError: If a calibration image cannot be read.
     """
-    target = Path(destination).expanduser()
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise ConversionError(f"{target}: exists already; remove it or choose another destination")
+    target = vacant(destination)
     with (
         _open(source, dtype, revision, vision_from, dequantize) as job,
         partial_folder(target, job.plan.output_bytes) as folder,
@@ -132,7 +130,7 @@ class _Job:
     def write(self, folder: Path, title: str, pictures: tuple[str | Path, ...], progress: Progress) -> Plan:
         """Writes every file into `folder`."""
         reading = sum(source.nbytes for source in self.sources)
-        meter = _Meter(reading + self.plan.output_bytes, progress)
+        meter = Meter(reading + self.plan.output_bytes, progress)
         digests = [source.sha256(lambda count: meter.advance(count, "reading")) for source in self.sources]
         keys = ("sha256", "vision_sha256")[: len(digests)]
         finished = self.plan.with_config(source={**self.plan.config.source, **dict(zip(keys, digests, strict=True))})
@@ -156,7 +154,7 @@ class _Job:
         self._write_small_files(folder, title, finished)
         return finished
 
-    def _copy(self, out: writer.ShardWriter, name: str, weight: Weight, meter: "_Meter") -> None:
+    def _copy(self, out: writer.ShardWriter, name: str, weight: Weight, meter: "Meter") -> None:
         for part, tensor in weight.packed.items():
             step = max(1, _COPIED_BYTES * tensor.shape[0] // tensor.nbytes)
             rows = (tensor.read(first, min(step, tensor.shape[0] - first)) for first in range(0, tensor.shape[0], step))
@@ -182,7 +180,7 @@ class _Job:
         factor = np.float32(self.unscale.get(name, 1.0))
         return rows if factor == 1 else (chunk * factor for chunk in rows)
 
-    def _calibrated(self, pictures: tuple[str | Path, ...], meter: "_Meter") -> tuple[dict[str, Any], Scaling]:
+    def _calibrated(self, pictures: tuple[str | Path, ...], meter: "Meter") -> tuple[dict[str, Any], Scaling]:
         """The folded tower, unscaled and ready to be written, and the scaling that it needs in float16."""
         from fastvlm_mlx.convert import calibration
 
@@ -200,7 +198,7 @@ class _Job:
         source, config = self.sources[0], finished.config
         licences: dict[str, Path] = {}
         for one in reversed(self.sources):  # where both have a file of that name, the decoder's is kept
-            paths = [path for path in one.folder.iterdir() if path.is_file() and _LICENCES.match(path.name)]
+            paths = [path for path in one.folder.iterdir() if path.is_file() and LICENCES.match(path.name)]
             licences |= {path.name: path for path in paths}
         for name, path in licences.items():
             shutil.copyfile(path, folder / name)
@@ -222,8 +220,13 @@ def _part(name: str, part: str) -> str:
     return f"{name.removesuffix('weight')}{part}"
 
 
-class _Meter:
-    """Adds up bytes for a progress callback."""
+class Meter:
+    """Adds up bytes for a progress callback.
+
+    Args:
+        total: Bytes in all.
+        progress: Told how far it is.
+    """
 
     def __init__(self, total: int, progress: Progress) -> None:
         self._done = 0
@@ -231,6 +234,7 @@ class _Meter:
         self._progress = progress
 
     def advance(self, count: int, label: str) -> None:
+        """Says what is being done, and how many bytes of it are done since the last call."""
         self._done += count
         self._progress(self._done, self._total, label)
 

@@ -11,6 +11,18 @@ from fastvlm_mlx.convert.plan import readable_bytes
 from fastvlm_mlx.errors import ConversionError
 
 
+def vacant(destination: str | Path) -> Path:
+    """The path of a folder to write.
+
+    Raises:
+        ConversionError: If there is something already.
+    """
+    target = Path(destination).expanduser()
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise ConversionError(f"{target}: exists already; remove it or choose another destination")
+    return target
+
+
 @contextmanager
 def partial_folder(target: Path, needed: int) -> Iterator[Path]:
     """A folder beside `target` that takes its name when the block ends well and is removed otherwise.

@@ -128,11 +128,16 @@ def load(
     return load_model(folder, dtype=dtype), processor
 
 
-def load_model(folder: Path, *, dtype: str | None = None) -> FastVLM:
+def load_model(folder: Path, *, dtype: str | None = None, lazy: bool = False) -> FastVLM:
     """The model in a converted folder.
 
     On a GPU its weights are mapped, and read when they are first used. A CPU, which computes in another dtype than what
     is stored, reads and casts them here, on as many threads as pay.
+
+    Args:
+        folder: Of a converted checkpoint.
+        dtype: To compute in; see `load`.
+        lazy: Leaves the weights unread on a CPU, too, for whoever does not need them all at once.
 
     Raises:
         CheckpointError: If the weights are missing, damaged or not exactly those that the config asks for.
@@ -152,7 +157,7 @@ def load_model(folder: Path, *, dtype: str | None = None) -> FastVLM:
     if config.quantization:
         suit_device(model, "language_model", target)
     model.eval()
-    if device() == "cpu":
+    if device() == "cpu" and not lazy:
         mx.eval(model.parameters())
     return model
 

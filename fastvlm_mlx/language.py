@@ -218,14 +218,15 @@ class Qwen2(nn.Module):
         """An empty cache, one `KVCache` per layer."""
         return [KVCache(left_padding) for _ in self.layers]
 
-    def _head(self, x: mx.array) -> mx.array:
+    def head(self, x: mx.array) -> mx.array:
+        """Logits (B, L, V) of normed hidden states (B, L, D)."""
         return self.lm_head(x) if "lm_head" in self else self.model.embed_tokens.as_linear(x)
 
     def __call__(
         self, tokens: mx.array | None, cache: Any = None, input_embeddings: mx.array | None = None
     ) -> mx.array:
-        return self._head(self.model(tokens, cache, input_embeddings))
+        return self.head(self.model(tokens, cache, input_embeddings))
 
     def prefill(self, input_embeddings: mx.array, cache: list[KVCache]) -> mx.array:
         """Logits (B, V) of the last position, filling `cache`: the last block and the head see that position alone."""
-        return self._head(self.model(None, cache, input_embeddings, last=True))[:, -1]
+        return self.head(self.model(None, cache, input_embeddings, last=True))[:, -1]

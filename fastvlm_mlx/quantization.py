@@ -7,7 +7,7 @@ floating point, and the decoder unpacks a layer's weights for as long as it is a
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from mlx.utils import tree_map_with_path
@@ -140,28 +140,32 @@ def unpacked_product(x: mx.array, layer: nn.Module) -> mx.array:
     products = []
     for first in range(0, layer.weight.shape[0], step):
         rows = slice(first, first + step)
-        if layer.mode == "affine":
-            slices = _unpack(layer.bits)(layer.weight[rows], layer.scales[rows], layer.biases[rows])
-        else:
-            settings = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
-            slices = [mx.dequantize(layer.weight[rows], layer.scales[rows], **settings).astype(x.dtype)]
-        products.append(sum(_terms(x, slices), mx.array(0, x.dtype)))
+        biases = layer.biases[rows] if "biases" in layer else None
+        slices = column_slices(
+            layer.weight[rows], layer.scales[rows], biases, group_size=layer.group_size, bits=layer.bits, mode=layer.mode
+        )
+        terms = [x[..., index :: len(slices)] @ columns.astype(x.dtype).T for index, columns in enumerate(slices)]
+        products.append(functools.reduce(mx.add, terms))
     return mx.concatenate(products, axis=-1) if len(products) > 1 else products[0]
 
 
-def _terms(x: mx.array, slices: list[mx.array]) -> Iterator[mx.array]:
-    for index, columns in enumerate(slices):
-        yield x[..., index :: len(slices)] @ columns.T
+def column_slices(
+    weight: mx.array, scales: mx.array, biases: mx.array | None, *, group_size: int, bits: int, mode: str
+) -> list[mx.array]:
+    """Dequantized weights (out, in) as slices of their columns: each n-th, beginning with 0, 1, …, n - 1.
+
+    MLX packs affine weights as one stream of bits, n of them into the fewest whole bytes. Each of the n has its own
+    shifts, and columns that share them are taken together; MLX's own function takes each weight by itself, several
+    times slower on a CPU.
+    """
+    if mode != "affine" or biases is None:
+        return [mx.dequantize(weight, scales, biases, group_size=group_size, bits=bits, mode=mode)]
+    return _unpack(bits)(weight, scales, biases)
 
 
 @functools.cache
 def _unpack(bits: int) -> Callable[..., list[mx.array]]:
-    """What dequantizes affine weights (out, in) into slices of their columns: each n-th, beginning with 0, 1, …, n - 1.
-
-    MLX packs weights as one stream of bits, n of them into the fewest whole bytes. Each of the n has its own shifts,
-    and columns that share them are taken together; MLX's own function takes each weight by itself, several times slower
-    on a CPU.
-    """
+    """`column_slices` of affine weights, as one fused function."""
     together = 8 // math.gcd(8, bits)
     mask = 2**bits - 1
 
