@@ -219,7 +219,7 @@ def sample(place: Workplace, peer: Peer, resolution: int, run: int) -> dict[str,
     cold, output, _ = run_process([python, HERE / peer.script, json.dumps(request)], environment)
     result: dict[str, Any] = {"cold_ttft": cold, **json.loads(output.splitlines()[-1])}
     if peer is OURS:
-        question = ["generate", pictures[0], "--model", request["model"], "--prompt", PROMPT]
+        question = ["generate", pictures[0], "--model", str(request["model"]), "--prompt", PROMPT]
         options = ["--resolution", str(resolution), "--max-tokens", str(MAX_TOKENS)]
         cold, _, peak = run_process([python, "-c", CLI, *question, *options], environment)
         result |= {"cold_ttft": cold, "peak_bytes": peak}

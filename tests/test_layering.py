@@ -17,7 +17,7 @@ ORDER = (
     *("activations", "vision", "vision_cpu", "language", "decoding", "prefix_cache", "model"),
     *("images", "tokenizer", "prompts", "processing"),
     *("quantization", "checkpoint", "generation", "evaluation"),
-    *("conditions", "pictures", "random_weights", "bench", "report", "cli"),
+    *("conditions", "pictures", "random_weights", "bench", "report", "graph", "costs", "cli"),
 )
 # Inside functions only: `from_pretrained` resolves names, and `checkpoint` converts what is not converted yet.
 UPWARD_WHEN_CALLED = {

@@ -73,6 +73,12 @@ def bench(
     max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="Length of each answer.")] = 32,
     dtype: Annotated[DType | None, typer.Option(help="Load the weights as this type.")] = None,
     cold: Annotated[bool, typer.Option("--cold", help="Also measure the cold TTFT; needs a model on disk.")] = False,
+    cost: Annotated[
+        bool,
+        typer.Option(
+            "--cost", help="Measure nothing: FLOPs, bytes and kernels by part, and the least time on M-series chips."
+        ),
+    ] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report, every sample in it.")] = None,
     csv_file: Annotated[Path | None, typer.Option("--csv", help="Write one line for each sample.")] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
@@ -101,13 +107,19 @@ def bench(
         raise typer.BadParameter("give models or random weights, not both", param_hint="--random-weights")
     if random_weights and cold:
         raise typer.BadParameter("a cold start needs a model on disk, not random weights", param_hint="--cold")
+    names = list(models or [os.environ.get("FASTVLM_MODEL", DEFAULT_MODEL)])
+    if cost:
+        sides = [side for side in resolutions or [256, 512, 1024] if side != "auto"]
+        _print_costs([size.value for size in random_weights or ()], names, sides, markdown)
+        return
+
     from fastvlm_mlx.bench import Subject
 
     kind = dtype.value if dtype else None
     subjects = (
         (Subject.random(size.value, dtype=kind) for size in random_weights)
         if random_weights
-        else (_load(name, kind) for name in models or [os.environ.get("FASTVLM_MODEL", DEFAULT_MODEL)])
+        else (_load(name, kind) for name in names)
     )
     outputs = Outputs(json_file, csv_file, plot, markdown)
     counts = {"runs": runs, "warmup": warmup, "max_tokens": max_tokens}
@@ -119,6 +131,29 @@ def _load(name: str, dtype: str | None) -> "Subject":
 
     with ByteProgress() as progress:
         return Subject.load(name, dtype=dtype, notify=note, progress=progress)
+
+
+def _print_costs(sizes: list[str], models: list[str], resolutions: list[int], markdown: bool) -> None:
+    from fastvlm_mlx.checkpoint import read_weights, resolve
+    from fastvlm_mlx.config import ModelConfig
+    from fastvlm_mlx.costs import chips, cost_table, costs, roofline_table
+    from fastvlm_mlx.random_weights import full_size
+    from fastvlm_mlx.report import as_markdown, as_text
+
+    show = as_markdown if markdown else as_text
+    peaks, sources = chips()
+    for name in sizes or models:
+        if sizes:
+            found = costs(full_size(name), resolutions)
+        else:
+            with ByteProgress() as progress:
+                folder = resolve(name, notify=note, progress=progress)
+            found = costs(ModelConfig.from_path(folder), resolutions, read_weights(folder))
+        typer.echo(f"{name}\n\n{show(cost_table(found))}\n\n{show(roofline_table(found, peaks))}\n")
+    typer.echo(
+        "Lower bounds from published peaks, not measurements: each kernel takes as long as its arithmetic or its "
+        f"memory traffic does at these peaks, whichever is longer, and launching it takes no time. {sources}"
+    )
 
 
 class Outputs(NamedTuple):

@@ -1,0 +1,255 @@
+"""What a computation makes a GPU do, read off MLX's own graph of it, on any machine: kernels, FLOPs, bytes.
+
+The graph is that of the GPU's formulation, in whose place MLX builds another one where it has no GPU: there, `mx.fast`
+functions fall apart into their definitions. So each of them is drawn as one opaque node while a graph is built.
+
+A **kernel** is what a primitive launches. Views launch nothing (broadcast, transpose, split, slice, reshape), but a
+reshape of a transposed array copies it, a concatenation copies each of its parts, a padding fills and copies, and
+attention with a head size that Metal has no kernel for is what MLX makes of it: product, softmax, product. What
+`mx.compile` fuses is one kernel. Matrix products that MLX splits along the inner dimension count as one.
+
+**FLOPs** are those of matrix products, convolutions and attention (causal ones as if nothing were masked). **Bytes**
+are those that kernels read and write, weights included, if nothing stays in a cache from one kernel to the next and
+element-wise operations are fused into one kernel wherever they follow each other.
+"""
+
+import io
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from mlx.utils import tree_flatten, tree_unflatten
+
+from fastvlm_mlx import activations
+from fastvlm_mlx.backend import mx
+
+FUSED_HEAD_DIMS = (64, 80, 96, 128, 256)
+"""Head sizes that Metal has an attention kernel for."""
+
+_VIEWS = frozenset(
+    "Broadcast Transpose Split Slice Squeeze ExpandDims Unflatten Reshape Flatten AsStrided View".split()
+)
+_RESHAPES = frozenset(["Reshape", "Flatten"])
+_ELEMENTWISE = frozenset(
+    "Abs Add AsType Divide Equal Erf Exp Greater GreaterEqual Less LessEqual Log LogicalAnd LogicalNot LogicalOr "
+    "Maximum Minimum Multiply Negative Power Select Sigmoid Sqrt Square Subtract Tanh".split()
+)
+_OPAQUE = "Depends"
+
+Function = Callable[..., Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """One launch.
+
+    Attributes:
+        name: MLX's name of the primitive.
+        flops: As the module defines them.
+        bytes: Read and written.
+    """
+
+    name: str
+    flops: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class _Array:
+    """An array of the graph: where it lives in memory, and how much of that it shows."""
+
+    shape: tuple[int, ...]
+    nbytes: int
+    base: str
+    transposed: bool = False
+
+
+@contextmanager
+def _replaced(owner: Any, **functions: Function) -> Iterator[None]:
+    kept = {name: getattr(owner, name) for name in functions}
+    try:
+        for name, function in functions.items():
+            setattr(owner, name, function)
+        yield
+    finally:
+        for name, function in kept.items():
+            setattr(owner, name, function)
+
+
+@contextmanager
+def _gpu_formulation() -> Iterator[None]:
+    """Has graphs built as on a GPU, each function of `mx.fast` as one opaque node."""
+
+    def opaque(x: mx.array, *others: Any, **options: Any) -> mx.array:
+        arrays = [value for value in (*others, *options.values()) if isinstance(value, mx.array)]
+        node: mx.array = mx.depends([x], arrays or [x])[0]
+        return node
+
+    expanded = mx.fast.scaled_dot_product_attention
+
+    def attention(queries: mx.array, keys: mx.array, values: mx.array, **options: Any) -> mx.array:
+        if queries.shape[-1] not in FUSED_HEAD_DIMS:
+            return expanded(queries, keys, values, **options)
+        return opaque(queries, keys, values)
+
+    with ExitStack() as stack:
+        stack.enter_context(_replaced(activations, device=lambda: "gpu"))
+        stack.enter_context(
+            _replaced(mx.fast, layer_norm=opaque, rms_norm=opaque, rope=opaque, scaled_dot_product_attention=attention)
+        )
+        yield
+
+
+def kernels(function: Function, *inputs: Any) -> list[Kernel]:
+    """What `function` launches if all is fused that can be; a copy that a reshape makes is called `Copy`.
+
+    Args:
+        function: From arrays, or trees of them, to a tree of arrays.
+        inputs: Its arguments; never evaluated, so that they need no memory.
+    """
+    paths, leaves = zip(*tree_flatten(list(inputs)), strict=True)
+
+    def flat(*arrays: mx.array) -> list[mx.array]:
+        outputs: Any = tree_flatten(function(*tree_unflatten(list(zip(paths, arrays, strict=True)))))
+        return [array for _, array in outputs]
+
+    graph: dict[str, list[Any]] = {"primitive": []}
+
+    def record(entry: dict[str, Any]) -> None:
+        kind = entry["type"]
+        if kind == "primitive":
+            graph[kind].append(entry)
+        else:
+            graph[kind] = entry[kind.removeprefix("keyword_") if kind in entry else "keywords"]
+
+    with _gpu_formulation():
+        mx.export_function(record, flat, *leaves)
+    arrays = {name: _Array(tuple(shape), math.prod(shape) * dtype.size, name) for name, shape, dtype in graph["inputs"]}
+    arrays |= {name: _Array(value.shape, value.nbytes, name) for name, value in graph["constants"]}
+    return list(_launches(graph["primitive"], arrays, {name for name, _, _ in graph["outputs"]}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Node:
+    """A primitive that launches something; its inputs and outputs by name."""
+
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    flops: int
+
+
+def _launches(primitives: list[dict[str, Any]], arrays: dict[str, _Array], wanted: set[str]) -> Iterator[Kernel]:
+    """The kernels of primitives in order; `arrays` starts with what they are given and is completed."""
+    nodes = list(_nodes(primitives, arrays))
+    maker = {array: node for node in nodes for array in node.outputs}
+    # An element-wise result that only element-wise operations read stays in registers.
+    stored = {arrays[array].base for array in wanted}
+    stored |= {arrays[array].base for node in nodes if node.name not in _ELEMENTWISE for array in node.inputs}
+    for node in nodes:
+        written = sum(arrays[array].nbytes for array in node.outputs)
+        if node.name in _ELEMENTWISE:
+            if node.outputs[0] in stored:
+                read = _read(_sources(node, arrays, maker, stored), arrays)
+                yield Kernel(name=node.name, flops=0, bytes=read + written)
+            continue
+        read = _read(node.inputs, arrays)
+        if node.name == "Gather":  # only the rows that are looked up
+            read = written
+        elif node.name == "SliceUpdate":  # in place
+            read = written = arrays[node.inputs[1]].nbytes
+        launches = _LAUNCHES.get(node.name, lambda inputs: 1)(len(node.inputs))
+        for launch in range(launches):
+            yield Kernel(name=node.name, flops=node.flops if launch == 0 else 0, bytes=(read + written) // launches)
+
+
+def _nodes(primitives: list[dict[str, Any]], arrays: dict[str, _Array]) -> Iterator[_Node]:
+    """The primitives that launch something; adds every output to `arrays`."""
+    for primitive in primitives:
+        name, names = primitive["name"], tuple(array for array, _, _ in primitive["inputs"])
+        inputs = [arrays[array] for array in names]
+        copies = name in _RESHAPES and inputs[0].transposed
+        for array, shape, dtype in primitive["outputs"]:
+            size = math.prod(shape) * dtype.size
+            if name in _VIEWS and not copies:
+                turned = name == "Transpose" and _permutes(inputs[0].shape, primitive["arguments"][0])
+                source = inputs[0]
+                arrays[array] = _Array(tuple(shape), min(size, source.nbytes), source.base, source.transposed or turned)
+            else:
+                arrays[array] = _Array(tuple(shape), size, array)
+        if name not in _VIEWS or copies:
+            outputs = tuple(array for array, _, _ in primitive["outputs"])
+            flops = _flops(name, inputs, arrays[outputs[0]].shape)
+            yield _Node(name="Copy" if copies else name, inputs=names, outputs=outputs, flops=flops)
+
+
+def _sources(node: _Node, arrays: dict[str, _Array], maker: dict[str, _Node], stored: set[str]) -> list[str]:
+    """The arrays in memory that an element-wise operation needs, together with those fused into it."""
+    found, pending, seen = [], list(node.inputs), set()
+    while pending:
+        array = pending.pop()
+        base = arrays[array].base
+        if base in stored or base not in maker or maker[base].name not in _ELEMENTWISE:
+            found.append(array)
+        elif base not in seen:
+            seen.add(base)
+            pending += maker[base].inputs
+    return found
+
+
+def _read(names: Iterable[str], arrays: dict[str, _Array]) -> int:
+    """Bytes of the arrays, what lives in the same place counted once."""
+    sizes: dict[str, int] = {}
+    for name in names:
+        array = arrays[name]
+        sizes[array.base] = max(sizes.get(array.base, 0), array.nbytes)
+    return sum(sizes.values())
+
+
+_LAUNCHES: dict[str, Callable[[int], int]] = {"Concatenate": lambda parts: parts, "Pad": lambda _: 2}
+"""Kernels of a primitive by the number of its inputs, where that is not one."""
+
+
+def _permutes(shape: tuple[int, ...], axes: list[int]) -> bool:
+    """Whether a transposition changes the order in memory: axes of size 1 may go anywhere."""
+    moved = [axis for axis in axes if shape[axis] > 1]
+    return moved != sorted(moved)
+
+
+def _flops(name: str, inputs: list[_Array], output: tuple[int, ...]) -> int:
+    size = math.prod(output)
+    if name in ("Matmul", "AddMM", "QuantizedMatmul"):
+        return 2 * size * inputs[0].shape[-1]
+    if name == "Convolution":
+        return 2 * size * math.prod(inputs[1].shape[1:])
+    if name == _OPAQUE and len(inputs) == 3 and len(output) == 4 and len(inputs[1].shape) == 4:
+        return 4 * size * inputs[1].shape[2]
+    return 0
+
+
+def count_launches(function: Function, *inputs: Any, compiled: bool) -> int | None:
+    """The number of kernels in the graph that MLX itself makes, eagerly or with `mx.compile`.
+
+    None where MLX cannot compile: on a Linux CPU without a C++ compiler.
+    """
+    with _gpu_formulation():
+        run = mx.compile(function) if compiled else function
+        outputs: Any = tree_flatten(run(*inputs))
+    drawing = io.StringIO()
+    mx.export_to_dot(drawing, *(array for _, array in outputs))
+    graph = drawing.getvalue()
+    nodes = re.findall(r'(\d+) \[label ="([^"]*)"', graph)
+    if not any(label.startswith("Compiled") for _, label in nodes):
+        return None
+    edges = Counter(re.findall(r"-> (\d+)$", graph, re.MULTILINE))
+    drawn = Counter(node for node, _ in nodes)  # calls of one compiled function share a node
+    launches: int = sum(
+        _LAUNCHES.get(label, lambda inputs: 1)(edges[node] // drawn[node])
+        for node, label in nodes
+        if label not in _VIEWS
+    )
+    return launches + sum(kernel.name == "Copy" for kernel in kernels(function, *inputs))
