@@ -216,8 +216,9 @@ def sample(place: Workplace, peer: Peer, resolution: int, run: int) -> dict[str,
         "max_tokens": MAX_TOKENS,
     }
     environment, python = place.environment(peer), place.python(peer)
+    load = round(os.getloadavg()[0], 2)
     cold, output, _ = run_process([python, HERE / peer.script, json.dumps(request)], environment)
-    result: dict[str, Any] = {"cold_ttft": cold, **json.loads(output.splitlines()[-1])}
+    result: dict[str, Any] = {"load_average": load, "cold_ttft": cold, **json.loads(output.splitlines()[-1])}
     if peer is OURS:
         question = ["generate", pictures[0], "--model", str(request["model"]), "--prompt", PROMPT]
         options = ["--resolution", str(resolution), "--max-tokens", str(MAX_TOKENS)]
@@ -416,9 +417,9 @@ def main() -> None:
         partial.replace(output)
 
     measure(place, options.resolutions, options.runs, report, save)
-    print(output)
-    for line in table(report):
-        print(line)
+    print("\n".join(table(report)))
+    if options.output is None:
+        write_table(report, README)
 
 
 if __name__ == "__main__":
