@@ -274,7 +274,9 @@ def _draw(rng: Random, image: Image.Image, shape: Shape) -> None:
     image.paste(colour, (round(shape.x - half), round(shape.y - half)), mask)
 
 
-def render(rng: Random, longer: int, *, held_out: bool = False, crowded: bool = False) -> tuple[Image.Image, Scene]:
+def render(
+    rng: Random, longer: int, *, held_out: bool = False, crowded: bool = False, most: int = 5
+) -> tuple[Image.Image, Scene]:
     """Returns a picture and what it shows.
 
     Args:
@@ -282,6 +284,7 @@ def render(rng: Random, longer: int, *, held_out: bool = False, crowded: bool = 
         longer: longer side in pixels; the aspect ratio lies between 1:2 and 2:1.
         held_out: font sizes and backgrounds that training never shows.
         crowded: as many shapes and texts as fit, the same ones repeated, for learning to see.
+        most: limits the number of shapes, for learning to answer.
     """
     shorter = longer if rng.random() < 0.3 else round(longer * rng.uniform(0.5, 1))
     width, height = (longer, shorter) if rng.random() < 0.5 else (shorter, longer)
@@ -292,7 +295,7 @@ def render(rng: Random, longer: int, *, held_out: bool = False, crowded: bool = 
             text = _place_text(rng, image, texts, held_out=held_out)
             if text is not None:
                 texts.append(text)
-        kinds = _choose_kinds(rng)
+        kinds = _choose_kinds(rng)[:most]
         if crowded:
             kinds = [(rng.choice(SHAPES), rng.choice(tuple(COLOURS))) for _ in range(10)]
         shapes = _place_shapes(rng, image.size, kinds, texts)

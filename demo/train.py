@@ -121,6 +121,7 @@ class Batch:
         cells: (B, G, G, 6): -1 or shape, colour, size, and the centre's x, y within the cell, in 1/256.
         characters: (B, R/16, R/8): 0 or 1 + the index of the character centred there.
         slots: (B, R/64, R/64, SLOTS): at the visual token in the middle of a text its characters, elsewhere -1.
+        text_ids: (B, N, SLOTS): there the token ids of the text, padded with -1.
     """
 
     pixels: Tensor
@@ -133,13 +134,14 @@ class Batch:
     cells: Tensor
     characters: Tensor
     slots: Tensor
+    text_ids: Tensor
 
     def to(self, device: torch.device) -> Batch:
         """Returns the batch on a device."""
         return Batch(**{name: value.to(device, non_blocking=True) for name, value in vars(self).items()})
 
 
-def dense_targets(scene: Scene, resolution: int) -> dict[str, np.ndarray]:
+def dense_targets(scene: Scene, resolution: int, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
     """Returns what the extra heads shall find in a scene; see `Batch`."""
     longer = max(scene.width, scene.height)
     left, top = (longer - scene.width) // 2, (longer - scene.height) // 2
@@ -158,13 +160,17 @@ def dense_targets(scene: Scene, resolution: int) -> dict[str, np.ndarray]:
         )
     characters = np.zeros((resolution // 16, resolution // 8), np.int64)
     slots = np.full((resolution // 64, resolution // 64, SLOTS), -1, np.int64)
+    text_ids = np.full_like(slots, -1)
     for text in scene.texts:
         indices = [1 + CHARACTERS.index(character) for character in text.text]
         for index, (x, y) in zip(indices, text.centres, strict=True):
             characters[int((y + top) * scale) // 16, int((x + left) * scale) // 8] = index
         x, y = (sum(centre) / len(indices) for centre in zip(*text.centres, strict=True))
-        slots[int((y + top) * scale) // 64, int((x + left) * scale) // 64] = np.pad(indices, (0, SLOTS - len(indices)))
-    return {"cells": cells, "characters": characters, "slots": slots}
+        row, column = int((y + top) * scale) // 64, int((x + left) * scale) // 64
+        slots[row, column] = np.pad(indices, (0, SLOTS - len(indices)))
+        ids = tokenizer.encode(text.text).ids
+        text_ids[row, column, : len(ids)] = ids
+    return {"cells": cells, "characters": characters, "slots": slots, "text_ids": text_ids.reshape(-1, SLOTS)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,9 +220,12 @@ class Scenes(IterableDataset):
         for _ in range(self.batch):
             longer = resolution if rng.random() < 0.3 else rng.randint(192, 384)
             crowded = not self.held_out and number < self.schedule.see and rng.random() < 0.7
-            image, scene = render(rng, longer, held_out=self.held_out, crowded=crowded)
+            easy = not self.held_out and number < self.schedule.see + 0.35 * self.schedule.answer
+            most = rng.randint(1, 2) if easy and not crowded else 5
+            image, scene = render(rng, longer, held_out=self.held_out, crowded=crowded, most=most)
             samples["pixels"].append(square(image, resolution))
-            for name, value in (dense_targets(scene, resolution) | self.tokens(scene, rng)).items():
+            targets = dense_targets(scene, resolution, self.tokenizer) | self.tokens(scene, rng)
+            for name, value in targets.items():
                 samples[name].append(value)
         length = max(len(ids) for ids in samples["ids"])
         for name in ("ids", "segments", "offsets", "labels", "weights", "kinds"):
@@ -310,14 +319,22 @@ class DenseHeads(nn.Module):
 class Trainee(nn.Module):
     """The model and the heads that training adds to it."""
 
-    def __init__(self, prompt_start: list[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__()
         self.vlm = FastVLM(TOWER, DECODER)
         self.heads = DenseHeads(TOWER.embed_dims)
-        self.register_buffer("prompt_start", torch.tensor(prompt_start), persistent=False)
+        prompt_start = torch.tensor(tokenizer.encode(PROMPT_START).ids)
+        self.register_buffer("prompt_start", prompt_start, persistent=False)
+        names = torch.zeros(len(SHAPES) + len(COLOURS), DECODER.vocab_size)
+        for row, name in enumerate((*SHAPES, *COLOURS)):
+            names[row, tokenizer.encode(name).ids + tokenizer.encode(f" {name}").ids] = 1
+        self.register_buffer("names", names, persistent=False)
         for name, parameter in self.vlm.model.named_parameters():
-            if parameter.ndim == 2:
-                nn.init.normal_(parameter, std=0.02 if "embed" in name else parameter.shape[1] ** -0.5)
+            if parameter.ndim == 2 and "vision_tower" not in name:
+                # Small where a layer writes into the residual stream: tokens should stay recognisable in it.
+                writes = any(part in name for part in ("o_proj", "down_proj", "mm_projector.2"))
+                std = 0.1 if "embed" in name else (0.3 if writes else 1.0) * parameter.shape[1] ** -0.5
+                nn.init.normal_(parameter, std=std)
 
     def see(self, batch: Batch) -> list[Tensor]:
         """Returns the tower's maps of the pictures."""
@@ -338,6 +355,21 @@ class Trainee(nn.Module):
             allowed = (order[:, None] >= order) & (same | (order < shared))
             mask = torch.zeros_like(allowed, dtype=visual.dtype).masked_fill_(~allowed, -torch.inf)
             return self.vlm.decode(embeds, positions[:, None], mask[:, None])[:, shared:]
+
+    def naming_loss(self, features: Tensor, batch: Batch) -> Tensor:
+        """Cross-entropy of the words for what a visual token shows, read off the token as off a hidden state.
+
+        It puts the projector's output into the decoder's vocabulary, so that looking a word up in the picture is a
+        matter of likeness.
+        """
+        shapes, colours = batch.cells[..., 0], batch.cells[..., 1] + len(SHAPES)
+        words = torch.where((shapes >= 0)[..., None], self.names[shapes] + self.names[colours], 0)
+        b, rows, columns, _ = words.shape
+        words = words.view(b, rows // 2, 2, columns // 2, 2, -1).sum((2, 4)).flatten(1, 2)
+        words = words.scatter_add(2, batch.text_ids.clamp(min=0), 2.0 * (batch.text_ids >= 0))
+        shown = words.sum(-1) > 0
+        logits = self.vlm.logits(self.vlm.project(features)[shown])
+        return F.cross_entropy(logits, words[shown] / words[shown].sum(-1, keepdim=True))
 
     def answer_logits(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Returns logits (n, V) and labels (n) of the answers' tokens only."""
@@ -402,6 +434,7 @@ def losses_of(model: Trainee, batch: Batch, *, seeing: bool, frozen: bool) -> di
         weights = batch.weights[batch.labels >= 0]
         answers = F.cross_entropy(logits, labels, reduction="none")
         losses["answers"] = 4 * (answers * weights).sum() / weights.sum()
+        losses["naming"] = model.naming_loss(maps[-1], batch)
     return losses
 
 
@@ -414,7 +447,7 @@ def train(arguments: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     schedule = Schedule(see=arguments.see, answer=arguments.answer, both=arguments.both)
     tokenizer = load_tokenizer(run)
-    model = Trainee(tokenizer.encode(PROMPT_START).ids).to(device, memory_format=torch.channels_last)
+    model = Trainee(tokenizer).to(device, memory_format=torch.channels_last)
     averaged = copy.deepcopy(model).requires_grad_(False)
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
