@@ -30,7 +30,7 @@ ANSWER = 12
 """Positions of each answer that are compared."""
 
 SCENES = 5
-"""Rendered pictures that checkpoints are compared on, beside the user's."""
+"""How many rendered pictures checkpoints are compared on, beside the user's."""
 
 PROMPTS = (
     "Describe the image.",
@@ -57,7 +57,9 @@ class Probes:
     prompts: tuple[npt.NDArray[np.int32], ...]
 
     @classmethod
-    def of(cls, processor: FastVLMProcessor, pictures: Iterable[Path] = (), scenes: int = SCENES) -> "Probes":
+    def of(
+        cls, processor: FastVLMProcessor, pictures: Iterable[Path] = (), seeds: Iterable[int] = range(SCENES)
+    ) -> "Probes":
         """Rendered pictures and those of the user, each with one of `PROMPTS`.
 
         Raises:
@@ -65,7 +67,7 @@ class Probes:
         """
         side = calibration.RESOLUTION
         photographs = [preprocess(load_image(path), side).astype(np.float32) / 255 for path in pictures]
-        pixels = np.stack([*map(scene, range(scenes)), *photographs])
+        pixels = np.stack([*map(scene, seeds), *photographs])
         prompts = [
             np.array(processor.encode(PROMPTS[number % len(PROMPTS)], n_images=1), np.int32)
             for number in range(len(pixels))
@@ -196,7 +198,7 @@ class Agreement:
         return cls(
             positions=int(counted.sum()),
             visual_cosine=float(np.mean(_cosines(_evaluated(visual), reference.visual))),
-            kl=float(np.mean(_divergences(theirs, mine))),
+            kl=float(np.mean(divergences(theirs, mine))),
             top1=float(np.mean(same[counted])),
             top5=float(np.mean([np.isin(a, b).mean() for a, b in zip(_top(theirs), _top(mine), strict=True)])),
             greedy=float(before.sum() / counted.sum()),
@@ -236,7 +238,7 @@ def _cosines(first: Array, second: Array) -> Array:
     return cosines
 
 
-def _divergences(reference: Array, other: Array) -> Array:
+def divergences(reference: Array, other: Array) -> Array:
     """KL divergences (positions,) between the softmaxes of logits (positions, V)."""
     p, q = (mx.array(logits) - mx.logsumexp(mx.array(logits), axis=-1, keepdims=True) for logits in (reference, other))
     return np.maximum(np.array((mx.exp(p) * (p - q)).sum(axis=-1)), 0)

@@ -369,7 +369,7 @@ def match(layout: Layout, keys: Collection[str], name: str) -> Match:
     dropped: dict[str, str] = {}
     missing: list[str] = []
     for rule in layout.rules:
-        for pairs in _expand(rule, counts):
+        for pairs in expand(rule, counts.get(rule.source.partition("#")[0], 1)):
             if rule.optional and not any(key in present for key, _ in pairs):
                 continue
             missing += [key for key, _ in pairs if key not in present]
@@ -413,9 +413,9 @@ def _counts(layout: Layout, keys: Collection[str]) -> Mapping[str, int]:
     return {prefix: len(seen) for prefix, seen in numbers.items()}
 
 
-def _expand(rule: Rule, counts: Mapping[str, int]) -> Iterator[list[tuple[str, str]]]:
-    """The keys and places of a rule, one list per block or layer."""
-    for number in range(counts.get(rule.source.partition("#")[0], 1) if "#" in rule.source else 1):
+def expand(rule: Rule, count: int) -> Iterator[list[tuple[str, str]]]:
+    """The keys and places of a rule: one list, or one for each of `count` blocks or layers if it has a `#`."""
+    for number in range(count if "#" in rule.source else 1):
         yield [
             tuple(text.replace("#", str(number)).replace("*", leaf) for text in (rule.source, rule.place or ""))  # type: ignore[misc]
             for leaf in rule.leaves

@@ -32,7 +32,7 @@ class PartLoss:
         bits_per_weight: Over everything in it, scales and what stayed in floating point included.
         bytes_before: Of its tensors in the source.
         bytes_after: Of its tensors in the result.
-        weight_error: Norm of the change of its quantized weights, relative to their norm.
+        weight_error: Norm of the change of all its parameters, relative to their norm.
     """
 
     bits_per_weight: float
@@ -185,7 +185,7 @@ def part_losses(source: Source, result: Source, squares: Mapping[str, Squares]) 
     Args:
         source: What was quantized.
         result: What became of it.
-        squares: Of every quantized layer by its path.
+        squares: Of every parameter by its path.
     """
     losses = {}
     for part in PARTS:

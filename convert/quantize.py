@@ -23,6 +23,7 @@ from fastvlm_mlx.convert.gptq import Packed
 from fastvlm_mlx.convert.loss import REPORT_FILE, Gate, LossReport, Squares, folder_bytes, part_losses
 from fastvlm_mlx.convert.presets import AUTO, Assignment, Quantization, Settings
 from fastvlm_mlx.convert.source import Source, Tensor, open_source
+from fastvlm_mlx.convert.weights import float32
 from fastvlm_mlx.errors import ConversionError
 from fastvlm_mlx.processing import FastVLMProcessor
 from fastvlm_mlx.quantization import column_slices, quantization_entry
@@ -84,8 +85,8 @@ def quantize_checkpoint(
             packed = compensate(folder, assignment, pictures, lambda label: meter.advance(0, label))
         squares = write_weights(opened, out, config, assignment, packed, meter)
         quantized = replace(config, quantization=quantization_entry(assignment.entries()))
-        _copy_small_files(folder, out)
-        _write_json(out / "config.json", quantized.to_dict())
+        copy_small_files(folder, out)
+        write_json(out / "config.json", quantized.to_dict())
         meter.advance(0, "comparing with the source")
         with open_source(out) as result:
             parts = part_losses(opened, result, squares)
@@ -99,7 +100,7 @@ def quantize_checkpoint(
         )
         for condition in conditions:
             condition.check(report)
-        _write_json(out / REPORT_FILE, report.to_dict())
+        write_json(out / REPORT_FILE, report.to_dict())
         licences = sorted(path.name for path in out.iterdir() if LICENCES.match(path.name))
         parameters = {
             part: sum(tensor.size for name, tensor in opened.tensors.items() if name.startswith(part))
@@ -119,7 +120,7 @@ def write_weights(
     packed: Mapping[str, tuple[Packed, Squares]],
     meter: Meter,
 ) -> dict[str, Squares]:
-    """Writes the weights of `source` to `folder`, quantized; returns the errors of the quantized layers by path.
+    """Writes the weights of `source` to `folder`, quantized; returns what that changed, by path.
 
     Args:
         source: The checkpoint.
@@ -135,14 +136,16 @@ def write_weights(
         for name, tensor in source.tensors.items():
             path = name.removesuffix(".weight")
             if path not in assignment.layers:
-                out.copy(name, [tensor.read()], lambda count: meter.advance(count, "quantizing"))
+                values = tensor.read()
+                squares[path] = 0.0, float(np.square(float32(values, tensor.dtype)).sum())
+                out.copy(name, [values], lambda count: meter.advance(count, "quantizing"))
                 continue
             settings = assignment.layers[path]
             parts, squares[path] = packed[path] if path in packed else rounded(tensor, settings)
             for part, values in parts.items():
                 out.copy(f"{path}.{part}", [values], lambda _: None)
             meter.advance(tensor.nbytes, "quantizing")
-    _write_json(folder / "model.safetensors.index.json", writer.index(files))
+    write_json(folder / "model.safetensors.index.json", writer.index(files))
     return squares
 
 
@@ -212,7 +215,7 @@ def _rounded(exact: mx.array, settings: Settings) -> tuple[Sequence[mx.array], t
     return arrays, (functools.reduce(mx.add, errors), mx.square(exact).sum())
 
 
-def _copy_small_files(source: Path, target: Path) -> None:
+def copy_small_files(source: Path, target: Path) -> None:
     """Everything but weights and what is written anew."""
     anew = {"config.json", "README.md", "model.safetensors.index.json", REPORT_FILE}
     for file in source.iterdir():
@@ -220,5 +223,6 @@ def _copy_small_files(source: Path, target: Path) -> None:
             shutil.copyfile(file, target / file.name)
 
 
-def _write_json(path: Path, values: Mapping[str, object]) -> None:
+def write_json(path: Path, values: Mapping[str, object]) -> None:
+    """Writes a file as the other JSON files of a checkpoint are written."""
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

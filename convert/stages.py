@@ -22,6 +22,7 @@ from fastvlm_mlx.vision import FastViTHD
 PROJECTOR = "mm_projector"
 EMBEDDING = "language_model.model.embed_tokens"
 HEAD = "language_model.head"
+_HEAD = (EMBEDDING, "language_model.model.norm", "language_model.lm_head")
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,9 @@ class Stage:
     run: Callable[[mx.array], mx.array]
 
     def holds(self, path: str) -> bool:
-        """Whether the layer at `path` belongs to it."""
-        if self.name == HEAD:
-            return path in ("language_model.model.norm", "language_model.lm_head")
-        return path == self.name or path.startswith(f"{self.name}.")
+        """Whether what is at `path` belongs to it; the embedding belongs to the head, too, which may be tied to it."""
+        names = _HEAD if self.name == HEAD else (self.name,)
+        return any(path == name or path.startswith(f"{name}.") for name in names)
 
 
 def tower_stages(model: FastVLM) -> Iterator[Stage]:
