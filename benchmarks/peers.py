@@ -34,11 +34,11 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from random_checkpoint import SIZES, write_checkpoint
 
 from fastvlm_mlx.bench import Statistics
 from fastvlm_mlx.conditions import conditions
 from fastvlm_mlx.pictures import Pictures
+from fastvlm_mlx.random_weights import SIZES
 
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
@@ -135,11 +135,10 @@ class Workplace:
             return folder
         say(f"making {folder}")
         if peer.name == "transformers":
-            write_checkpoint(self._size, folder, layout="transformers")
-            return folder
+            return self._random(folder, "transformers")
         source = self._work / f"apple-{self._size}"
         if not source.exists():
-            write_checkpoint(self._size, source)
+            self._random(source, "apple")
         partial = folder.with_name(folder.name + ".partial")
         program = ["-m", "mlx_vlm", "convert"] if peer.packages else ["-c", CLI, "convert"]
         places = (
@@ -150,6 +149,11 @@ class Workplace:
         if done.returncode:
             raise SystemExit(f"error: converting for {peer.name} failed:\n{done.stderr[-2000:]}")
         partial.rename(folder)
+        return folder
+
+    def _random(self, folder: Path, layout: str) -> Path:
+        script = HERE / "random_checkpoint.py"
+        subprocess.run([sys.executable, script, self._size, folder, "--layout", layout], stdout=sys.stderr, check=True)
         return folder
 
     def pictures(self, run: int) -> list[str]:

@@ -15,7 +15,7 @@ from fastvlm_mlx.language import KVCache
 from fastvlm_mlx.model import FastVLM
 from fastvlm_mlx.quantization import quantize_layers
 
-TEXT_POSITIONS = 27
+TEXT_POSITIONS = 24
 """Positions of the default prompt that are not visual tokens."""
 
 

@@ -1,0 +1,116 @@
+"""The comparison with other programs in `benchmarks/`, without the other programs."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import peers
+
+
+def result(warm: float = 1.0) -> dict[str, Any]:
+    versions = {"mlx": "1", "mlx-vlm": "2", "transformers": "3", "torch": "4"}
+    return {"cold_ttft": 2 * warm, "warm_ttft": warm, "decode_rate": 5.0, "peak_bytes": 10**9, "versions": versions}
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
+    """What was measured, by peers that need no environment and no checkpoint."""
+    measured: list[tuple[str, int, int]] = []
+
+    def sample(place: object, peer: peers.Peer, resolution: int, run: int) -> dict[str, Any]:
+        measured.append((peer.name, resolution, run))
+        if len(measured) == 5 and not (tmp_path / "interrupted").exists():
+            (tmp_path / "interrupted").touch()
+            raise KeyboardInterrupt
+        return result(1.0 if peer is peers.OURS else 3.0)
+
+    monkeypatch.setattr(peers, "sample", sample)
+    monkeypatch.setattr(peers, "agree", lambda place, resolution: {"mlx-vlm": {"equal": True, "explained": True}})
+    monkeypatch.setattr(peers.Workplace, "python", lambda self, peer: Path(sys.executable))
+    monkeypatch.setattr(peers.Workplace, "checkpoint", lambda self, peer, dtype=None: tmp_path)
+    return measured
+
+
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> dict[str, Any]:
+    output = tmp_path / "peers.json"
+    options = ["--resolutions", "256", "512", "--runs", "2", "--work", str(tmp_path), "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["peers.py", *options, *arguments])
+    peers.main()
+    return dict(json.loads(output.read_text()))
+
+
+def test_an_interrupted_comparison_continues_where_it_stopped(
+    work: list[tuple[str, int, int]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, monkeypatch)
+    report = run(tmp_path, monkeypatch)
+    assert [name for name, _, _ in work[:3]] == [peer.name for peer in peers.PEERS]
+    assert work[3] == ("fastvlm-mlx", 512, 0)
+    assert len(work) == 13  # 12 samples and the one that was interrupted
+    assert [len(results) for side in report["samples"].values() for results in side.values()] == [2] * 6
+    out = capsys.readouterr().out
+    assert "| warm TTFT | 512 px | 1.00 s | 3.00 s (3.0×) | 3.00 s (3.0×) |" in out
+    assert "are equal" in out
+    assert str(tmp_path) not in (tmp_path / "peers.json").read_text()
+
+
+def test_other_settings_do_not_continue_a_report(
+    work: list[tuple[str, int, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "interrupted").touch()
+    run(tmp_path, monkeypatch)
+    with pytest.raises(SystemExit, match="other settings"):
+        run(tmp_path, monkeypatch, "--threads", "77")
+
+
+def test_answers_agree_or_a_tie_explains_where_they_part() -> None:
+    ours = {"tokens": [1, 2, 3], "margins": [1.0, 0.001, 1.0]}
+    assert peers.compare_tokens(ours, {"tokens": [1, 2, 3], "margins": [1.0] * 3}) == {"equal": True, "explained": True}
+    tie = peers.compare_tokens(ours, {"tokens": [1, 9, 9], "margins": [1.0, 0.001, 1.0]})
+    assert tie == {"equal": False, "explained": True}
+    wrong = peers.compare_tokens(ours, {"tokens": [7, 2, 3], "margins": [1.0] * 3})
+    assert wrong == {"equal": False, "explained": False}
+
+
+def test_the_table_goes_between_the_markers(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{peers.BEGIN}\nearlier\n{peers.END}\nafter\n")
+    samples = {"256": {peer.name: [result()] for peer in peers.PEERS}}
+    report = {
+        "conditions": {"chip": "Chip", "system": "Linux"},
+        "settings": {"threads": 2, "size": "0.5b"},
+        "versions": {peer.name: result()["versions"] for peer in peers.PEERS},
+        "samples": samples,
+        "agreement": {},
+    }
+    peers.summarize(report)
+    peers.write_table(report, readme)
+    text = readme.read_text()
+    assert text.startswith(f"before\n{peers.BEGIN}\n| |")
+    assert text.endswith(f"{peers.END}\nafter\n")
+    assert "earlier" not in text
+    assert "not on a Mac" in text
+    with pytest.raises(SystemExit, match="has no"):
+        peers.write_table(report, Path(__file__))
+
+
+def test_the_readme_has_the_markers() -> None:
+    text = peers.README.read_text(encoding="utf-8")
+    assert text.count(peers.BEGIN) == text.count(peers.END) == 1
+
+
+def test_a_process_is_timed_to_its_first_character_and_weighed() -> None:
+    code = "import time; print('a', flush=True); time.sleep(0.3); print('b')"
+    seconds, output, peak = peers.run_process([sys.executable, "-c", code], {})
+    assert output == "a\nb\n"
+    assert seconds < 0.3
+    assert peak > 1 << 20
+    with pytest.raises(SystemExit, match="no_such_module"):
+        peers.run_process([sys.executable, "-c", "import no_such_module"], {})
