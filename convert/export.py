@@ -5,7 +5,7 @@ upstream's order of channels, and true magnitudes: what keeps a tower within flo
 GELU does not know of it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +48,7 @@ def export_mlx_vlm(source: str | Path, destination: str | Path, *, progress: Pro
     folder, target = Path(source).expanduser(), vacant(destination)
     config = ModelConfig.from_path(folder)
     with open_source(folder) as opened:
-        packed = [name for name in opened.tensors if name.endswith(".scales")]
-        if other := [name for name in packed if not name.startswith("language_model.")]:
-            raise ConversionError(
-                f"{other[0].removesuffix('.scales')} is quantized; mlx-vlm's readers need tower and projector in "
-                "floating point: quantize with vision none and projector none"
-            )
+        check_exportable([name.removesuffix(".scales") for name in opened.tensors if name.endswith(".scales")])
         with partial_folder(target, opened.nbytes) as out:
             meter = Meter(opened.nbytes, progress or (lambda *_: None))
             _write(opened.tensors, out, config, meter)
@@ -63,6 +58,19 @@ def export_mlx_vlm(source: str | Path, destination: str | Path, *, progress: Pro
             for name in ("README.md", REPORT_FILE):
                 if (folder / name).is_file():
                     (out / name).write_text((folder / name).read_text(encoding="utf-8"), encoding="utf-8")
+
+
+def check_exportable(quantized: Iterable[str]) -> None:
+    """Lets the paths of quantized layers pass that mlx-vlm's format can have.
+
+    Raises:
+        ConversionError: If there are others.
+    """
+    if other := [path for path in quantized if not path.startswith("language_model.")]:
+        raise ConversionError(
+            f"{other[0]} would be quantized; mlx-vlm's readers need tower and projector in floating point: quantize "
+            "with vision none and projector none"
+        )
 
 
 def _write(tensors: Mapping[str, Tensor], folder: Path, config: ModelConfig, meter: Meter) -> None:

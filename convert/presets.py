@@ -19,6 +19,7 @@ METHODS = ("rtn", "gptq")
 AUTO = "auto"
 AUTO_BITS = (3, 4, 5, 6, 8)
 """What `auto` chooses from."""
+_AUTO_RANGE = AUTO_BITS[0], AUTO_BITS[-1]
 
 _AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 _MODES = {
@@ -36,7 +37,7 @@ class Preset:
 
     Attributes:
         bits: By part.
-        sensitive: Bits for the layers whose error weighs most.
+        sensitive: Bits for those layers of decoder and tower whose error weighs most.
     """
 
     bits: Mapping[str, int]
@@ -106,10 +107,15 @@ class Quantization:
                 raise ConversionError(f"preset {self.preset} is affine; leave it out for mode {self.mode}")
         if (self.preset == AUTO) != (self.target_bpw is not None):
             raise ConversionError("preset auto and a target in bits per weight belong together; give both or neither")
-        if self.target_bpw is not None and not AUTO_BITS[0] < self.target_bpw <= AUTO_BITS[-1] + 1:
-            raise ConversionError(
-                f"target_bpw must be above {AUTO_BITS[0]} and at most {AUTO_BITS[-1] + 1}, not {self.target_bpw}"
-            )
+        if self.target_bpw is not None:
+            least, most = (Settings(self.group_size or group_sizes[0], end).bits_per_weight for end in _AUTO_RANGE)
+            if not least <= self.target_bpw <= most:
+                raise ConversionError(
+                    f"target_bpw must be between {least:g} and {most:g}, what {_AUTO_RANGE[0]} and {_AUTO_RANGE[1]} "
+                    f"bits come to with the scales of this group size, not {self.target_bpw:g}"
+                )
+            if chosen := [part for part, own in self.parts.items() if own]:
+                raise ConversionError(f"preset auto chooses the bits of {chosen[0]}; only none can be asked for there")
         if self.bits is not None:
             _one_of(f"bits in mode {self.mode}", self.bits, bits)
         if self.group_size is not None:
@@ -146,8 +152,9 @@ class Quantization:
             # MLX dequantizes an embedding to bfloat16 in every mode but affine.
             return Settings(affine_group, bits) if part == "embed" else Settings(usual, bits, self.mode)
         preset = PRESETS[self.preset]
-        sensitive = preset.sensitive is not None and is_sensitive(path, depth)
-        return Settings(usual, preset.sensitive if sensitive and preset.sensitive else preset.bits[part])
+        if preset.sensitive is not None and part in ("decoder", "vision") and is_sensitive(path, depth):
+            return Settings(usual, preset.sensitive)
+        return Settings(usual, preset.bits[part])
 
     def assign(self, config: ModelConfig) -> "Assignment":
         """What each layer of a model gets; for `auto`, what it starts from.

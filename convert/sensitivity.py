@@ -29,7 +29,6 @@ from fastvlm_mlx.convert.stages import (
     splice,
     tower_stages,
 )
-from fastvlm_mlx.errors import ConversionError
 from fastvlm_mlx.model import FastVLM
 
 MEASURED_BITS = 4
@@ -47,9 +46,6 @@ def allot(folder: Path, assignment: Assignment, target: float, probes: Probes, n
         target: Bits per weight, scales included.
         probes: What to measure on.
         notify: Told what is being done.
-
-    Raises:
-        ConversionError: If the target cannot be reached with the group sizes at hand.
     """
     sizes = {path: int(np.prod(assignment.shapes[path])) for path in assignment.layers}
     budget = target * sum(sizes.values())
@@ -61,11 +57,6 @@ def allot(folder: Path, assignment: Assignment, target: float, probes: Probes, n
 
     chosen = dict.fromkeys(sizes, AUTO_BITS[0])
     spent = sum(cost(path, bits) for path, bits in chosen.items())
-    if spent > budget:
-        raise ConversionError(
-            f"target_bpw {target:g} cannot be reached: {AUTO_BITS[0]} bits with the scales of this group size take "
-            f"{spent / sum(sizes.values()):.2f}"
-        )
     open_layers = set(chosen)
     while open_layers:
         gains = {}

@@ -141,9 +141,8 @@ def unpacked_product(x: mx.array, layer: nn.Module) -> mx.array:
     for first in range(0, layer.weight.shape[0], step):
         rows = slice(first, first + step)
         biases = layer.biases[rows] if "biases" in layer else None
-        slices = column_slices(
-            layer.weight[rows], layer.scales[rows], biases, group_size=layer.group_size, bits=layer.bits, mode=layer.mode
-        )
+        settings = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
+        slices = column_slices(layer.weight[rows], layer.scales[rows], biases, **settings)
         terms = [x[..., index :: len(slices)] @ columns.astype(x.dtype).T for index, columns in enumerate(slices)]
         products.append(functools.reduce(mx.add, terms))
     return mx.concatenate(products, axis=-1) if len(products) > 1 else products[0]

@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from fastvlm_mlx import __version__
-from fastvlm_mlx.cli import bench, convert, generate, info
+from fastvlm_mlx.cli import bench, convert, evaluate, generate, info, quantize, verify
 from fastvlm_mlx.errors import FastVLMError
 
 DEBUG_VARIABLE = "FASTVLM_DEBUG"
@@ -77,6 +77,9 @@ def fastvlm(
 
 app.command()(generate.generate)
 app.command()(convert.convert)
+app.command()(quantize.quantize)
+app.command()(verify.verify)
+app.command("eval")(evaluate.evaluate)
 app.command()(info.info)
 app.add_typer(bench.app, name="bench")
 
