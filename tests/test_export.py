@@ -1,0 +1,69 @@
+"""The export for mlx-vlm: its keys, its configs, and nothing lost on the way there and back."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fastvlm_mlx.convert import convert_checkpoint
+from fastvlm_mlx.convert.pipeline import produce
+from fastvlm_mlx.convert.presets import Quantization
+from tests.checkpoints import SOURCES, tensors
+
+
+@pytest.mark.parametrize("name", ["apple", "apple-untied", "apple-hot"])
+def test_an_export_converts_back_to_the_same_weights(name: str, tmp_path: Path) -> None:
+    dtype = "float32"
+    convert_checkpoint(SOURCES[name], tmp_path / "ours", dtype=dtype)
+    produce(SOURCES[name], tmp_path / "theirs", dtype=dtype, mlx_vlm=True)
+    convert_checkpoint(tmp_path / "theirs", tmp_path / "back", dtype=dtype)
+    first, second = tensors(tmp_path / "ours"), tensors(tmp_path / "back")
+    assert first.keys() == second.keys()
+    for key, value in first.items():
+        # Not to the bit: the variance of a BatchNorm that changes nothing, 1 - 1e-5, is rounded.
+        np.testing.assert_allclose(second[key], value, rtol=1e-6, err_msg=key)
+
+
+def test_scaling_for_float16_is_taken_out(tmp_path: Path) -> None:
+    convert_checkpoint(SOURCES["apple-hot"], tmp_path / "exact", dtype="float32")
+    convert_checkpoint(SOURCES["apple-hot"], tmp_path / "scaled", dtype="float16")
+    produce(tmp_path / "scaled", tmp_path / "theirs", mlx_vlm=True)
+    convert_checkpoint(tmp_path / "theirs", tmp_path / "back", dtype="float32")
+    first, second = tensors(tmp_path / "exact"), tensors(tmp_path / "back")
+    for key in ("vision_tower.stages.3.downsample.proj.weight", "mm_projector.0.weight"):
+        np.testing.assert_allclose(second[key], first[key], atol=2**-10 * np.abs(first[key]).max(), err_msg=key)
+
+
+def test_keys_shapes_and_configs_are_mlx_vlms(tmp_path: Path) -> None:
+    produce(SOURCES["apple"], tmp_path / "out", dtype="float32", mlx_vlm=True)
+    ours, theirs = tensors(tmp_path / "out"), tensors(SOURCES["mlx-vlm"])
+    head = "vision_tower.vision_model.head.proj"  # as wide as the released ones'
+    assert ours.pop(head).shape == (theirs.pop(head).shape[0], 768)
+    assert {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in theirs.items()}
+    folders = tmp_path / "out", SOURCES["mlx-vlm"]
+    config, golden = (json.loads((folder / "config.json").read_text()) for folder in folders)
+    same = ["model_type", "hidden_size", "num_attention_heads", "image_token_index", "eos_token_id", "mm_hidden_size"]
+    assert {key: config[key] for key in same} == {key: golden[key] for key in same}
+    vision = config["vision_config"]
+    assert (vision["layers"], vision["embed_dims"]) == ([1, 2, 2, 1, 1], [8, 16, 32, 64, 128])
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        assert json.loads((tmp_path / "out" / name).read_text())["processor_class"] == "FastVLMProcessor"
+
+
+def test_quantized_layers_of_the_decoder_are_exported_as_they_are(tmp_path: Path) -> None:
+    wanted = Quantization(bits=4, group_size=32, parts={"vision": 0, "projector": 0})
+    produce(SOURCES["apple"], tmp_path / "ours", wanted=wanted)
+    produce(SOURCES["apple"], tmp_path / "theirs", wanted=wanted, mlx_vlm=True)
+    first, second = tensors(tmp_path / "ours"), tensors(tmp_path / "theirs")
+    names = [name for name in first if name.startswith("language_model.")]
+    assert any(name.endswith(".scales") for name in names)
+    for name in names:
+        np.testing.assert_array_equal(first[name], second[name])
+    config = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    assert config["quantization"] == config["quantization_config"] == {"group_size": 32, "bits": 4, "mode": "affine"}
+    convert_checkpoint(tmp_path / "theirs", tmp_path / "back")
+    np.testing.assert_array_equal(
+        tensors(tmp_path / "back")["language_model.model.embed_tokens.weight"],
+        first["language_model.model.embed_tokens.weight"],
+    )

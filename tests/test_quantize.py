@@ -1,0 +1,283 @@
+"""Quantizing converted checkpoints: what is written, what it is said to cost, and gates and verification on it."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from fastvlm_mlx.backend import mx
+from fastvlm_mlx.checkpoint import load, load_model
+from fastvlm_mlx.cli import app
+from fastvlm_mlx.config import ModelConfig
+from fastvlm_mlx.convert import compensation, convert_checkpoint, hub
+from fastvlm_mlx.convert.loss import LossReport
+from fastvlm_mlx.convert.pipeline import produce
+from fastvlm_mlx.convert.presets import PARTS, Quantization
+from fastvlm_mlx.convert.verify import verify
+from fastvlm_mlx.errors import ConversionError
+from tests.checkpoints import GOLDEN, SOURCES, changed, tensors
+
+INT4 = Quantization(bits=4, group_size=32)
+IMAGE = GOLDEN / "apple" / "images" / "landscape.png"
+
+
+def invoke(*arguments: object) -> Any:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exact") / "apple"
+    convert_checkpoint(SOURCES["apple"], folder, dtype="float32")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def quantized(exact: Path) -> tuple[Path, LossReport]:
+    folder = exact.parent / "int4"
+    report = produce(exact, folder, wanted=INT4)
+    assert report is not None
+    return folder, report
+
+
+def test_a_quantized_checkpoint_answers_and_says_what_was_lost(quantized: tuple[Path, LossReport]) -> None:
+    folder, report = quantized
+    model, processor = load(folder)
+    assert model.generate(**processor([IMAGE], "Describe the image."), max_tokens=3)
+    stored = json.loads((folder / "quantization_report.json").read_text())
+    assert stored == json.loads(json.dumps(report.to_dict()))
+    assert stored["parts"]["decoder"]["bits_per_weight"] == pytest.approx(6, abs=0.3)  # float32 scales, and norms
+    assert 0.05 < stored["parts"]["vision"]["weight_error"] < 0.12
+    assert stored["agreement"]["positions"] > 30
+    assert 0 < stored["kl"] < 1
+    assert stored["size_ratio"] < 0.4
+    assert stored["kept"]["vision_tower.stem.2"] == "8 inputs, which groups of 32 do not divide"
+    card = (folder / "README.md").read_text()
+    assert "## What quantization cost" in card
+    assert "| decoder | 6." in card
+    config = json.loads((folder / "config.json").read_text())
+    assert config["quantization"] == config["quantization_config"] == {"group_size": 32, "bits": 4, "mode": "affine"}
+
+
+def test_dequantizing_leaves_exactly_the_error_of_quantization(
+    exact: Path, quantized: tuple[Path, LossReport], tmp_path: Path
+) -> None:
+    folder, report = quantized
+    produce(folder, tmp_path / "back", dequantize=True)
+    assert ModelConfig.from_path(tmp_path / "back").quantization is None
+    found = verify(tmp_path / "back", exact, notify=lambda _: None)
+    for part, error in found.weight_errors.items():
+        assert error == pytest.approx(report.parts[part].weight_error, rel=1e-4)
+    assert found.agreement.kl == pytest.approx(report.agreement.kl, rel=1e-3)
+    assert found.agreement.top1 == report.agreement.top1
+    # The tower's stem is no quantized layer: nothing is off there.
+    assert found.stages[0].output_error == found.stages[0].weight_error == 0
+
+
+def test_a_conversion_to_float16_is_verified_against_its_source(tmp_path: Path) -> None:
+    convert_checkpoint(SOURCES["apple-hot"], tmp_path / "hot")
+    result = invoke("verify", tmp_path / "hot", "--against", SOURCES["apple-hot"], "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["first_drift"] is None
+    assert found["agreement"]["top1"] > 0.95
+    # float16 rounds by at most 2⁻¹¹; scaling by powers of two adds nothing
+    assert max(found["weight_errors"].values()) < 2**-11
+
+
+LAYERS = ("language_model.model.layers.1.mlp.down_proj", "vision_tower.stages.3.blocks.0.token_mixer.proj")
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_verify_names_the_layer_whose_scales_are_doubled(
+    exact: Path, quantized: tuple[Path, LossReport], tmp_path: Path, layer: str
+) -> None:
+    def double(values: dict[str, Any]) -> None:
+        for part in ("scales", "biases"):
+            values[f"{layer}.{part}"] = values[f"{layer}.{part}"] * 2
+
+    broken = changed(quantized[0], tmp_path / "broken", edit=double)
+    assert invoke("verify", quantized[0], "--against", exact).exit_code == 0
+    result = invoke("verify", broken, "--against", exact)
+    assert result.exit_code == 1
+    assert f"error: {layer} is the first part that drifts" in result.stderr
+
+
+def test_the_gate_stops_a_broken_layer(exact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastvlm_mlx.convert import quantize
+
+    rounded = quantize.rounded
+
+    def broken(tensor: Any, settings: Any) -> Any:
+        parts, squares = rounded(tensor, settings)
+        if tensor.name == f"{LAYERS[0]}.weight":
+            parts |= {name: parts[name] * 2 for name in ("scales", "biases")}
+        return parts, squares
+
+    wanted = Quantization(bits=8, group_size=32)
+    gate = "kl<0.05"
+    assert produce(exact, tmp_path / "good", wanted=wanted, gates=[gate]) is not None
+    monkeypatch.setattr(quantize, "rounded", broken)
+    with pytest.raises(ConversionError, match=r"the gate kl<0.05 is not met: kl is .*; nothing was written"):
+        produce(exact, tmp_path / "bad", wanted=wanted, gates=[gate])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["good"]
+
+
+def test_compensation_loses_less_than_rounding(
+    exact: Path, quantized: tuple[Path, LossReport], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compensation, "SEEDS", range(1000, 1008))
+    better = produce(exact, tmp_path / "out", wanted=Quantization(bits=4, group_size=32, method="gptq"))
+    assert better is not None
+    plain = quantized[1]
+    assert better.folder_bytes_after == pytest.approx(plain.folder_bytes_after, abs=10)
+    assert better.agreement.kl < 0.7 * plain.agreement.kl
+    assert better.agreement.visual_cosine > plain.agreement.visual_cosine
+
+
+def test_auto_spends_its_bits_where_they_matter(
+    exact: Path, quantized: tuple[Path, LossReport], tmp_path: Path
+) -> None:
+    wanted = Quantization(preset="auto", target_bpw=5.0, group_size=32)
+    report = produce(exact, tmp_path / "out", wanted=wanted)
+    assert report is not None
+    layers = Quantization(bits=4, group_size=32).assign(ModelConfig.from_path(exact)).layers
+    entry = json.loads((tmp_path / "out" / "config.json").read_text())["quantization"]
+    bits = {path: entry.get(path, entry)["bits"] for path in layers}
+    assert len(set(bits.values())) > 1
+    assert report.agreement.kl < quantized[1].agreement.kl  # at the same 4 + 1 bits per weight
+
+
+@pytest.mark.parametrize("mode", ["mxfp4", "mxfp8", "nvfp4"])
+def test_floating_point_modes_are_written_and_read(exact: Path, tmp_path: Path, mode: str) -> None:
+    report = produce(exact, tmp_path / "out", wanted=Quantization(mode=mode))
+    assert report is not None
+    assert report.weight_error < 0.15
+    entry = ModelConfig.from_path(tmp_path / "out").quantization
+    assert entry is not None
+    assert entry["mode"] == mode
+    assert entry["language_model.model.embed_tokens"]["mode"] == "affine"
+
+
+def test_bfloat16_checkpoints_are_quantized(tmp_path: Path) -> None:
+    convert_checkpoint(SOURCES["apple"], tmp_path / "source", dtype="bfloat16")
+    report = produce(tmp_path / "source", tmp_path / "out", wanted=Quantization(preset="int8", group_size=32))
+    assert report is not None
+    assert report.weight_error < 0.01
+    scales = mx.load(str(tmp_path / "out" / "model.safetensors"))["mm_projector.2.scales"]
+    assert scales.dtype == mx.bfloat16
+
+
+def test_weights_are_rounded_as_mlx_does(exact: Path, quantized: tuple[Path, LossReport]) -> None:
+    source, result = tensors(exact), tensors(quantized[0])
+    name = "language_model.model.layers.0.mlp.up_proj"
+    for part, value in zip(
+        ("weight", "scales", "biases"), mx.quantize(mx.array(source[f"{name}.weight"]), 32, 4), strict=True
+    ):
+        np.testing.assert_array_equal(result[f"{name}.{part}"], np.array(value))
+
+
+def test_convert_quantizes_in_one_command(tmp_path: Path) -> None:
+    result = invoke(
+        *("convert", SOURCES["apple"], tmp_path / "out", "-q", "--q-group-size", 32, "--q-vision", "none"),
+        *("--q-embed", 6, "--gate", "top1>=0.5"),
+    )
+    assert result.exit_code == 0, result.output
+    assert "KL divergence" in result.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    names = {name for name in tensors(tmp_path / "out") if name.endswith(".scales")}
+    assert names
+    assert not any(name.startswith("vision_tower") for name in names)
+    entry = json.loads((tmp_path / "out" / "config.json").read_text())["quantization"]
+    assert entry["language_model.model.embed_tokens"] == {"group_size": 32, "bits": 6, "mode": "affine"}
+    model = load_model(tmp_path / "out")
+    assert model.encode_image(np.zeros((1, 128, 128, 3), np.uint8)).shape == (1, 4, 64)
+
+
+def empty_folder(path: Path) -> Path:
+    path.mkdir()
+    (path / "notes.txt").write_text("no picture")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (lambda _: ["--q-bits", "7"], "bits in mode affine must be one of 2, 3, 4, 5, 6, 8, not 7"),
+        (lambda _: ["--gate", "beauty>=1"], "there is no metric 'beauty'; there are visual_cosine, kl, top1"),
+        (lambda _: ["--gate", "top1=1"], "gate 'top1=1' cannot be read; write for instance 'top1>=0.95'"),
+        (lambda path: ["--calibration", path / "none"], "no such picture or folder of calibration pictures"),
+        (lambda path: ["--calibration", empty_folder(path / "e")], "holds no picture to calibrate on (.bmp, .gif"),
+        (lambda _: ["--dequantize"], "is not quantized; there is nothing to dequantize"),
+        (lambda _: ["--upload-repo", "nowhere"], "'nowhere' cannot be uploaded to; write it as owner/name"),
+        (lambda _: ["--format", "mlx-vlm", "--q-vision", "8"], "mlx-vlm's readers need tower and projector in"),
+        (lambda _: [f"--q-{part}=none" for part in PARTS], "no layer of this checkpoint can be quantized like this"),
+    ],
+)
+def test_bad_input_is_an_error_before_any_work(
+    exact: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: Callable[[Path], list[object]],
+    message: str,
+) -> None:
+    def work(*_: object, **__: object) -> None:
+        raise AssertionError("work has started")
+
+    monkeypatch.setattr("fastvlm_mlx.convert.pipeline.quantize_checkpoint", work)
+    monkeypatch.setattr("fastvlm_mlx.convert.pipeline.convert_checkpoint", work)
+    result = invoke("quantize", exact, tmp_path / "out", *arguments(tmp_path))
+    assert result.exit_code == 1, result.output
+    assert message in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_quantizing_twice(quantized: tuple[Path, LossReport], tmp_path: Path) -> None:
+    for source in (quantized[0], SOURCES["mlx-vlm-q8"]):
+        with pytest.raises(ConversionError, match="is quantized already; quantize what it was made from"):
+            produce(source, tmp_path / "out", wanted=INT4)
+
+
+def test_models_of_different_shapes_are_not_compared(exact: Path, tmp_path: Path) -> None:
+    convert_checkpoint(SOURCES["apple-untied"], tmp_path / "other")
+    with pytest.raises(ConversionError, match="are models of different architectures"):
+        verify(tmp_path / "other", exact, notify=lambda _: None)
+
+
+def test_upload_makes_the_repository_and_pushes_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[Any, ...]] = []
+
+    class Api:
+        def create_repo(self, repository: str, *, exist_ok: bool) -> str:
+            calls.append(("create", repository, exist_ok))
+            return f"https://huggingface.co/{repository}"
+
+        def upload_folder(self, *, folder_path: Path, repo_id: str, commit_message: str) -> None:
+            calls.append(("upload", folder_path, repo_id, commit_message))
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    assert hub.upload(tmp_path, "me/model") == "https://huggingface.co/me/model"
+    assert calls == [("create", "me/model", True), ("upload", tmp_path, "me/model", f"Upload {tmp_path.name}")]
+
+
+def test_a_failed_upload_leaves_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Api:
+        def create_repo(self, *_: object, **__: object) -> str:
+            raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    with pytest.raises(ConversionError, match=r"me/model: the upload failed \(no network\); .* is complete"):
+        hub.upload(tmp_path, "me/model")
+
+
+def test_sources_are_only_read(exact: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(exact, source)
+    before = {path.name: path.stat().st_mtime_ns for path in source.iterdir()}
+    produce(source, tmp_path / "out", wanted=INT4)
+    assert {path.name: path.stat().st_mtime_ns for path in source.iterdir()} == before
