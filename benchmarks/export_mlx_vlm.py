@@ -1,0 +1,49 @@
+"""Loads an export of `fastvlm convert --format mlx-vlm` in mlx-vlm and compares its logits with upstream's.
+
+    python benchmarks/export_mlx_vlm.py EXPORT tests/golden/apple
+
+runs in an environment with mlx-vlm and nothing of this project. The second folder holds `spec.json`, `prompt.txt` and
+`expected.safetensors` as the golden checkpoints do. The last line on stdout is JSON; the exit code is 1 if the logits
+differ by more than 1e-4 of the largest.
+"""
+
+import json
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx_vlm.models.fastvlm import config as architecture
+from mlx_vlm.utils import load_model, load_processor
+
+TOLERANCE = 1e-4
+IMAGE_TOKEN = -200
+
+
+def main() -> int:
+    """Compares every picture of the golden folder."""
+    export, golden = map(Path, sys.argv[1:3])
+    vision: dict[str, Any] = json.loads((export / "config.json").read_text())["vision_config"]
+    # Class attributes there, which its config cannot set; a released size needs no help.
+    architecture.VisionConfig.layers = vision["layers"]
+    architecture.VisionConfig.embed_dims = vision["embed_dims"]
+    model = load_model(export)
+    tokenizer = load_processor(export).tokenizer
+    before, after = (golden / "prompt.txt").read_text().split("<image>")
+    ids = [*tokenizer.encode(before), IMAGE_TOKEN, *tokenizer.encode(after)]
+    expected: Any = mx.load(str(golden / "expected.safetensors"))
+    errors = {}
+    for name in (key.removesuffix(".pixel_values") for key in expected if key.endswith(".pixel_values")):
+        embedded = model.get_input_embeddings(mx.array([ids]), expected[f"{name}.pixel_values"][None]).inputs_embeds
+        logits = np.array(model.language_model(None, inputs_embeds=embedded).logits[0, -1])
+        wanted = np.array(expected[f"{name}.logits"])
+        errors[name] = float(np.abs(logits - wanted).max() / np.abs(wanted).max())
+    versions = {name: version(name) for name in ("mlx-vlm", "mlx")}
+    print(json.dumps({"relative_errors": errors, "tolerance": TOLERANCE, "versions": versions}))
+    return int(max(errors.values()) > TOLERANCE)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

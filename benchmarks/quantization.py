@@ -1,0 +1,93 @@
+"""Sizes, times and memory of a full-size quantization, each step in a process of its own.
+
+    python benchmarks/random_checkpoint.py 0.5b build/source && fastvlm convert build/source build/float16
+    python benchmarks/quantization.py build/float16 build/quantized
+
+Prints one JSON object on the last line. Memory after load counts every array that is held, dequantized copies included;
+it is given as a share of what the float16 folder takes on the same machine.
+"""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+PRESETS = ("int8", "int4")
+
+
+def peak() -> int:
+    """Bytes of this process's largest resident set."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def quantize(source: Path, target: Path, preset: str) -> dict[str, Any]:
+    """Seconds, processor seconds and peak bytes of a quantization with its report."""
+    start = time.perf_counter()
+    from fastvlm_mlx.convert.pipeline import produce
+    from fastvlm_mlx.convert.presets import Quantization
+
+    report = produce(source, target, wanted=Quantization(preset=preset))
+    assert report is not None
+    return {
+        "seconds": time.perf_counter() - start,
+        "processor_seconds": time.process_time(),
+        "peak_bytes": peak(),
+        "size_ratio": report.size_ratio,
+        "load_average": os.getloadavg()[0],
+    }
+
+
+def run(folder: Path) -> dict[str, Any]:
+    """Seconds to load, bytes held after it, and the decoding speed."""
+    start = time.perf_counter()
+    import numpy as np
+
+    from fastvlm_mlx import generate, load
+    from fastvlm_mlx.backend import mx
+
+    model, processor = load(folder)
+    mx.eval(model.parameters())
+    loaded, held = time.perf_counter() - start, mx.get_active_memory()
+    picture = np.zeros((256, 256, 3), np.uint8)
+    result = generate(model, processor, image=picture, prompt="Describe.", max_tokens=24, resolution=256)
+    return {
+        "load_seconds": loaded,
+        "held_bytes": held,
+        "ttft_seconds": result.timings["ttft"],
+        "tokens_per_second": result.tokens_per_second,
+        "peak_bytes": peak(),
+        "load_average": os.getloadavg()[0],
+    }
+
+
+def child(*arguments: object) -> dict[str, Any]:
+    """What one step in a fresh process measured."""
+    done = subprocess.run([sys.executable, __file__, *map(str, arguments)], capture_output=True, text=True, check=True)
+    measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return measured
+
+
+def main() -> None:
+    """All steps, or the one that the arguments name."""
+    step, *arguments = sys.argv[1:]
+    if step == "--quantize":
+        print(json.dumps(quantize(Path(arguments[0]), Path(arguments[1]), arguments[2])))
+        return
+    if step == "--run":
+        print(json.dumps(run(Path(arguments[0]))))
+        return
+    source, work = Path(step), Path(arguments[0])
+    results: dict[str, Any] = {"float16": child("--run", source)}
+    for preset in PRESETS:
+        made = child("--quantize", source, work / preset, preset) if not (work / preset).exists() else {}
+        results[preset] = {"quantize": made, **child("--run", work / preset)}
+        results[preset]["held_ratio"] = results[preset]["held_bytes"] / results["float16"]["held_bytes"]
+    print(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

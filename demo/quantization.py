@@ -1,0 +1,117 @@
+"""Measures and plots what quantization costs the demo model: accuracy on held-out questions over bytes.
+
+    python demo/scenes.py --held-out --out build/held-out
+    python demo/quantization.py build/held-out/questions.jsonl --work build/quantized
+
+Writes `quantization.json`, `quantization.md` (the README's table) and `quantization.png` beside this file. Answers are
+kept under `--work`, so that an interrupted run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+
+from fastvlm_mlx.checkpoint import load, resolve
+from fastvlm_mlx.convert.loss import folder_bytes
+from fastvlm_mlx.convert.pipeline import produce
+from fastvlm_mlx.convert.presets import Quantization
+from fastvlm_mlx.evaluation import EvaluationReport, Predictions, evaluate, read_questions
+
+HERE = Path(__file__).parent
+BASELINE = "fp16"
+GROUP_SIZE = 32
+"""The demo's layers are narrow."""
+
+VARIANTS = {
+    "int8": Quantization(preset="int8", group_size=GROUP_SIZE),
+    "mixed_4_8": Quantization(preset="mixed_4_8", group_size=GROUP_SIZE, method="gptq"),
+    "mixed_4_6": Quantization(preset="mixed_4_6", group_size=GROUP_SIZE, method="gptq"),
+    "int4": Quantization(preset="int4", group_size=GROUP_SIZE, method="gptq"),
+    "int4-rtn": Quantization(preset="int4", group_size=GROUP_SIZE),
+}
+
+
+def tensor_bytes(folder: Path) -> int:
+    """Bytes of the weights; the demo's tokenizer is not small beside them."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def measure(model: str, questions: Path, work: Path, limit: int | None) -> dict[str, dict[str, Any]]:
+    """Returns for each variant its sizes, its score and how it compares with the baseline."""
+    source = resolve(model)
+    rows = read_questions(questions)
+    folders = {BASELINE: source}
+    for name, wanted in VARIANTS.items():
+        folders[name] = work / name
+        if not folders[name].exists():
+            produce(source, folders[name], wanted=wanted)
+    reports: dict[str, EvaluationReport] = {}
+    results = {}
+    for name, folder in folders.items():
+        settings = {"model": name, "questions": questions.name}
+        with Predictions(work / f"{name}.jsonl", settings) as predictions:
+            reports[name] = evaluate(*load(folder), rows, limit=limit, predictions=predictions)
+        comparison = reports[name].against(reports[BASELINE])
+        results[name] = {
+            "weight_bytes": tensor_bytes(folder),
+            "folder_bytes": folder_bytes(folder),
+            **asdict(reports[name].total),
+            "kept": reports[name].total.score / reports[BASELINE].total.score,
+            "agreement": asdict(comparison.agreement),
+            "difference": [comparison.difference, comparison.low, comparison.high],
+        }
+        print(name, {key: results[name][key] for key in ("weight_bytes", "score", "kept")}, flush=True)
+    return results
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """The README's table."""
+    lines = ["| | weights | exact answers | of float16's | same answer |", "|---|---|---|---|---|"]
+    whole = results[BASELINE]["weight_bytes"]
+    for name, row in results.items():
+        size = f"{row['weight_bytes'] / 1e6:.1f} MB ({row['weight_bytes'] / whole:.0%})"
+        agreement = row["agreement"]["score"]
+        lines.append(f"| {name} | {size} | {row['score']:.1%} | {row['kept']:.1%} | {agreement:.1%} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
+    """Draws accuracy over bytes, with 95 % intervals."""
+    figure, axes = plt.subplots(figsize=(6.4, 3.8), layout="constrained")
+    for name, row in results.items():
+        size, score = row["weight_bytes"] / 1e6, 100 * row["score"]
+        spread = [[score - 100 * row["low"]], [100 * row["high"] - score]]
+        axes.errorbar(size, score, yerr=spread, marker="o", markersize=5, capsize=3)
+        axes.annotate(name, (size, score), textcoords="offset points", xytext=(6, 5), fontsize="small")
+    axes.set_xlabel("weights, MB")
+    axes.set_ylabel("exact answers, %")
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description="Accuracy of the demo model by quantization.")
+    parser.add_argument("questions", type=Path)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--work", type=Path, default=Path("build/quantized"))
+    parser.add_argument("--limit", type=int)
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    results = measure(arguments.model, arguments.questions, arguments.work, arguments.limit)
+    (HERE / "quantization.json").write_text(json.dumps(results, indent=2) + "\n")
+    (HERE / "quantization.md").write_text(table(results))
+    plot(results, HERE / "quantization.png")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
