@@ -24,7 +24,6 @@ from fastvlm_mlx.quantization import quantize_layers, suit_device
 ALIASES = {"0.5b": "apple/FastVLM-0.5B", "1.5b": "apple/FastVLM-1.5B", "7b": "apple/FastVLM-7B"}
 CACHE_VARIABLE = "FASTVLM_CACHE"
 _READERS = 2
-DEMO = "demo"
 
 Progress = Callable[[int, int, str], None]
 """Called with bytes done, bytes in all, and what is being done."""
@@ -56,7 +55,7 @@ def resolve(
     """The folder of the converted checkpoint `name`, converting it into the cache if need be.
 
     Args:
-        name: A Hub id, an alias (`0.5b`, `1.5b`, `7b`, `demo`), a folder or a `.zip`. Something that exists on disk
+        name: A Hub id, an alias (`0.5b`, `1.5b`, `7b`), a folder or a `.zip`. Something that exists on disk
             wins.
         revision: Branch, tag or commit of a Hub id.
         notify: Told, in one line, what takes long.
@@ -72,15 +71,11 @@ def resolve(
         if path.is_dir() and is_converted(path):
             return path
         source, key = path.resolve(), f"{path.resolve().name}-{_fingerprint(path)}"
-    elif str(name) == DEMO:
-        source = Path(__file__).parent / "demo_model"
-        key = f"{DEMO}-{_fingerprint(source)}"
     else:
         source = ALIASES.get(str(name).lower(), str(name))
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
             raise CheckpointError(
-                f"{name}: no such folder or .zip, and neither a Hub id (owner/name) nor an alias "
-                f"({', '.join([*ALIASES, DEMO])})"
+                f"{name}: no such folder or .zip, and neither a Hub id (owner/name) nor an alias ({', '.join(ALIASES)})"
             )
         key = re.sub(r"[^\w.@-]", "_", f"{source}@{revision or 'main'}".replace("/", "--"))
     destination = cache_folder() / key

@@ -134,8 +134,10 @@ class Question:
 
     @property
     def key(self) -> str:
-        """What a stored prediction belongs to."""
-        return hashlib.sha256(f"{self.image}\0{self.question}".encode()).hexdigest()[:16]
+        """What a stored prediction belongs to; another one once the image file is overwritten."""
+        stat = self.image.stat() if self.image.is_file() else None
+        version = (stat.st_size, stat.st_mtime_ns) if stat else None
+        return hashlib.sha256(repr((str(self.image), version, self.question)).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, kw_only=True)

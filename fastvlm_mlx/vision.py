@@ -92,8 +92,11 @@ class Attention(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         batch, height, width, channels = x.shape
-        qkv = self.qkv(x).reshape(batch, height * width, 3, -1, self.head_dim).transpose(2, 0, 3, 1, 4)
-        x = mx.fast.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2], scale=self.head_dim**-0.5)
+        q, k, v = (
+            part.reshape(batch, height * width, -1, self.head_dim).swapaxes(1, 2)
+            for part in mx.split(self.qkv(x), 3, axis=-1)
+        )
+        x = mx.fast.scaled_dot_product_attention(q, k, v, scale=self.head_dim**-0.5)
         return self.proj(x.transpose(0, 2, 1, 3).reshape(batch, height, width, channels))
 
 

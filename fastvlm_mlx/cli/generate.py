@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastvlm_mlx.cli.options import DType, Model
+from fastvlm_mlx.cli.options import DType, Model, parse_resolution
 from fastvlm_mlx.cli.terminal import ByteProgress, human_bytes, note
 
 if TYPE_CHECKING:
@@ -15,15 +15,6 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "apple/FastVLM-0.5B"
 DEFAULT_PROMPT = "Describe the image."
-
-
-def _resolution(text: str) -> int | str:
-    """`auto` or a multiple of 64."""
-    if text == "auto":
-        return text
-    if not text.isdecimal() or int(text) == 0 or int(text) % 64:
-        raise typer.BadParameter(f"{text!r} is neither a positive multiple of 64 nor 'auto'")
-    return int(text)
 
 
 def generate(
@@ -51,7 +42,7 @@ def generate(
     resolution: Annotated[
         Any,
         typer.Option(
-            parser=_resolution,
+            parser=parse_resolution,
             metavar="INT|auto",
             envvar="FASTVLM_RESOLUTION",
             help="Pixels a side, a multiple of 64 (by default the model's own), or auto: as few as keep the details.",

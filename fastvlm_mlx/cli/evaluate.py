@@ -1,0 +1,104 @@
+"""`fastvlm eval`: accuracy on a file of questions, by kind, and beside another model."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fastvlm_mlx.cli.options import MODEL_HELP, DType, Model, parse_resolution
+from fastvlm_mlx.cli.terminal import ByteProgress, LiveLine, note, table
+
+if TYPE_CHECKING:
+    from fastvlm_mlx.evaluation import BadRow, EvaluationReport, Question
+
+
+def evaluate(
+    model: Model,
+    data: Annotated[Path, typer.Option(help="JSON Lines with image, question, answers and, optionally, kind.")],
+    baseline: Annotated[str | None, typer.Option(help=f"Another model to compare with. {MODEL_HELP}")] = None,
+    metric: Annotated[str, typer.Option(help="exact, vqa, relaxed or anls.")] = "exact",
+    limit: Annotated[int | None, typer.Option(min=1, help="Ask only so many, spread over the file.")] = None,
+    resolution: Annotated[
+        Any, typer.Option("--resolution", "-r", parser=parse_resolution, metavar="INT|auto", help="Pixels a side.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="Longest answer, in tokens.")] = 64,
+    dtype: Annotated[DType | None, typer.Option(help="Load the weights as this type.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+) -> None:
+    """Score a model's answers to the questions in a file.
+
+    Answers are kept in the cache folder as they come, so an interrupted run goes on where it stopped. Rows that cannot
+    be asked count as failed and make the exit code 1.
+    """
+    from fastvlm_mlx.evaluation import METRICS, read_questions
+
+    if metric not in METRICS:
+        raise typer.BadParameter(f"{metric!r} is not one of {', '.join(METRICS)}", param_hint="--metric")
+    questions = read_questions(data)
+
+    def score(name: str) -> "EvaluationReport":
+        return _score(name, data, questions, metric, limit, resolution, max_tokens, dtype)
+
+    report = score(model)
+    against = report.against(score(baseline)) if baseline else None
+    for answer in report.failed:
+        note(f"{data}:{answer.line}: {answer.error}")
+    if as_json:
+        from dataclasses import asdict
+
+        record = {"model": model, "data": str(data), **report.to_dict()}
+        if against:
+            record["baseline"] = {"model": baseline, **asdict(against)}
+        typer.echo(json.dumps(record, ensure_ascii=False))
+    else:
+        typer.echo("\n".join(table([("kind", "questions", f"{metric} %", "95 % interval"), *report.table()])))
+        if against:
+            typer.echo(
+                f"\nagrees with {baseline} on {100 * against.agreement.score:.1f} %; difference "
+                f"{100 * against.difference:+.1f} points ({100 * against.low:+.1f} to {100 * against.high:+.1f}), "
+                f"{against.won} won, {against.lost} lost"
+            )
+    if report.failed:
+        note(f"{len(report.failed)} of {len(report.answers)} rows failed")
+        raise typer.Exit(1)
+
+
+def _score(
+    name: str,
+    data: Path,
+    questions: "list[Question | BadRow]",
+    metric: str,
+    limit: int | None,
+    resolution: int | str | None,
+    max_tokens: int,
+    dtype: DType | None,
+) -> "EvaluationReport":
+    from fastvlm_mlx import load
+    from fastvlm_mlx.checkpoint import cache_folder
+    from fastvlm_mlx.evaluation import Predictions, evaluate
+
+    with ByteProgress() as progress:
+        network, processor = load(name, dtype=dtype.value if dtype else None, notify=note, progress=progress)
+    settings = {
+        "weights": network.config.source,
+        "quantization": network.config.quantization,
+        "dtype": str(network.dtype),
+        "resolution": resolution,
+        "max_tokens": max_tokens,
+        "data": hashlib.sha256(data.read_bytes()).hexdigest(),
+    }
+    key = hashlib.sha256(json.dumps([name, settings], sort_keys=True, default=str).encode()).hexdigest()[:16]
+    with LiveLine() as line, Predictions(cache_folder() / "eval" / f"{key}.jsonl", settings) as predictions:
+        return evaluate(
+            network,
+            processor,
+            questions,
+            metric=metric,
+            limit=limit,
+            resolution=resolution,  # type: ignore[arg-type]
+            max_tokens=max_tokens,
+            predictions=predictions,
+            progress=lambda done, total: line.show(f"{name}: {done} of {total} questions"),
+        )
