@@ -1,0 +1,90 @@
+"""`fastvlm eval` on the command line."""
+
+import json
+import shutil
+
+import pytest
+from typer.testing import CliRunner
+
+from fastvlm_mlx.cli.app import app
+from fastvlm_mlx.convert import convert_checkpoint
+from fastvlm_mlx.generation import generate
+from tests.checkpoints import GOLDEN, SOURCES
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("eval") / "apple"
+    convert_checkpoint(SOURCES["apple"], folder, dtype="float32")
+    return str(folder)
+
+
+@pytest.fixture
+def questions(tmp_path, monkeypatch):
+    """Writes a question file about a golden picture; the answer cache is empty."""
+    monkeypatch.setenv("FASTVLM_CACHE", str(tmp_path / "cache"))
+    shutil.copy(GOLDEN / "apple" / "images" / "tiny.png", tmp_path / "tiny.png")
+
+    def write(*rows):
+        path = tmp_path / "questions.jsonl"
+        path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+        return str(path)
+
+    return write
+
+
+def row(question="What is it?", image="tiny.png", **more):
+    return {"image": image, "question": question, "answers": ["nothing"], **more}
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, ["eval", "-n", "4", *arguments])
+
+
+def test_a_table_by_kind_is_printed(model, questions):
+    result = run("-m", model, "--data", questions(row(kind="what"), row("Is there a cat?", kind="exists")))
+    assert result.exit_code == 0
+    header, what, exists, total = result.stdout.splitlines()
+    assert header.split() == ["kind", "questions", "exact", "%", "95", "%", "interval"]
+    assert (what.split()[:3], exists.split()[:3]) == (["what", "1", "0.0"], ["exists", "1", "0.0"])
+    assert total.split()[:3] == ["all", "2", "0.0"]
+
+
+def test_a_model_agrees_with_itself(model, questions):
+    result = run("-m", model, "--baseline", model, "--data", questions(row(), row("Where?")), "--json")
+    record = json.loads(result.stdout)
+    assert record["total"]["count"] == 2
+    assert record["baseline"]["agreement"]["score"] == 1.0
+    assert record["baseline"]["difference"] == 0.0
+
+
+def test_failed_rows_are_named_and_end_with_1(model, questions):
+    data = questions(row(), row(image="missing.png"), "{broken")
+    result = run("-m", model, "--data", data)
+    assert result.exit_code == 1
+    assert f"{data}:2: " in result.stderr
+    assert "missing.png" in result.stderr
+    assert f"{data}:3: " in result.stderr
+    assert "2 of 3 rows failed" in result.stderr
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(model, questions, monkeypatch):
+    data, asked = questions(row(), row("Where?"), row("Why?")), []
+
+    def interrupted(*args, **kw):
+        asked.append(kw["prompt"])
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return generate(*args, **kw)
+
+    monkeypatch.setattr("fastvlm_mlx.evaluation.generate", interrupted)
+    assert run("-m", model, "--data", data).exit_code == 130
+    assert run("-m", model, "--data", data).exit_code == 0
+    assert asked == ["What is it?", "Where?", "Where?", "Why?"]
+
+
+def test_wrong_arguments_are_refused(model, questions):
+    assert "is not one of exact, vqa, relaxed, anls" in run("-m", model, "--data", "x", "--metric", "bleu").stderr
+    empty = run("-m", model, "--data", questions())
+    assert (empty.exit_code, empty.stderr.count("\n")) == (1, 1)
+    assert "the question file is empty" in empty.stderr
