@@ -204,15 +204,23 @@ def _streams() -> list[mx.Stream]:
 
 def _rounded(exact: mx.array, settings: Settings) -> tuple[Sequence[mx.array], tuple[mx.array, mx.array]]:
     """The arrays of quantized weights, and the squares of the change and of the weights."""
-    arrays = mx.quantize(exact, settings.group_size, settings.bits, settings.mode)
-    exact = exact.astype(mx.float32)
+    wide = exact.astype(mx.float32)  # a CPU is slow in half precision
+    weight, *companions = mx.quantize(wide, settings.group_size, settings.bits, settings.mode)
     if settings.mode == "affine":
-        wide = [companion.astype(mx.float32) for companion in arrays[1:]]  # a CPU is slow in half precision
-        slices = column_slices(arrays[0], wide[0], wide[1], **asdict(settings))
+        stored = [companion.astype(exact.dtype) for companion in companions]
+        companions = [companion.astype(mx.float32) for companion in stored]
     else:
-        slices = column_slices(arrays[0], arrays[1], None, **asdict(settings))
-    errors = [mx.square(exact[:, i :: len(slices)] - values).sum() for i, values in enumerate(slices)]
-    return arrays, (functools.reduce(mx.add, errors), mx.square(exact).sum())
+        stored = companions
+    scales, biases = companions[0], companions[1] if len(companions) > 1 else None
+    slices = column_slices(weight, scales, biases, **asdict(settings))
+    errors = [_square(wide[:, i :: len(slices)] - values) for i, values in enumerate(slices)]
+    return (weight, *stored), (functools.reduce(mx.add, errors), _square(wide))
+
+
+def _square(values: mx.array) -> mx.array:
+    """The sum of the squares, as a product that the BLAS computes."""
+    flat = values.reshape(1, -1)
+    return (flat @ flat.T)[0, 0]
 
 
 def copy_small_files(source: Path, target: Path) -> None:
