@@ -3,8 +3,8 @@
     python benchmarks/random_checkpoint.py 0.5b build/source && fastvlm convert build/source build/float16
     python benchmarks/quantization.py build/float16 build/quantized
 
-Prints one JSON object on the last line. Memory after load counts every array that is held, dequantized copies included;
-it is given as a share of what the float16 folder takes on the same machine.
+Prints one JSON object, as kept in `quantization.json` beside this file. Memory after load counts every array that is
+held, dequantized copies included; it is given as a share of what the float16 folder takes on the same machine.
 """
 
 import json
@@ -81,7 +81,9 @@ def main() -> None:
         print(json.dumps(run(Path(arguments[0]))))
         return
     source, work = Path(step), Path(arguments[0])
-    results: dict[str, Any] = {"float16": child("--run", source)}
+    from fastvlm_mlx.conditions import conditions
+
+    results: dict[str, Any] = {"conditions": conditions(), "float16": child("--run", source)}
     for preset in PRESETS:
         made = child("--quantize", source, work / preset, preset) if not (work / preset).exists() else {}
         results[preset] = {"quantize": made, **child("--run", work / preset)}
