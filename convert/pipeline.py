@@ -74,8 +74,6 @@ def produce(
         layers = wanted.assign(planned.config).layers
         if mlx_vlm:
             check_exportable(layers)
-    elif mlx_vlm and ready and ready.quantization:
-        check_exportable([path for path, own in ready.quantization.items() if isinstance(own, dict)])
 
     with _scratch_beside(target) as scratch:
         if ready is None or dtype != ready.dtype or dequantize or (wanted is None and not mlx_vlm):

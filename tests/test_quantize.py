@@ -1,7 +1,6 @@
 """Quantizing converted checkpoints: what is written, what it is said to cost, and gates and verification on it."""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,8 +39,10 @@ def exact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def quantized(exact: Path) -> tuple[Path, LossReport]:
     folder = exact.parent / "int4"
+    before = {path.name: path.stat().st_mtime_ns for path in exact.iterdir()}
     report = produce(exact, folder, wanted=INT4)
     assert report is not None
+    assert {path.name: path.stat().st_mtime_ns for path in exact.iterdir()} == before  # only read
     return folder, report
 
 
@@ -90,6 +91,12 @@ def test_a_conversion_to_float16_is_verified_against_its_source(tmp_path: Path) 
     assert max(found["weight_errors"].values()) < 2**-11
 
 
+def test_quantized_layers_are_within_what_their_bits_allow(exact: Path, quantized: tuple[Path, LossReport]) -> None:
+    result = invoke("verify", quantized[0], "--against", exact)
+    assert result.exit_code == 0, result.output
+    assert "weights off by: decoder" in result.stdout
+
+
 LAYERS = ("language_model.model.layers.1.mlp.down_proj", "vision_tower.stages.3.blocks.0.token_mixer.proj")
 
 
@@ -102,7 +109,6 @@ def test_verify_names_the_layer_whose_scales_are_doubled(
             values[f"{layer}.{part}"] = values[f"{layer}.{part}"] * 2
 
     broken = changed(quantized[0], tmp_path / "broken", edit=double)
-    assert invoke("verify", quantized[0], "--against", exact).exit_code == 0
     result = invoke("verify", broken, "--against", exact)
     assert result.exit_code == 1
     assert f"error: {layer} is the first part that drifts" in result.stderr
@@ -131,7 +137,7 @@ def test_the_gate_stops_a_broken_layer(exact: Path, tmp_path: Path, monkeypatch:
 def test_compensation_loses_less_than_rounding(
     exact: Path, quantized: tuple[Path, LossReport], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compensation, "SEEDS", range(1000, 1008))
+    monkeypatch.setattr(compensation, "SEEDS", range(1000, 1004))
     better = produce(exact, tmp_path / "out", wanted=Quantization(bits=4, group_size=32, method="gptq"))
     assert better is not None
     plain = quantized[1]
@@ -273,11 +279,3 @@ def test_a_failed_upload_leaves_the_folder(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
     with pytest.raises(ConversionError, match=r"me/model: the upload failed \(no network\); .* is complete"):
         hub.upload(tmp_path, "me/model")
-
-
-def test_sources_are_only_read(exact: Path, tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    shutil.copytree(exact, source)
-    before = {path.name: path.stat().st_mtime_ns for path in source.iterdir()}
-    produce(source, tmp_path / "out", wanted=INT4)
-    assert {path.name: path.stat().st_mtime_ns for path in source.iterdir()} == before
