@@ -1,0 +1,131 @@
+import json
+from collections import Counter
+from pathlib import Path
+from random import Random
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from fastvlm_mlx.evaluation import Question, read_questions
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="module")
+def scenes() -> ModuleType:
+    pytest.importorskip("matplotlib")
+    from demo import scenes
+
+    return scenes
+
+
+def test_scene_follows_from_its_seed(scenes: ModuleType) -> None:
+    first, second, other = (scenes.scene_of(seed, 3, held_out=False) for seed in (1, 1, 2))
+    assert first[1] == second[1]
+    assert np.array_equal(first[0], second[0])
+    assert first[0].size != other[0].size or not np.array_equal(first[0], other[0])
+
+
+def test_shapes_stay_inside_and_apart_and_off_the_text(scenes: ModuleType) -> None:
+    rng = Random(0)
+    counts = Counter()
+    for _ in range(60):
+        image, scene = scenes.render(rng, 256)
+        assert 0.49 < image.width / image.height < 2.05
+        counts[len(scene.shapes)] += 1
+        for i, a in enumerate(scene.shapes):
+            assert a.radius <= a.x <= scene.width - a.radius
+            assert a.radius <= a.y <= scene.height - a.radius
+            for b in scene.shapes[i + 1 :]:
+                assert a.name != b.name
+                assert np.hypot(a.x - b.x, a.y - b.y) > 0.9 * (a.radius + b.radius)
+            for text in scene.texts:
+                left, top, right, bottom = text.box
+                assert not (left < a.x < right and top < a.y < bottom)
+    assert set(counts) == {1, 2, 3, 4, 5}
+
+
+def test_answers_are_true(scenes: ModuleType) -> None:
+    shapes = (
+        scenes.Shape(shape="ring", colour="red", size="small", x=40, y=50, radius=14),
+        scenes.Shape(shape="star", colour="red", size="large", x=90, y=200, radius=33),
+        scenes.Shape(shape="star", colour="blue", size="small", x=200, y=190, radius=14),
+    )
+    text = scenes.Text(text="1234", box=(100, 10, 160, 34), centres=())
+    scene = scenes.Scene(width=256, height=256, shapes=shapes, texts=(text,))
+    rng = Random(0)
+    found = {(q.question, q.answer) for kind in scenes.KINDS for _ in range(300) if (q := scenes.ask(scene, rng, kind))}
+    assert ("Describe the image.", "A red ring, a red star and a blue star.") in found
+    assert ("描述这张图片。", "红色的环形、红色的星形和蓝色的星形。") in found
+    assert ("How many stars are there?", "2") in found
+    assert ("What colour is the ring?", "red") in found
+    assert ("Which shape is blue?", "star") in found
+    assert ("Where is the blue star relative to the red star?", "right") in found
+    assert ("Is the red ring above or below the red star?", "above") in found
+    assert ("Which is larger, the red star or the blue star?", "the red star") in found
+    assert ("Is there a red star?", "yes") in found
+    assert ("Which number is printed?", "1234") in found
+    # Not asked: what has two answers or is too close to tell.
+    questions = " ".join(question for question, _ in found)
+    assert "What colour is the star?" not in questions
+    assert "Which shape is red?" not in questions
+    assert "Is the blue star above or below the red star?" not in questions
+    assert "Which is larger, the red ring or the blue star?" not in questions
+
+
+def test_yes_and_no_are_balanced(scenes: ModuleType) -> None:
+    rng = Random(0)
+    answers = Counter(scenes.ask(scenes.render(rng, 64)[1], rng, "exists").answer for _ in range(400))
+    assert {"yes", "no", "有", "没有"} == set(answers)
+    # Half of 400 within four standard deviations.
+    assert abs(answers["yes"] + answers["有"] - 200) < 40
+
+
+def test_question_file_is_one_that_eval_reads(scenes: ModuleType, tmp_path: Path) -> None:
+    scenes.write_questions(tmp_path, 16, 7, held_out=True)
+    rows = read_questions(tmp_path / "questions.jsonl")
+    assert Counter(row.kind for row in rows if isinstance(row, Question)) == dict.fromkeys(scenes.KINDS, 2)
+    assert all(row.image.is_file() for row in rows if isinstance(row, Question))
+
+
+# The train-time model
+
+
+@pytest.mark.parametrize("name", ["apple", "apple_untied"])
+def test_train_time_model_computes_what_apples_does(name: str) -> None:
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import load_file
+
+    from demo.model import FastVLM
+
+    model = FastVLM.load(GOLDEN / name / "train")
+    expected = load_file(GOLDEN / name / "expected.safetensors")
+    with torch.no_grad():
+        features = model.tower(expected["landscape.pixel_values"][None])[-1]
+        embeds = expected["landscape.inputs_embeds"][None]
+        length = embeds.shape[1]
+        mask = torch.full((length, length), -torch.inf).triu(1)
+        logits = model.logits(model.decode(embeds, torch.arange(length), mask))[0, -1]
+        found = {"features": features[0].flatten(1).T, "projected": model.project(features)[0], "logits": logits}
+    for stage, value in found.items():
+        wanted = expected[f"landscape.{stage}"]
+        # float32, summed in another order
+        torch.testing.assert_close(value, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
+
+
+def test_trainer_reads_scenes_and_learns(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("matplotlib")
+    import subprocess
+    import sys
+
+    train = Path(__file__).parent.parent / "demo" / "train.py"
+    options = ["--batch", "2", "--workers", "0", "--log-every", "1", "--eval-every", "1", "--eval-batches", "1"]
+    for see, answer, both in ((1, 0, 0), (1, 1, 1)):
+        stages = ["--see", str(see), "--answer", str(answer), "--both", str(both)]
+        subprocess.run([sys.executable, train, "--run", tmp_path, *options, *stages], check=True)
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    subprocess.run([sys.executable, train, "--run", tmp_path, "--export", tmp_path / "out"], check=True)
+    assert (tmp_path / "out" / "model.safetensors").stat().st_size <= 12e6
