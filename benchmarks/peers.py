@@ -338,7 +338,9 @@ def table(report: dict[str, Any]) -> Iterator[str]:
             ]
             yield f"| {title} | {side} px | {' | '.join(cells)} |"
     found = report["conditions"]
-    runs = min(len(results) for peers in report["samples"].values() for results in peers.values())
+    runs = {side: min(map(len, peers.values())) for side, peers in report["samples"].items()}
+    counted = ", ".join(f"{count} at {side} px" for side, count in runs.items())
+    compared = " and ".join(f"{side} px" for side in report["agreement"])
     equal = [
         peer["equal"] for answers in report["agreement"].values() for name, peer in answers.items() if name != OURS.name
     ]
@@ -349,8 +351,9 @@ def table(report: dict[str, Any]) -> Iterator[str]:
         if not found["system"].startswith("macOS")
         else f"Measured on {found['chip']}: "
     ) + (
-        f"{report['settings']['size']} with random weights, float32 arithmetic, medians of {runs} fresh processes that "
-        f"took turns, factors relative to fastvlm-mlx. The first {MAX_TOKENS} greedy tokens of all three {verdict}. "
+        f"{report['settings']['size']} with random weights, float32 arithmetic, medians of fresh processes that took "
+        f"turns ({counted}), factors relative to fastvlm-mlx. The first {MAX_TOKENS} greedy tokens of all three "
+        f"{verdict} ({compared}). "
         f"{versions(report)}; samples in `benchmarks/results/`."
     )
 
