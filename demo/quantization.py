@@ -62,7 +62,7 @@ def measure(model: str, questions: Path, work: Path, limit: int | None) -> dict[
             "weight_bytes": tensor_bytes(folder),
             "folder_bytes": folder_bytes(folder),
             **asdict(reports[name].total),
-            "kept": reports[name].total.score / reports[BASELINE].total.score,
+            "kept": reports[name].total.score / max(reports[BASELINE].total.score, 1e-9),
             "agreement": asdict(comparison.agreement),
             "difference": [comparison.difference, comparison.low, comparison.high],
         }
