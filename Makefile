@@ -21,7 +21,7 @@ demo: setup ## set up and ask a question about a picture, offline
 	$(BIN)/fastvlm generate --model tests/golden/apple/train tests/golden/apple/images/landscape.png --verbose
 
 test: setup ## run the test suite (ARGS='-k name' selects)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 lint: setup ## check style and types: ruff, mypy --strict
 	$(BIN)/ruff check .
