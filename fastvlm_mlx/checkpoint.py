@@ -15,13 +15,12 @@ from typing import Any
 from mlx.utils import tree_flatten, tree_unflatten
 
 from fastvlm_mlx.backend import compute_dtype, device, mx
-from fastvlm_mlx.config import ModelConfig
+from fastvlm_mlx.config import ALIASES, ModelConfig
 from fastvlm_mlx.errors import CheckpointError, ConfigError
 from fastvlm_mlx.model import FastVLM
 from fastvlm_mlx.processing import FastVLMProcessor
 from fastvlm_mlx.quantization import quantize_layers, suit_device
 
-ALIASES = {"0.5b": "apple/FastVLM-0.5B", "1.5b": "apple/FastVLM-1.5B", "7b": "apple/FastVLM-7B"}
 CACHE_VARIABLE = "FASTVLM_CACHE"
 _READERS = 2
 

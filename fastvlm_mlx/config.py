@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 from fastvlm_mlx.errors import CheckpointError, ConfigError
 
 FORMAT_VERSION = 1
+ALIASES = {"0.5b": "apple/FastVLM-0.5B", "1.5b": "apple/FastVLM-1.5B", "7b": "apple/FastVLM-7B"}
+"""Short names of Apple's released checkpoints."""
 IMAGE_TOKEN = -200
 """The id that stands for an image in `input_ids`; LLaVA's, outside every vocabulary."""
 
