@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+from scenes import scene_of
 
 from fastvlm_mlx.checkpoint import load, resolve
 from fastvlm_mlx.convert.loss import folder_bytes
@@ -27,6 +28,9 @@ HERE = Path(__file__).parent
 BASELINE = "fp16"
 GROUP_SIZE = 32
 """The demo's layers are narrow."""
+
+CALIBRATION = 32
+"""Scenes to calibrate on, drawn like those of training, none of which is among the questions."""
 
 VARIANTS = {
     "int8": Quantization(preset="int8", group_size=GROUP_SIZE),
@@ -42,6 +46,15 @@ def tensor_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
+def calibration(folder: Path) -> Path:
+    """Returns the folder, with the calibration pictures in it."""
+    folder.mkdir(exist_ok=True)
+    for index in range(CALIBRATION):
+        image, _ = scene_of(1, index, held_out=False)
+        image.save(folder / f"{index:02}.png")
+    return folder
+
+
 def measure(model: str, questions: Path, work: Path, limit: int | None) -> dict[str, dict[str, Any]]:
     """Returns for each variant its sizes, its score and how it compares with the baseline."""
     source = resolve(model)
@@ -50,7 +63,7 @@ def measure(model: str, questions: Path, work: Path, limit: int | None) -> dict[
     for name, wanted in VARIANTS.items():
         folders[name] = work / name
         if not folders[name].exists():
-            produce(source, folders[name], wanted=wanted)
+            produce(source, folders[name], wanted=wanted, calibration=[calibration(work / "calibration")])
     reports: dict[str, EvaluationReport] = {}
     results = {}
     for name, folder in folders.items():

@@ -254,7 +254,7 @@ def _place_shapes(rng: Random, size: tuple[int, int], kinds: list[tuple[str, str
         for _ in range(40):
             x, y = rng.uniform(radius, width - radius), rng.uniform(radius, height - radius)
             if all(
-                math.hypot(x - s.x, y - s.y) > 0.95 * (radius + s.radius) and abs(x - s.x) > 0.045 * longer
+                math.hypot(x - s.x, y - s.y) > 0.95 * (radius + s.radius) and abs(x - s.x) > 0.06 * longer
                 for s in placed
             ) and all(_distance(x, y, text.box) > radius + 0.01 * longer for text in texts):
                 placed.append(Shape(shape=shape, colour=colour, size=name, x=x, y=y, radius=radius))
@@ -380,7 +380,7 @@ def _where(scene: Scene, rng: Random) -> Question | None:
         return None
     a, b = rng.sample(scene.shapes, 2)
     dx, dy = a.x - b.x, a.y - b.y
-    margin = 0.08 * max(scene.width, scene.height)
+    margin = 0.1 * max(scene.width, scene.height)
     choices = []
     if abs(dx) > margin:
         side = "left" if dx < 0 else "right"

@@ -1,6 +1,6 @@
 """Trains the demo checkpoint: a tiny FastVLM that answers questions about the scenes of `scenes.py`.
 
-    python demo/train.py --run build/demo          # continues where it stopped
+    torchrun --nproc-per-node 2 demo/train.py --run build/demo --compile     # continues where it stopped
     python demo/train.py --run build/demo --export fastvlm_mlx/demo_model
 
 Three stages, as FastVLM's own training has them: first the tower learns to see, alone, with extra heads that name the
@@ -20,19 +20,20 @@ import math
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from model import DecoderConfig, FastVLM, TowerConfig
 from PIL import Image
 from safetensors.torch import save_file
 from scenes import CHARACTERS, COLOURS, KINDS, SHAPES, SIZES, WORDS, Scene, ask, render
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Encoding, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -46,6 +47,8 @@ DECODER = DecoderConfig(
     num_key_value_heads=2,
 )
 RESOLUTION = 192
+RANKS = 5
+"""Most shapes of a picture whose order from left to right is told."""
 CELL = 32
 """Side in pixels of a cell of the object heads: half a visual token."""
 SLOTS = 5
@@ -118,8 +121,12 @@ class Batch:
         labels: (B, T), the token to predict there or -100.
         weights: (B, T), weight of that prediction.
         kinds: (B, T), index into `KINDS`.
-        cells: (B, G, G, 6): -1 or shape, colour, size, and the centre's x, y within the cell, in 1/256.
+        cells: (B, G, G, 6): -1 or shape, colour, size, the centre's x, y within the cell, in 1/256, and how many shapes
+            are further left, -1 where that is more than `RANKS`.
         characters: (B, R/16, R/8): 0 or 1 + the index of the character centred there.
+        referents: (B, T, 3), where a question or an answer has just named a shape: its centre's x, y from the middle of
+            the picture, in 1/256 of a cell, and its size; elsewhere -1.
+        upcoming: (B, T, 3), the same of the shape that is named next.
         slots: (B, R/64, R/64, SLOTS): at the visual token in the middle of a text its characters, elsewhere -1.
         text_ids: (B, N, SLOTS): there the token ids of the text, padded with -1.
     """
@@ -131,6 +138,8 @@ class Batch:
     labels: Tensor
     weights: Tensor
     kinds: Tensor
+    referents: Tensor
+    upcoming: Tensor
     cells: Tensor
     characters: Tensor
     slots: Tensor
@@ -147,8 +156,8 @@ def dense_targets(scene: Scene, resolution: int, tokenizer: Tokenizer) -> dict[s
     left, top = (longer - scene.width) // 2, (longer - scene.height) // 2
     scale = resolution / longer
     grid = resolution // CELL
-    cells = np.full((grid, grid, 5), -1, np.int64)
-    for shape in scene.shapes:
+    cells = np.full((grid, grid, 6), -1, np.int64)
+    for rank, shape in enumerate(scene.shapes):
         x, y = (shape.x + left) * scale / CELL, (shape.y + top) * scale / CELL
         column, row = min(int(x), grid - 1), min(int(y), grid - 1)
         cells[row, column] = (
@@ -157,6 +166,7 @@ def dense_targets(scene: Scene, resolution: int, tokenizer: Tokenizer) -> dict[s
             [*SIZES].index(shape.size),
             int(256 * (x - column)),
             int(256 * (y - row)),
+            rank if rank < RANKS else -1,
         )
     characters = np.zeros((resolution // 16, resolution // 8), np.int64)
     slots = np.full((resolution // 64, resolution // 64, SLOTS), -1, np.int64)
@@ -173,6 +183,11 @@ def dense_targets(scene: Scene, resolution: int, tokenizer: Tokenizer) -> dict[s
     return {"cells": cells, "characters": characters, "slots": slots, "text_ids": text_ids.reshape(-1, SLOTS)}
 
 
+PER_TOKEN = ("ids", "segments", "offsets", "labels", "weights", "kinds", "referents", "upcoming")
+NO_TOKENS = {name: np.zeros((0, 3) if name in ("referents", "upcoming") else 0, np.int64) for name in PER_TOKEN}
+"""For the pictures that only the tower learns from."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
     """How many steps each stage takes."""
@@ -187,17 +202,21 @@ class Schedule:
         return self.see + self.answer + self.both
 
     def rate(self, step: int, peak: float) -> float:
-        """Returns the learning rate of a step (from 1): warm-up, then a cosine, once to see and once to answer."""
-        seeing = step <= self.see
-        progress = step / self.see if seeing else (step - self.see) / (self.answer + self.both)
-        return peak * min(1.0, progress / 0.04) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+        """Returns the learning rate of a step (from 1): in each stage a warm-up, then a cosine."""
+        for steps, share in ((self.see, 1.0), (self.answer, 1.0), (self.both, 0.5)):
+            if step <= steps:
+                progress = step / steps
+                cosine = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))
+                return share * peak * min(1.0, progress / 0.04) * cosine
+            step -= steps
+        raise ValueError("past the last step")
 
 
 class Scenes(IterableDataset):
     """An endless stream of batches; batch number n is the same in every run with the same seed."""
 
     def __init__(
-        self, tokenizer: Tokenizer, schedule: Schedule, *, seed: int, batch: int, numbers: range, held_out: bool
+        self, tokenizer: Tokenizer, schedule: Schedule, *, seed: str, batch: int, numbers: range, held_out: bool
     ) -> None:
         self.tokenizer, self.schedule = tokenizer, schedule
         self.seed, self.batch, self.numbers, self.held_out = seed, batch, numbers, held_out
@@ -210,43 +229,56 @@ class Scenes(IterableDataset):
 
     def resolution(self, rng: Random) -> int:
         """Returns the side of the pictures of a batch; a few larger ones, so that these are not unheard of."""
-        return RESOLUTION if self.held_out else rng.choices((RESOLUTION, 256), (88, 12))[0]
+        return RESOLUTION if self.held_out else rng.choices((RESOLUTION, 256), (92, 8))[0]
 
     def make(self, number: int) -> Batch:
         """Renders batch number `number`."""
         rng = Random(f"{self.seed}/{number}")
         resolution = self.resolution(rng)
         samples: dict[str, list[np.ndarray]] = defaultdict(list)
+        seeing = not self.held_out and number < self.schedule.see
         for _ in range(self.batch):
             longer = resolution if rng.random() < 0.3 else rng.randint(192, 384)
-            crowded = not self.held_out and number < self.schedule.see and rng.random() < 0.7
+            crowded = seeing and rng.random() < 0.7
             easy = not self.held_out and number < self.schedule.see + 0.35 * self.schedule.answer
             most = rng.randint(1, 2) if easy and not crowded else 5
             image, scene = render(rng, longer, held_out=self.held_out, crowded=crowded, most=most)
             samples["pixels"].append(square(image, resolution))
-            targets = dense_targets(scene, resolution, self.tokenizer) | self.tokens(scene, rng)
+            targets = dense_targets(scene, resolution, self.tokenizer)
+            targets |= NO_TOKENS if seeing else self.tokens(scene, rng, resolution)
             for name, value in targets.items():
                 samples[name].append(value)
-        length = max(len(ids) for ids in samples["ids"])
-        for name in ("ids", "segments", "offsets", "labels", "weights", "kinds"):
-            fill = -100 if name == "labels" else 0
-            samples[name] = [np.pad(row, (0, length - len(row)), constant_values=fill) for row in samples[name]]
+        longest = max(len(ids) for ids in samples["ids"])
+        length = longest if seeing or self.held_out else TOKENS  # always the same, for the compiler
+        for name in PER_TOKEN:
+            fill = {"labels": -100, "referents": -1, "upcoming": -1}.get(name, 0)
+            samples[name] = [
+                np.pad(row, [(0, length - len(row)), (0, 0)][: row.ndim], constant_values=fill) for row in samples[name]
+            ]
         return Batch(**{name: torch.from_numpy(np.stack(rows)) for name, rows in samples.items()})
 
-    def tokens(self, scene: Scene, rng: Random) -> dict[str, np.ndarray]:
+    def tokens(self, scene: Scene, rng: Random, resolution: int) -> dict[str, np.ndarray]:
         """Returns the questions about a scene, one after the other; see `Batch`."""
         rows: list[tuple[int, int, int, int, float, int]] = []
+        referents: list[np.ndarray] = []
+        upcoming: list[np.ndarray] = []
         kinds = KINDS if self.held_out else rng.sample(ASKED, len(ASKED))
         for segment, kind in enumerate(kinds, 1):
             question = ask(scene, rng, kind)
             if question is None:
                 continue
-            before = self.tokenizer.encode(f"\n{question.question}{PROMPT_END}").ids
-            answer = self.tokenizer.encode(question.answer + SPECIAL[2]).ids
+            texts = f"\n{question.question}{PROMPT_END}", question.answer + SPECIAL[2]
+            encodings = [self.tokenizer.encode(text) for text in texts]
+            before, answer = (encoding.ids for encoding in encodings)
             ids = before + answer[:-1]
             if len(rows) + len(ids) > TOKENS and not self.held_out:
                 continue
             labels = [-100] * (len(before) - 1) + answer
+            named = [named_shapes(*pair, scene, resolution) for pair in zip(encodings, texts, strict=True)]
+            last, first = (np.concatenate(ends) for ends in zip(*named, strict=True))
+            referents.append(last[: len(ids)])
+            first[: len(before)] = -1  # what a question is going to name cannot be known
+            upcoming.append(first[1 : len(ids) + 1])
             weight = len(answer) ** -0.5
             for offset, (token, label) in enumerate(zip(ids, labels, strict=True)):
                 rows.append((token, segment, offset, label, weight, KINDS.index(kind)))
@@ -258,7 +290,25 @@ class Scenes(IterableDataset):
             "labels": labels,
             "weights": weights.astype(np.float32),
             "kinds": index,
+            "referents": np.concatenate(referents),
+            "upcoming": np.concatenate(upcoming),
         }
+
+
+def named_shapes(encoding: Encoding, text: str, scene: Scene, resolution: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns place and size (T, 3) of each shape that a text names, at its name's last token and at its first."""
+    first, last = (np.full((len(encoding.ids), 3), -1, np.int64) for _ in range(2))
+    longer = max(scene.width, scene.height)
+    for shape in scene.shapes:
+        for name in (shape.name, shape.chinese):
+            start = text.find(name)
+            tokens = [i for i, (a, b) in enumerate(encoding.offsets) if b > start and a < start + len(name)]
+            if start < 0 or encoding.offsets[tokens[-1]][1] != start + len(name):
+                continue
+            x, y = (shape.x - scene.width / 2) / longer, (shape.y - scene.height / 2) / longer
+            known = (*(int(256 * side * resolution / CELL) for side in (x, y)), [*SIZES].index(shape.size))
+            first[tokens[0]] = last[tokens[-1]] = known
+    return last, first
 
 
 # Model
@@ -277,20 +327,32 @@ class DenseHeads(nn.Module):
             [nn.Conv2d(dims[2], 2 * self.characters_out, 1), nn.Conv2d(dims[3], 8 * self.characters_out, 1)]
         )
         self.slots = nn.Linear(2 * dims[4], SLOTS * self.characters_out)
+        self.ranks = nn.Conv2d(2 * dims[4], 4 * RANKS, 1)
 
     def forward(self, maps: list[Tensor], batch: Batch) -> dict[str, Tensor]:
         """Returns the losses."""
         features = maps[-1]
-        early = self.object_loss(self.objects[0](maps[3]), batch.cells)
-        late = self.object_loss(F.pixel_shuffle(self.objects[1](features), 2), batch.cells)
+        # The decoder has to compare places, so the features tell them from the middle of the picture.
+        grid = batch.cells.shape[1]
+        order = torch.arange(grid, device=features.device) - grid / 2
+        origin = torch.stack(torch.meshgrid(order, order, indexing="xy"), -1).expand(*batch.cells.shape[:3], 2)
+        early = self.object_loss(self.objects[0](maps[3]), batch.cells, torch.zeros_like(origin))
+        late = self.object_loss(F.pixel_shuffle(self.objects[1](features), 2), batch.cells, origin)
         return {
             "objects": 0.5 * early + late,
+            "ranks": self.rank_loss(F.pixel_shuffle(self.ranks(features), 2), batch.cells),
             "characters": sum(self.character_loss(i, maps[2 + i], batch.characters) for i in range(2)),
             "text": 2 * self.text_loss(features, batch),
         }
 
-    def object_loss(self, y: Tensor, cells: Tensor) -> Tensor:
-        """Cross-entropies and squared offsets where there is a shape, and whether there is one."""
+    def object_loss(self, y: Tensor, cells: Tensor, origin: Tensor) -> Tensor:
+        """Cross-entropies and squared distances where there is a shape, and whether there is one.
+
+        Args:
+            y: outputs (B, outputs, G, G).
+            cells: see `Batch`.
+            origin: (B, G, G, 2), what is added to a centre's place within its cell, in cells.
+        """
         y = y.permute(0, 2, 3, 1).float()
         there = cells[..., 0] >= 0
         loss = F.binary_cross_entropy_with_logits(y[..., 0], there.float(), pos_weight=y.new_tensor(4.0)) * 4
@@ -298,7 +360,12 @@ class DenseHeads(nn.Module):
         splits = found[:, 1:].split([len(SHAPES), len(COLOURS), len(SIZES), 2], 1)
         for i, logits in enumerate(splits[:3]):
             loss = loss + F.cross_entropy(logits, target[:, i])
-        return loss + 8 * F.mse_loss(splits[3], target[:, 3:] / 256)
+        return loss + 8 * F.mse_loss(splits[3], target[:, 3:5] / 256 + origin[there])
+
+    def rank_loss(self, y: Tensor, cells: Tensor) -> Tensor:
+        """Cross-entropy of the order from left to right, of outputs (B, RANKS, G, G)."""
+        there = cells[..., 0] >= 0
+        return F.cross_entropy(y.permute(0, 2, 3, 1)[there].float(), cells[there][:, 5], ignore_index=-1)
 
     def character_loss(self, head: int, x: Tensor, characters: Tensor) -> Tensor:
         """Cross-entropy over the characters plus that over the empty places."""
@@ -316,6 +383,30 @@ class DenseHeads(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), batch.slots[there].flatten())
 
 
+class ReferentHeads(nn.Module):
+    """Tell, from the decoder's states after some layers, where a shape is that is being named, and its size.
+
+    To compare two shapes, the decoder has first to find each; to list them, it has to find the next one before it says
+    its name. Asked for that directly, it learns both much sooner.
+    """
+
+    layers = (1, 2)
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Linear(dim, 2 + len(SIZES)) for _ in self.layers)
+
+    def forward(self, states: list[Tensor], referents: Tensor) -> Tensor:
+        """Returns the loss, from the states (B, T, D) of the tokens after the image and `referents` (B, T, 3)."""
+        named = referents[..., 2] >= 0
+        target = referents[named]
+        loss = states[0].new_zeros((), dtype=torch.float32)
+        for layer, head in zip(self.layers, self.heads, strict=True):
+            y = head(states[layer][named].float())
+            loss = loss + F.mse_loss(y[:, :2], target[:, :2] / 256) + F.cross_entropy(y[:, 2:], target[:, 2])
+        return loss
+
+
 class Trainee(nn.Module):
     """The model and the heads that training adds to it."""
 
@@ -323,6 +414,9 @@ class Trainee(nn.Module):
         super().__init__()
         self.vlm = FastVLM(TOWER, DECODER)
         self.heads = DenseHeads(TOWER.embed_dims)
+        self.referents = ReferentHeads(DECODER.hidden_size)
+        self.upcoming = ReferentHeads(DECODER.hidden_size)
+        self.native_tower: Callable[[Tensor], list[Tensor]] = self.vlm.tower.forward
         prompt_start = torch.tensor(tokenizer.encode(PROMPT_START).ids)
         self.register_buffer("prompt_start", prompt_start, persistent=False)
         names = torch.zeros(len(SHAPES) + len(COLOURS), DECODER.vocab_size)
@@ -338,11 +432,13 @@ class Trainee(nn.Module):
 
     def see(self, batch: Batch) -> list[Tensor]:
         """Returns the tower's maps of the pictures."""
-        return self.vlm.tower(batch.pixels.permute(0, 3, 1, 2).float() / 255)
+        pixels = batch.pixels.permute(0, 3, 1, 2).float() / 255
+        return (self.native_tower if batch.pixels.shape[1] == RESOLUTION else self.vlm.tower)(pixels)
 
-    def answer(self, features: Tensor, batch: Batch) -> Tensor:
-        """Returns the hidden states after the image (B, T, D), whose logits predict `labels`."""
-        with torch.autocast(features.device.type, torch.bfloat16):
+    def answer(self, features: Tensor, batch: Batch) -> list[Tensor]:
+        """Returns every layer's hidden states after the image (B, T, D); the last ones' logits predict `labels`."""
+        # CPUs without bfloat16 arithmetic emulate it, ten times slower.
+        with torch.autocast(features.device.type, torch.bfloat16, enabled=features.is_cuda):
             visual = self.vlm.project(features)
             embed = self.vlm.model.embed_tokens
             start = embed(self.prompt_start).expand(len(visual), -1, -1)
@@ -354,7 +450,7 @@ class Trainee(nn.Module):
             same = segments[:, :, None] == segments[:, None, :]
             allowed = (order[:, None] >= order) & (same | (order < shared))
             mask = torch.zeros_like(allowed, dtype=visual.dtype).masked_fill_(~allowed, -torch.inf)
-            return self.vlm.decode(embeds, positions[:, None], mask[:, None])[:, shared:]
+            return [state[:, shared:] for state in self.vlm.decode(embeds, positions[:, None], mask[:, None])]
 
     def naming_loss(self, features: Tensor, batch: Batch) -> Tensor:
         """Cross-entropy of the words for what a visual token shows, read off the token as off a hidden state.
@@ -389,7 +485,7 @@ def accuracy(model: Trainee, batches: list[Batch]) -> dict[str, float]:
     model.eval()
     right: dict[str, list[bool]] = defaultdict(list)
     for batch in batches:
-        hidden = model.answer(model.see(batch)[-1], batch)
+        hidden = model.answer(model.see(batch)[-1], batch)[-1]
         logits, labels = model.answer_logits(hidden, batch)
         answers = batch.labels >= 0
         questions = batch.segments + 100 * torch.arange(len(batch.ids), device=labels.device)[:, None]
@@ -430,18 +526,34 @@ def losses_of(model: Trainee, batch: Batch, *, seeing: bool, frozen: bool) -> di
         maps = model.see(batch)
         losses = {} if frozen else model.heads(maps, batch)
     if not seeing:
-        logits, labels = model.answer_logits(model.answer(maps[-1], batch), batch)
+        states = model.answer(maps[-1], batch)
+        logits, labels = model.answer_logits(states[-1], batch)
         weights = batch.weights[batch.labels >= 0]
         answers = F.cross_entropy(logits, labels, reduction="none")
         losses["answers"] = 4 * (answers * weights).sum() / weights.sum()
         losses["naming"] = model.naming_loss(maps[-1], batch)
+        losses["referents"] = model.referents(states, batch.referents)
+        losses["upcoming"] = model.upcoming(states, batch.upcoming)
     return losses
+
+
+def share_gradients(model: nn.Module, ranks: int) -> None:
+    """Replaces the gradients by their mean over all processes."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= ranks
+    for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
 
 
 def train(arguments: argparse.Namespace) -> None:
     """Trains to the end of the schedule, from the last saved state if there is one."""
     run: Path = arguments.run
     run.mkdir(parents=True, exist_ok=True)
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if ranks > 1:
+        dist.init_process_group("gloo")
     torch.manual_seed(arguments.seed)
     torch.set_num_threads(arguments.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -449,6 +561,9 @@ def train(arguments: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(run)
     model = Trainee(tokenizer).to(device, memory_format=torch.channels_last)
     averaged = copy.deepcopy(model).requires_grad_(False)
+    if arguments.compile:
+        model.native_tower = torch.compile(model.vlm.tower.forward, dynamic=False)
+        model.vlm.decode = torch.compile(model.vlm.decode, dynamic=False)
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
@@ -464,7 +579,7 @@ def train(arguments: argparse.Namespace) -> None:
     data = Scenes(
         tokenizer,
         schedule,
-        seed=arguments.seed,
+        seed=f"{arguments.seed}" if rank == 0 else f"{arguments.seed}/{rank}",
         batch=arguments.batch,
         numbers=range(done, schedule.steps),
         held_out=False,
@@ -476,7 +591,7 @@ def train(arguments: argparse.Namespace) -> None:
         prefetch_factor=8 if arguments.workers else None,
         worker_init_fn=worker_init,
     )
-    held_out = Scenes(tokenizer, schedule, seed=-1, batch=32, numbers=range(arguments.eval_batches), held_out=True)
+    held_out = Scenes(tokenizer, schedule, seed="-1", batch=32, numbers=range(arguments.eval_batches), held_out=True)
     batches = [batch.to(device) for batch in held_out]
     sums: dict[str, float] = defaultdict(float)
     started = time.monotonic()
@@ -490,6 +605,8 @@ def train(arguments: argparse.Namespace) -> None:
         losses = losses_of(model, batch.to(device), seeing=seeing, frozen=frozen)
         optimizer.zero_grad()
         sum(losses.values()).backward()
+        if ranks > 1:
+            share_gradients(model, ranks)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         with torch.no_grad():
@@ -499,7 +616,7 @@ def train(arguments: argparse.Namespace) -> None:
                 mean.lerp_(value, 1 - keep) if mean.is_floating_point() else mean.copy_(value)
         for name, value in losses.items():
             sums[name] += float(value.detach())
-        if step % arguments.log_every == 0:
+        if step % arguments.log_every == 0 and rank == 0:
             row: dict[str, object] = {"step": step, "seconds": round(time.monotonic() - started, 1)}
             row |= {name: round(value / arguments.log_every, 4) for name, value in sums.items()}
             sums.clear()
@@ -608,7 +725,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1, help="threads of each process")
+    parser.add_argument("--compile", action="store_true", help="compile the model: some minutes, then a quarter faster")
     parser.add_argument("--workers", type=int, default=1, help="processes that render scenes")
     parser.add_argument("--log-every", type=int, default=20)
     parser.add_argument("--eval-every", type=int, default=200)

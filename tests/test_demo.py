@@ -106,7 +106,7 @@ def test_train_time_model_computes_what_apples_does(name: str) -> None:
         embeds = expected["landscape.inputs_embeds"][None]
         length = embeds.shape[1]
         mask = torch.full((length, length), -torch.inf).triu(1)
-        logits = model.logits(model.decode(embeds, torch.arange(length), mask))[0, -1]
+        logits = model.logits(model.decode(embeds, torch.arange(length), mask)[-1])[0, -1]
         found = {"features": features[0].flatten(1).T, "projected": model.project(features)[0], "logits": logits}
     for stage, value in found.items():
         wanted = expected[f"landscape.{stage}"]
