@@ -76,8 +76,11 @@ def dense_weight(linear: nn.Module) -> mx.array:
 
 
 def _tile(width: int) -> int:
-    """How many outputs of a row share a window: the divisor of `width` nearest 16, which suits BLAS kernels best."""
-    return min((d for d in range(1, width + 1) if width % d == 0), key=lambda d: abs(math.log(d / 16)))
+    """How many outputs of a row share a window: the divisor of `width` nearest 8.
+
+    More would suit BLAS kernels better, but multiply more zeros, and the matrices grow with the square.
+    """
+    return min((d for d in range(1, width + 1) if width % d == 0), key=lambda d: abs(math.log(d / 8)))
 
 
 def band_matrices(rows: mx.array, tile: int, stride: int = 1) -> mx.array:
