@@ -17,8 +17,16 @@ $(VENV)/.installed: pyproject.toml
 
 setup: $(VENV)/.installed ## create .venv with the package and its development tools
 
-demo: setup ## set up and ask a question about a picture, offline
-	$(BIN)/fastvlm generate --model tests/golden/apple/train tests/golden/apple/images/landscape.png --verbose
+# One picture and one question, as a person would read them.
+define ask
+	@echo "picture:  fastvlm_mlx/demo_model/$(1)"; echo "question: $(2)"; echo "answer:"
+	@$(BIN)/fastvlm generate --model demo fastvlm_mlx/demo_model/$(1) --prompt "$(2)" --verbose
+	@echo
+endef
+
+demo: setup ## set up and ask the demo model about two pictures, offline
+	$(call ask,sample-1.png,What is in the picture?)
+	$(call ask,sample-2.png,What does the text say?)
 
 test: setup ## run the test suite (ARGS='-k name' selects)
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)

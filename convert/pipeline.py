@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fastvlm_mlx.checkpoint import is_converted
-from fastvlm_mlx.config import ModelConfig
+from fastvlm_mlx.config import ModelConfig, bundled_checkpoint
 from fastvlm_mlx.convert.agreement import picture_files
 from fastvlm_mlx.convert.conversion import Progress, convert_checkpoint, plan
 from fastvlm_mlx.convert.destination import vacant
@@ -59,7 +59,7 @@ def produce(
         Gate.parse(gate)
     if gates and wanted is None:
         raise ConversionError("a gate is a condition on what quantization costs, and nothing is to be quantized")
-    folder = Path(source).expanduser()
+    folder = bundled_checkpoint(source) or Path(source).expanduser()
     ready = ModelConfig.from_path(folder) if folder.is_dir() and is_converted(folder) else None
     dtype = dtype or (ready.dtype if ready else "float16")
     options = {"dtype": dtype, "revision": revision, "vision_from": vision_from, "dequantize": dequantize}

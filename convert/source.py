@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastvlm_mlx.config import ALIASES
+from fastvlm_mlx.config import ALIASES, DEMO, bundled_checkpoint
 from fastvlm_mlx.errors import CheckpointError
 
 ITEM_BYTES = {
@@ -166,14 +166,14 @@ def open_source(name: str | Path, revision: str | None = None) -> Iterator[Sourc
     """Opens a checkpoint for the duration of a `with` block; whatever an archive needs unpacked is removed at its end.
 
     Args:
-        name: A folder, a .zip archive, a Hub repository `owner/name`, or one of `ALIASES`.
+        name: A folder, a .zip archive, a Hub repository `owner/name`, one of `ALIASES`, or `demo`.
         revision: A branch, tag or commit of a Hub repository.
 
     Raises:
         CheckpointError: If there is no such checkpoint, it is damaged, or it holds only pickled weights.
     """
     text = str(name)
-    path = Path(name).expanduser()
+    path = bundled_checkpoint(name) or Path(name).expanduser()
     if path.is_dir():
         yield _open_folder(text, path, None)
     elif path.is_file():
@@ -192,7 +192,7 @@ def open_source(name: str | Path, revision: str | None = None) -> Iterator[Sourc
     else:
         raise CheckpointError(
             f"{text}: no such folder or .zip archive, and neither a Hub repository (owner/name) nor "
-            f"one of {', '.join(ALIASES)}"
+            f"one of {', '.join((DEMO, *ALIASES))}"
         )
 
 

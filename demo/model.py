@@ -8,7 +8,7 @@ Shapes are PyTorch's, NCHW: B batch, C channels, H, W height and width, L positi
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -384,14 +384,16 @@ class FastVLM(nn.Module):
         return model.eval()
 
     @torch.no_grad()
-    def greedy(self, pixels: Tensor, before: Sequence[int], after: Sequence[int], end: int, limit: int) -> list[int]:
-        """Returns the most likely answer, without `end`.
+    def greedy(
+        self, pixels: Tensor, before: Sequence[int], after: Sequence[int], end: Collection[int], limit: int
+    ) -> list[int]:
+        """Returns the most likely answer, without the token that ended it.
 
         Args:
             pixels: (1, 3, R, R), from 0 to 1.
             before: token ids before the image.
             after: token ids after it.
-            end: the token that ends an answer.
+            end: the tokens that end an answer.
             limit: most tokens of the answer.
         """
         embed = self.model.embed_tokens
@@ -403,7 +405,7 @@ class FastVLM(nn.Module):
             length = embeds.shape[1]
             hidden = self.decode(embeds, torch.arange(length), torch.full((length, length), -torch.inf).triu(1))[-1]
             token = int(self.logits(hidden[0, -1]).argmax())
-            if token == end:
+            if token in end:
                 break
             answer.append(token)
         return answer

@@ -42,7 +42,7 @@ def main() -> None:
         ids = inputs["input_ids"][0].tolist()
         image = ids.index(IMAGE_TOKEN)
         pixels = torch.from_numpy(inputs["pixel_values"].astype(np.float32) / 255).permute(0, 3, 1, 2)
-        expected = reference.greedy(pixels, ids[:image], ids[image + 1 :], processor.eos_token_ids[0], ANSWER_TOKENS)
+        expected = reference.greedy(pixels, ids[:image], ids[image + 1 :], processor.eos_token_ids, ANSWER_TOKENS)
         answers = [
             generate(model, processor, image=row.image, prompt=row.question, max_tokens=ANSWER_TOKENS).token_ids
             for model in (full, half)

@@ -100,13 +100,13 @@ def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
     for name, row in results.items():
         size, score = row["weight_bytes"] / 1e6, 100 * row["score"]
         spread = [[score - 100 * row["low"]], [100 * row["high"] - score]]
-        axes.errorbar(size, score, yerr=spread, marker="o", markersize=5, capsize=3)
-        axes.annotate(name, (size, score), textcoords="offset points", xytext=(6, 5), fontsize="small")
+        axes.errorbar(size, score, yerr=spread, marker="o", markersize=5, capsize=3, label=name)
     axes.set_xlabel("weights, MB")
     axes.set_ylabel("exact answers, %")
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="lower right")
     figure.savefig(path, dpi=130)
 
 

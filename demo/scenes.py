@@ -275,7 +275,7 @@ def _draw(rng: Random, image: Image.Image, shape: Shape) -> None:
 
 
 def render(
-    rng: Random, longer: int, *, held_out: bool = False, crowded: bool = False, most: int = 5
+    rng: Random, longer: int, *, held_out: bool = False, crowded: bool = False, least: int = 1, most: int = 5
 ) -> tuple[Image.Image, Scene]:
     """Returns a picture and what it shows.
 
@@ -284,7 +284,8 @@ def render(
         longer: longer side in pixels; the aspect ratio lies between 1:2 and 2:1.
         held_out: font sizes and backgrounds that training never shows.
         crowded: as many shapes and texts as fit, the same ones repeated, for learning to see.
-        most: limits the number of shapes, for learning to answer.
+        least: the number of shapes at least, for practice with many.
+        most: the number of shapes at most, for learning to answer.
     """
     shorter = longer if rng.random() < 0.3 else round(longer * rng.uniform(0.5, 1))
     width, height = (longer, shorter) if rng.random() < 0.5 else (shorter, longer)
@@ -299,7 +300,7 @@ def render(
         if crowded:
             kinds = [(rng.choice(SHAPES), rng.choice(tuple(COLOURS))) for _ in range(10)]
         shapes = _place_shapes(rng, image.size, kinds, texts)
-        if shapes:
+        if len(shapes) >= (1 if crowded else least):
             break
     for shape in shapes:
         _draw(rng, image, shape)

@@ -242,7 +242,9 @@ class Scenes(IterableDataset):
             crowded = seeing and rng.random() < 0.7
             easy = not self.held_out and number < self.schedule.see + 0.35 * self.schedule.answer
             most = rng.randint(1, 2) if easy and not crowded else 5
-            image, scene = render(rng, longer, held_out=self.held_out, crowded=crowded, most=most)
+            tuning = not self.held_out and number >= self.schedule.see + self.schedule.answer
+            least = rng.choice((1, 1, 1, 4, 4)) if tuning else 1  # the hardest to describe
+            image, scene = render(rng, longer, held_out=self.held_out, crowded=crowded, least=least, most=most)
             samples["pixels"].append(square(image, resolution))
             targets = dense_targets(scene, resolution, self.tokenizer)
             targets |= NO_TOKENS if seeing else self.tokens(scene, rng, resolution)
@@ -656,6 +658,7 @@ def export(run: Path, out: Path) -> None:
         for name, value in weights.items()
     }
     save_file(half, out / "model.safetensors", {"format": "pt"})
+    (out / "model.safetensors").chmod(0o644)  # safetensors keeps it to its owner
     tokenizer = load_tokenizer(run)
     tokenizer.model.save(str(out))
     added = {token: tokenizer.token_to_id(token) for token in SPECIAL}
@@ -719,9 +722,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train or export the demo checkpoint.")
     parser.add_argument("--run", type=Path, required=True, help="folder of the run: state, tokenizer, log")
     parser.add_argument("--export", type=Path, help="write the checkpoint into this folder instead of training")
-    parser.add_argument("--see", type=int, default=3000, help="steps of the tower alone")
-    parser.add_argument("--answer", type=int, default=3000, help="steps of projector and decoder")
-    parser.add_argument("--both", type=int, default=600, help="steps of everything together")
+    parser.add_argument("--see", type=int, default=5000, help="steps of the tower alone")
+    parser.add_argument("--answer", type=int, default=6000, help="steps of projector and decoder")
+    parser.add_argument("--both", type=int, default=3600, help="steps of everything together")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)

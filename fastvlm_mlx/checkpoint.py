@@ -15,7 +15,7 @@ from typing import Any
 from mlx.utils import tree_flatten, tree_unflatten
 
 from fastvlm_mlx.backend import compute_dtype, device, mx
-from fastvlm_mlx.config import ALIASES, ModelConfig
+from fastvlm_mlx.config import ALIASES, DEMO, ModelConfig, bundled_checkpoint
 from fastvlm_mlx.errors import CheckpointError, ConfigError
 from fastvlm_mlx.model import FastVLM
 from fastvlm_mlx.processing import FastVLMProcessor
@@ -54,8 +54,8 @@ def resolve(
     """The folder of the converted checkpoint `name`, converting it into the cache if need be.
 
     Args:
-        name: A Hub id, an alias (`0.5b`, `1.5b`, `7b`), a folder or a `.zip`. Something that exists on disk
-            wins.
+        name: `demo`, which the package brings along, a Hub id, an alias (`0.5b`, `1.5b`, `7b`), a folder or a `.zip`.
+            What exists on disk wins, except over `demo`; a folder of that name is `./demo`.
         revision: Branch, tag or commit of a Hub id.
         notify: Told, in one line, what takes long.
         progress: Told how far it is.
@@ -64,17 +64,20 @@ def resolve(
         CheckpointError: If there is no such thing, or it is no FastVLM checkpoint.
         ConversionError: If it cannot be converted.
     """
-    path = Path(name).expanduser()
+    bundled = bundled_checkpoint(name)
+    path = bundled or Path(name).expanduser()
     source: str | Path
     if path.exists():
         if path.is_dir() and is_converted(path):
             return path
-        source, key = path.resolve(), f"{path.resolve().name}-{_fingerprint(path)}"
+        source = DEMO if bundled else path.resolve()
+        key = f"{Path(source).name}-{_fingerprint(path)}"
     else:
         source = ALIASES.get(str(name).lower(), str(name))
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
             raise CheckpointError(
-                f"{name}: no such folder or .zip, and neither a Hub id (owner/name) nor an alias ({', '.join(ALIASES)})"
+                f"{name}: no such folder or .zip, and neither a Hub id (owner/name) nor one of "
+                f"{', '.join((DEMO, *ALIASES))}"
             )
         key = re.sub(r"[^\w.@-]", "_", f"{source}@{revision or 'main'}".replace("/", "--"))
     destination = cache_folder() / key

@@ -46,6 +46,7 @@ def test_the_wheel_holds_every_module_and_no_top_level_convert(built: Path) -> N
         names = set(wheel.namelist())
     assert modules() <= names
     assert "fastvlm_mlx/py.typed" in names
+    assert {f"fastvlm_mlx/demo_model/{name}" for name in ("model.safetensors", "vocab.json", "samples.jsonl")} <= names
     top = {name.split("/")[0] for name in names}
     assert top == {"fastvlm_mlx", f"fastvlm_mlx-{fastvlm_mlx.__version__}.dist-info"}
 
@@ -54,7 +55,7 @@ def test_the_sdist_holds_every_source(built: Path) -> None:
     with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     sources = {str(file.relative_to(ROOT)) for folder in PACKAGES.values() for file in folder.rglob("*.py")}
-    assert sources | {"pyproject.toml", "README.md", "LICENSE"} <= names
+    assert sources | {"pyproject.toml", "README.md", "LICENSE", "fastvlm_mlx/demo_model/model.safetensors"} <= names
 
 
 def test_the_installed_converter_is_this_one() -> None:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-MODEL_HELP = "Folder, .zip, Hub id, or one of 0.5b, 1.5b, 7b."
+MODEL_HELP = "Folder, .zip, Hub id, or one of demo, 0.5b, 1.5b, 7b."
 
 Model = Annotated[str, typer.Option("--model", "-m", envvar="FASTVLM_MODEL", help=MODEL_HELP)]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
