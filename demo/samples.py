@@ -15,8 +15,10 @@ from random import Random
 from scenes import KINDS, ask, render
 
 CHOSEN = (18, 20, 5, 17, 19, 8)
-"""Six scenes that differ in shape, background and text, all of whose questions the model answers rightly; training never
-sees their seeds."""
+"""Six scenes that differ in shape, background and text, all of whose questions the model answers rightly.
+
+Training never sees their seeds.
+"""
 LONGER_SIDE = 384
 
 
