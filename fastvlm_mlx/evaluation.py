@@ -204,7 +204,8 @@ class Share:
         spread = 1 + Z95**2 / n
         centre = (p + Z95**2 / (2 * n)) / spread
         half = Z95 / spread * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n**2))
-        return cls(count=n, score=p, low=max(0.0, centre - half), high=min(1.0, centre + half))
+        # The score lies within its interval, whatever rounding makes of the ends at 0 and 1.
+        return cls(count=n, score=p, low=min(p, max(0.0, centre - half)), high=max(p, min(1.0, centre + half)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -87,6 +87,10 @@ def test_wilson_interval_matches_the_published_example() -> None:
     share = Share.of([1.0] * 15 + [0.0] * 133)
     assert (share.low, share.high) == (pytest.approx(0.0624, abs=1e-4), pytest.approx(0.1605, abs=1e-4))
     assert Share.of([1.0] * 20).high == 1
+    for n in range(1, 300):
+        for score in (0.0, 1.0):
+            share = Share.of([score] * n)
+            assert share.low <= share.score <= share.high
 
 
 def write(folder: Path, *rows: object) -> Path:
