@@ -38,6 +38,8 @@ VARIANTS = {
     "mixed_4_6": Quantization(preset="mixed_4_6", group_size=GROUP_SIZE, method="gptq"),
     "int4": Quantization(preset="int4", group_size=GROUP_SIZE, method="gptq"),
     "int4-rtn": Quantization(preset="int4", group_size=GROUP_SIZE),
+    "int3": Quantization(bits=3, group_size=GROUP_SIZE, method="gptq"),
+    "int3-rtn": Quantization(bits=3, group_size=GROUP_SIZE),
 }
 
 
