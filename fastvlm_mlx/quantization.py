@@ -7,7 +7,8 @@ floating point, and the decoder unpacks a layer's weights for as long as it is a
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from mlx.utils import tree_map_with_path
@@ -20,6 +21,9 @@ DENSE_ROWS = 4
 
 _BLOCK = 2**22
 """Weights unpacked at a time."""
+
+_SPLIT = 2**18
+"""From so many weights on, a product with packed ones is worth dealing to several threads."""
 
 
 def quantize_layers(model: nn.Module, quantization: Mapping[str, Any], stored: Iterable[str]) -> None:
@@ -108,10 +112,7 @@ class CPUQuantizedLinear(nn.QuantizedLinear):
 
     def __call__(self, x: mx.array) -> mx.array:
         """(…, in) -> (…, out)."""
-        if math.prod(x.shape[:-1]) < DENSE_ROWS:
-            y: mx.array = super().__call__(x)
-            return y
-        y = unpacked_product(x, self)
+        y = packed_product(x, self) if math.prod(x.shape[:-1]) < DENSE_ROWS else unpacked_product(x, self)
         return y + self.bias if "bias" in self else y
 
 
@@ -131,7 +132,32 @@ class CPUQuantizedEmbedding(nn.QuantizedEmbedding):
 
     def as_linear(self, x: mx.array) -> mx.array:
         """(…, D) -> (…, V)."""
-        return super().as_linear(x) if math.prod(x.shape[:-1]) < DENSE_ROWS else unpacked_product(x, self)
+        return packed_product(x, self) if math.prod(x.shape[:-1]) < DENSE_ROWS else unpacked_product(x, self)
+
+
+def packed_product(x: mx.array, layer: nn.Module) -> mx.array:
+    """`x` times the transposed weights, (…, in) -> (…, out), a part of the outputs on each CPU stream.
+
+    MLX's CPU backend multiplies with quantized weights on the one thread of a stream.
+    """
+    outputs = layer.weight.shape[0]
+    streams: Sequence[mx.Stream | None] = _streams() if outputs * x.shape[-1] >= _SPLIT else [None]
+    products = []
+    for part, stream in enumerate(streams):
+        rows = slice(outputs * part // len(streams), outputs * (part + 1) // len(streams))
+        biases = layer.biases[rows] if "biases" in layer else None
+        settings = {"group_size": layer.group_size, "bits": layer.bits, "mode": layer.mode}
+        products.append(
+            mx.quantized_matmul(x, layer.weight[rows], layer.scales[rows], biases, stream=stream, **settings)
+        )
+    return mx.concatenate(products, axis=-1) if len(products) > 1 else products[0]
+
+
+@functools.cache
+def _streams() -> list[mx.Stream]:
+    """One CPU stream, and so one thread, per core up to four."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return [mx.new_stream(mx.cpu) for _ in range(min(cores, 4))]
 
 
 def unpacked_product(x: mx.array, layer: nn.Module) -> mx.array:

@@ -5,7 +5,13 @@ import pytest
 
 from fastvlm_mlx.backend import mx, nn
 from fastvlm_mlx.errors import ConfigError
-from fastvlm_mlx.quantization import CPUQuantizedEmbedding, CPUQuantizedLinear, quantize_layers, suit_device
+from fastvlm_mlx.quantization import (
+    DENSE_ROWS,
+    CPUQuantizedEmbedding,
+    CPUQuantizedLinear,
+    quantize_layers,
+    suit_device,
+)
 
 SETTINGS = [
     *(("affine", bits, group_size) for bits in (2, 3, 4, 5, 6, 8) for group_size in (32, 64, 128)),
@@ -74,3 +80,13 @@ def test_stored_layer_that_the_model_lacks() -> None:
 def test_impossible_settings() -> None:
     with pytest.raises(ConfigError, match=r"quantization \{'group_size': 48, 'bits': 8\} is not possible"):
         quantize_layers(Two(), {"group_size": 48, "bits": 8}, ["tower.scales"])
+
+
+@pytest.mark.parametrize("rows", [1, DENSE_ROWS - 1])
+@pytest.mark.parametrize(("mode", "bits", "group_size"), [("affine", 4, 64), ("affine", 6, 32), ("mxfp4", 4, 32)])
+def test_dealing_the_outputs_to_threads_changes_no_bit(mode: str, bits: int, group_size: int, rows: int) -> None:
+    linear = nn.Linear(512, 1030)  # more than `_SPLIT` weights, and a number of outputs that 4 does not divide
+    layer = nn.QuantizedLinear.from_linear(linear, group_size, bits, mode=mode)
+    x = mx.random.normal((rows, 512))
+    plain = layer(x)
+    assert mx.array_equal(CPUQuantizedLinear(layer)(x), plain)
