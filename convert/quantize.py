@@ -2,7 +2,6 @@
 
 import functools
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from fastvlm_mlx.backend import device, mx
+from fastvlm_mlx.backend import cpu_threads, device, mx
 from fastvlm_mlx.checkpoint import load_model
 from fastvlm_mlx.config import ModelConfig
 from fastvlm_mlx.convert import writer
@@ -199,7 +198,7 @@ def _stored(value: mx.array) -> npt.NDArray[np.generic]:
 @functools.cache
 def _streams() -> list[mx.Stream]:
     """A CPU stream of MLX is one thread."""
-    return [mx.new_stream(mx.default_device()) for _ in range(min(4, os.cpu_count() or 1) if device() == "cpu" else 1)]
+    return [mx.new_stream(mx.default_device()) for _ in range(cpu_threads() if device() == "cpu" else 1)]
 
 
 def _rounded(exact: mx.array, settings: Settings) -> tuple[Sequence[mx.array], tuple[mx.array, mx.array]]:

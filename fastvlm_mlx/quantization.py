@@ -7,13 +7,12 @@ floating point, and the decoder unpacks a layer's weights for as long as it is a
 
 import functools
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from mlx.utils import tree_map_with_path
 
-from fastvlm_mlx.backend import device, mx, nn
+from fastvlm_mlx.backend import cpu_threads, device, mx, nn
 from fastvlm_mlx.errors import ConfigError
 
 DENSE_ROWS = 4
@@ -155,9 +154,7 @@ def packed_product(x: mx.array, layer: nn.Module) -> mx.array:
 
 @functools.cache
 def _streams() -> list[mx.Stream]:
-    """One CPU stream, and so one thread, per core up to four."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return [mx.new_stream(mx.cpu) for _ in range(min(cores, 4))]
+    return [mx.new_stream(mx.cpu) for _ in range(cpu_threads())]
 
 
 def unpacked_product(x: mx.array, layer: nn.Module) -> mx.array:

@@ -14,12 +14,11 @@ of
 
 import contextlib
 import math
-import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from fastvlm_mlx.activations import exp_below, gelu
-from fastvlm_mlx.backend import blas_threads, mx, nn
+from fastvlm_mlx.backend import blas_threads, cpu_threads, mx, nn
 from fastvlm_mlx.vision import (
     Attention,
     AttentionBlock,
@@ -326,11 +325,10 @@ class CPUTower:
     """
 
     def __init__(self, tower: FastViTHD, threads: int | None = None) -> None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         attention = tower.stages[3].blocks[0].token_mixer
         heads = attention.proj.bias.size // attention.head_dim
         parts = math.gcd(heads, tower.stem[0].bias.size)
-        streams = Streams(max(n for n in range(1, (threads or min(cores, 4)) + 1) if parts % n == 0))
+        streams = Streams(max(n for n in range(1, (threads or cpu_threads()) + 1) if parts % n == 0))
         self._stem = Stem(tower, streams)
         self._layers = [layer for stage in tower.stages for layer in _stage_layers(stage, streams)]
         self._head = Head(tower.conv_exp, streams)
