@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from fastvlm_mlx.backend import cpu_threads, device, mx
+from fastvlm_mlx.backend import device, mx
 from fastvlm_mlx.checkpoint import load_model
 from fastvlm_mlx.config import ModelConfig
 from fastvlm_mlx.convert import writer
@@ -26,6 +26,7 @@ from fastvlm_mlx.convert.weights import float32
 from fastvlm_mlx.errors import ConversionError
 from fastvlm_mlx.processing import FastVLMProcessor
 from fastvlm_mlx.quantization import column_slices, quantization_entry
+from fastvlm_mlx.threads import cpu_threads
 
 _CHUNK = 2**22
 """Weights quantized at a time on each stream."""

@@ -81,7 +81,7 @@ _BLAS, _BLAS_LIBRARY = _preload_blas()
 import mlx.core as mx  # noqa: E402  (the BLAS has to be there first)
 import mlx.nn as nn  # noqa: E402
 
-__all__ = ["BLAS", "blas", "blas_threads", "compute_dtype", "cpu_threads", "device", "mx", "nn"]
+__all__ = ["BLAS", "blas", "blas_threads", "compute_dtype", "device", "mx", "nn"]
 
 
 def blas() -> BLAS:
@@ -100,12 +100,6 @@ def blas_threads(count: int) -> Iterator[None]:
         yield
     finally:
         _BLAS_LIBRARY.openblas_set_num_threads(_BLAS.threads)
-
-
-def cpu_threads() -> int:
-    """How many CPU streams, each a thread of its own, are worth having: the cores this process may use, up to four."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, 4)
 
 
 def device() -> str:

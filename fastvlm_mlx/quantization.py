@@ -12,8 +12,9 @@ from typing import Any
 
 from mlx.utils import tree_map_with_path
 
-from fastvlm_mlx.backend import cpu_threads, device, mx, nn
+from fastvlm_mlx.backend import device, mx, nn
 from fastvlm_mlx.errors import ConfigError
+from fastvlm_mlx.threads import cpu_threads
 
 DENSE_ROWS = 4
 """From so many rows on, unpacking a layer costs less on a CPU than multiplying with it packed."""

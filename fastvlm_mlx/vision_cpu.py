@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from fastvlm_mlx.activations import exp_below, gelu
-from fastvlm_mlx.backend import blas_threads, cpu_threads, mx, nn
+from fastvlm_mlx.backend import blas_threads, mx, nn
+from fastvlm_mlx.threads import cpu_threads
 from fastvlm_mlx.vision import (
     Attention,
     AttentionBlock,

@@ -54,9 +54,11 @@ def test_bytes_scale_to_the_floats_that_apple_computes(golden, name):
 @pytest.mark.parametrize(
     "size", [(1, 1), (3, 1), (1, 3), (200, 10), (10, 200), (64, 64), (64, 37), (37, 64), (99, 100)]
 )
-@pytest.mark.parametrize("strip_pixels", [500, 1 << 24])
-def test_two_passes_in_strips_equal_padding_first(size, strip_pixels, monkeypatch):
-    monkeypatch.setattr(images, "_STRIP_PIXELS", strip_pixels)
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("band_pixels", [500, 1 << 24])
+def test_two_passes_in_bands_equal_padding_first(size, band_pixels, threads, monkeypatch):
+    monkeypatch.setattr(images, "_BAND_PIXELS", band_pixels)
+    monkeypatch.setattr(images, "cpu_threads", lambda: threads)
     image = noise(*size)
     np.testing.assert_array_equal(preprocess(image, 64), padded_first(image, 64))
 

@@ -13,7 +13,7 @@ CONVERT = ROOT / "convert"
 
 # Each module imports only from those before it. A new module has to be given its place here.
 ORDER = (
-    *("errors", "backend", "machine", "config"),
+    *("errors", "threads", "backend", "machine", "config"),
     *("activations", "vision", "vision_cpu", "language", "decoding", "prefix_cache", "model"),
     *("images", "tokenizer", "prompts", "processing"),
     *("quantization", "checkpoint", "generation", "evaluation"),
