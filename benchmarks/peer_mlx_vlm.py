@@ -10,6 +10,7 @@ from typing import Any
 
 warnings.filterwarnings("ignore")
 
+import mlx.core as mx  # noqa: E402
 from mlx_vlm import load, stream_generate  # noqa: E402
 from mlx_vlm.prompt_utils import apply_chat_template  # noqa: E402
 
@@ -59,8 +60,10 @@ def main() -> None:
         for number, picture in enumerate(request["pictures"]):
             result["warm_ttft"], result["decode_rate"], result["tokens"], _ = answer(model, processor, picture, request)
             if number == 0:
-                result["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-                    1 if sys.platform == "darwin" else 1024
+                result["peak_bytes"] = (
+                    mx.get_peak_memory()
+                    if mx.default_device() == mx.gpu
+                    else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
                 )
     result["versions"] = {name: version(name) for name in ("mlx-vlm", "mlx", "transformers", "numpy", "pillow")}
     print(json.dumps(result))

@@ -52,7 +52,7 @@ def agreement(model: Any, processor: Any, picture: str, request: dict[str, Any])
 def main() -> None:
     """Answers about each picture of the request and writes what it took as JSON."""
     request = json.loads(sys.argv[1])
-    model, processor = load(request["model"])
+    model, processor = load(request["model"], dtype=request["dtype"])
     result: dict[str, Any]
     if request.get("logits"):
         result = agreement(model, processor, request["pictures"][0], request)
@@ -60,6 +60,7 @@ def main() -> None:
         result = {}
         for picture in request["pictures"]:
             result["warm_ttft"], result["decode_rate"], result["tokens"] = answer(model, processor, picture, request)
+            result.setdefault("peak_bytes", mx.get_peak_memory())
     result["versions"] = {name: version(name) for name in ("fastvlm-mlx", "mlx", "numpy", "pillow")}
     print(json.dumps(result))
 

@@ -58,9 +58,9 @@ def answer(model: Any, processors: Any, picture: str, request: dict[str, Any]) -
     clock = Clock()
     with torch.inference_mode():
         result = model.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            pixel_values=pixel_values.to(model.dtype),
+            input_ids=inputs["input_ids"].to(model.device),
+            attention_mask=inputs["attention_mask"].to(model.device),
+            pixel_values=pixel_values.to(model.device, model.dtype),
             max_new_tokens=request["max_tokens"],
             do_sample=False,
             streamer=clock,
@@ -76,7 +76,7 @@ def agreement(model: Any, processors: Any, picture: str, request: dict[str, Any]
     import numpy as np
 
     _, _, result = answer(model, processors, picture, request)
-    rows = [torch.log_softmax(row[0].float(), dim=-1).numpy() for row in result.logits]
+    rows = [torch.log_softmax(row[0].float(), dim=-1).cpu().numpy() for row in result.logits]
     np.save(request["logits"], rows[0])
     return {
         "tokens": [int(row.argmax()) for row in rows],
@@ -88,7 +88,10 @@ def main() -> None:
     """Answers about each picture of the request and writes what it took as JSON."""
     request = json.loads(sys.argv[1])
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    model = FastVlmForConditionalGeneration.from_pretrained(request["model"], dtype=torch.float32).eval()
+    dtype = getattr(torch, request["dtype"])
+    model = FastVlmForConditionalGeneration.from_pretrained(request["model"], dtype=dtype).eval()
+    if torch.cuda.is_available():
+        model = model.cuda()
     side = request["resolution"]
     image_processor = CLIPImageProcessor(
         size={"shortest_edge": side},
@@ -105,8 +108,10 @@ def main() -> None:
             result["warm_ttft"], result["decode_rate"], generated = answer(model, processors, picture, request)
             result["tokens"] = [int(row[0].argmax()) for row in generated.logits]
             if number == 0:
-                result["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-                    1 if sys.platform == "darwin" else 1024
+                result["peak_bytes"] = (
+                    torch.cuda.max_memory_allocated()
+                    if torch.cuda.is_available()
+                    else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
                 )
     names = ("torch", "torchvision", "transformers", "timm", "numpy", "pillow")
     result["versions"] = {name: version(name) for name in names}

@@ -1,18 +1,20 @@
 """Times the first token of fastvlm-mlx beside mlx-vlm and transformers (PyTorch) on the same random checkpoint.
 
 Every sample comes from a fresh process, the peers taking turns (A B C A B C …), each with the same picture, prompt,
-resolution, threads and float32 arithmetic. A process answers about two pictures. The time from its start to the first
-token of the first answer is the **cold** TTFT; the time from the second picture's file to its first token is the
-**warm** one. The first answer also gives the peak memory. For fastvlm-mlx, cold TTFT and memory are those of
-`fastvlm generate`. Files are in the operating system's cache. At the end, all three answer about a picture that needs
-no resizing, and their greedy tokens and log-probabilities are compared.
+resolution, threads and arithmetic: float32 on a CPU, float16 on a GPU. A process answers about two pictures. The time
+from its start to the first token of the first answer is the **cold** TTFT; the time from the second picture's file to
+its first token is the **warm** one. The first answer also gives the peak memory, on a GPU that which was allocated
+there. For fastvlm-mlx, cold TTFT and a CPU's memory are those of `fastvlm generate`. Files are in the operating
+system's cache. At the end, all answer about a picture that needs no resizing, and their greedy tokens and
+log-probabilities are compared.
 
 Peers live in virtual environments of their own; what is missing under --work is made there: environments, random
 checkpoints in Apple's and transformers' layout, and mlx-vlm's and our conversions of them. After every process the
 results so far are written; a run that was interrupted continues where it stopped.
 
     python benchmarks/peers.py --resolutions 256 512 1024 --runs 7
-    python benchmarks/peers.py --table      # only write the README's table again
+    python benchmarks/peers.py --peers transformers --here      # only this peer, installed where we are
+    python benchmarks/peers.py --table      # only write the README's tables again
 """
 
 import argparse
@@ -35,6 +37,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from fastvlm_mlx.backend import device
 from fastvlm_mlx.bench import Statistics
 from fastvlm_mlx.conditions import conditions
 from fastvlm_mlx.pictures import Pictures
@@ -42,13 +45,14 @@ from fastvlm_mlx.random_weights import SIZES
 
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
+RESULTS = HERE / "results"
 BEGIN, END = "<!-- bench-peers:begin -->", "<!-- bench-peers:end -->"
 DEFAULT_WORK = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "fastvlm-mlx-peers"
 PROMPT = "Describe the image."
 MAX_TOKENS = 8
 CLI = "from fastvlm_mlx.cli import main; main()"
-TOLERANCE = 1e-2
-"""Largest difference of log-probabilities, in nats, that float32 arithmetic in another order may make."""
+TOLERANCES = {"float32": 1e-2, "float16": 0.2, "bfloat16": 1.0}
+"""Largest difference of log-probabilities, in nats, that arithmetic in another order may make."""
 
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 """What `ru_maxrss` counts in, in bytes."""
@@ -65,35 +69,30 @@ class Peer:
         name: What tables call it.
         script: What one of its processes runs.
         packages: What to install into its environment; none: it runs in this one.
-        checkpoint: The folder under --work that it loads.
-        stored: What its checkpoint is stored as.
-        preload: Put OpenBLAS before what it is linked to.
+        stored: What its checkpoint is stored as; None: what it computes in.
+        preload: On a CPU, put OpenBLAS before what it is linked to.
     """
 
     name: str
     script: str
     packages: tuple[str, ...] = ()
-    checkpoint: str
-    stored: str
+    stored: str | None = None
     preload: bool = False
 
 
-OURS = Peer(name="fastvlm-mlx", script="peer_ours.py", checkpoint="ours-{size}", stored="float16")
+OURS = Peer(name="fastvlm-mlx", script="peer_ours.py", stored="float16")
 PEERS = (
     OURS,
     Peer(
         name="mlx-vlm",
         script="peer_mlx_vlm.py",
         packages=("mlx-vlm", "mlx[cpu]" if sys.platform == "linux" else "mlx"),
-        checkpoint="mlx-vlm-{size}",
-        stored="float32",
         preload=True,
     ),
     Peer(
         name="transformers",
         script="peer_transformers.py",
         packages=(_TORCH, "transformers", "timm"),
-        checkpoint="transformers-{size}",
         stored="bfloat16",
     ),
 )
@@ -104,18 +103,19 @@ class Workplace:
 
     Args:
         work: The folder for all of them.
-        venvs: The folder of the environments `peers-<name>`.
+        venvs: The folder of the environments `peers-<name>`; None: all run in this one.
         size: Of the model.
         threads: For every peer.
+        dtype: To compute in.
     """
 
-    def __init__(self, work: Path, venvs: Path, size: str, threads: int) -> None:
-        self._work, self._venvs, self._size, self._threads = work, venvs, size, threads
+    def __init__(self, work: Path, venvs: Path | None, size: str, threads: int, dtype: str) -> None:
+        self._work, self._venvs, self._size, self._threads, self.dtype = work, venvs, size, threads, dtype
         work.mkdir(parents=True, exist_ok=True)
 
     def python(self, peer: Peer) -> Path:
         """The interpreter of a peer's environment."""
-        if not peer.packages:
+        if not peer.packages or self._venvs is None:
             return Path(sys.executable)
         folder = self._venvs / f"peers-{peer.name.replace('-', '')}"
         python = folder / "bin" / "python"
@@ -126,11 +126,10 @@ class Workplace:
             (folder / ".installed").touch()
         return python
 
-    def checkpoint(self, peer: Peer, dtype: str | None = None) -> Path:
-        """The folder that a peer loads; `dtype` asks for ours in another one."""
-        folder = self._work / peer.checkpoint.format(size=self._size)
-        if dtype:
-            folder = folder.with_name(f"{folder.name}-{dtype}")
+    def checkpoint(self, peer: Peer, stored: str | None = None) -> Path:
+        """The folder that a peer loads; `stored` asks for its weights in another dtype than is usual."""
+        stored = stored or peer.stored or self.dtype
+        folder = self._work / f"{peer.name}-{self._size}-{stored}"
         if folder.exists():
             return folder
         say(f"making {folder}")
@@ -144,7 +143,7 @@ class Workplace:
         places = (
             ["--hf-path", str(source), "--mlx-path", str(partial)] if peer.packages else [str(source), str(partial)]
         )
-        command = [str(self.python(peer)), *program, *places, "--dtype", dtype or peer.stored]
+        command = [str(self.python(peer)), *program, *places, "--dtype", stored]
         done = subprocess.run(command, env=self.environment(peer), capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"error: converting for {peer.name} failed:\n{done.stderr[-2000:]}")
@@ -178,7 +177,7 @@ class Workplace:
         """What a peer's process sees: the same number of threads for all, OpenBLAS, no network."""
         names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
         offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
-        preload = {"LD_PRELOAD": "libopenblas.so.0"} if peer.preload and sys.platform == "linux" else {}
+        preload = {"LD_PRELOAD": "libopenblas.so.0"} if peer.preload and device() == "cpu" else {}
         return {**os.environ, **dict.fromkeys(names, str(self._threads)), **offline, **preload}
 
 
@@ -218,6 +217,7 @@ def sample(place: Workplace, peer: Peer, resolution: int, run: int) -> dict[str,
         "prompt": PROMPT,
         "resolution": resolution,
         "max_tokens": MAX_TOKENS,
+        "dtype": place.dtype,
     }
     environment, python = place.environment(peer), place.python(peer)
     load = round(os.getloadavg()[0], 2)
@@ -225,22 +225,24 @@ def sample(place: Workplace, peer: Peer, resolution: int, run: int) -> dict[str,
     result: dict[str, Any] = {"load_average": load, "cold_ttft": cold, **json.loads(output.splitlines()[-1])}
     if peer is OURS:
         question = ["generate", pictures[0], "--model", str(request["model"]), "--prompt", PROMPT]
-        options = ["--resolution", str(resolution), "--max-tokens", str(MAX_TOKENS)]
-        cold, _, peak = run_process([python, "-c", CLI, *question, *options], environment)
-        result |= {"cold_ttft": cold, "peak_bytes": peak}
+        options = ["--resolution", str(resolution), "--max-tokens", str(MAX_TOKENS), "--dtype", place.dtype]
+        result["cold_ttft"], _, peak = run_process([python, "-c", CLI, *question, *options], environment)
+        if device() == "cpu":
+            result["peak_bytes"] = peak
     return result
 
 
-def agree(place: Workplace, resolution: int) -> dict[str, Any]:
-    """The greedy tokens of every peer in float32 on the same pixels, and how far apart their log-probabilities are."""
+def agree(place: Workplace, peers: Sequence[Peer], resolution: int) -> dict[str, Any]:
+    """The greedy tokens of every peer on the same pixels, and how far their log-probabilities are from ours."""
     found: dict[str, Any] = {}
-    for peer in PEERS:
+    for peer in peers:
         request = {
-            "model": str(place.checkpoint(peer, "float32" if peer is OURS else None)),
+            "model": str(place.checkpoint(peer, place.dtype if peer is OURS else None)),
             "pictures": [place.plain_picture(resolution)],
             "prompt": PROMPT,
             "resolution": resolution,
             "max_tokens": MAX_TOKENS,
+            "dtype": place.dtype,
             "logits": str(place.logits(peer)),
         }
         _, output, _ = run_process(
@@ -249,25 +251,32 @@ def agree(place: Workplace, resolution: int) -> dict[str, Any]:
         answer = json.loads(output.splitlines()[-1])
         found[peer.name] = {"tokens": answer["tokens"], "margins": answer["margins"]}
     ours = np.load(place.logits(OURS))
-    for peer in PEERS[1:]:
-        theirs = np.load(place.logits(peer))
-        difference = float(np.abs(ours - theirs[: len(ours)]).max())
-        found[peer.name] |= {"difference": difference, **compare_tokens(found[OURS.name], found[peer.name])}
+    for peer in peers:
+        if peer is not OURS:
+            theirs = np.load(place.logits(peer))
+            difference = float(np.abs(ours - theirs[: len(ours)]).max())
+            tokens = compare_tokens(found[OURS.name], found[peer.name], TOLERANCES[place.dtype])
+            found[peer.name] |= {"difference": difference, **tokens}
     return found
 
 
-def compare_tokens(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
-    """Whether two greedy answers are the same, and whether a tie within `TOLERANCE` explains where they part."""
+def compare_tokens(ours: dict[str, Any], theirs: dict[str, Any], tolerance: float) -> dict[str, Any]:
+    """Whether two greedy answers are the same, and whether a tie within `tolerance` explains where they part."""
     pairs = zip(ours["tokens"], theirs["tokens"], strict=True)
     parted = next((step for step, (mine, other) in enumerate(pairs) if mine != other), None)
     return {
         "equal": parted is None,
-        "explained": parted is None or min(ours["margins"][parted], theirs["margins"][parted]) <= 2 * TOLERANCE,
+        "explained": parted is None or min(ours["margins"][parted], theirs["margins"][parted]) <= 2 * tolerance,
     }
 
 
 def measure(
-    place: Workplace, resolutions: Sequence[int], runs: int, report: dict[str, Any], save: Callable[[], None]
+    place: Workplace,
+    peers: Sequence[Peer],
+    resolutions: Sequence[int],
+    runs: int,
+    report: dict[str, Any],
+    save: Callable[[], None],
 ) -> None:
     """Fills `report` with what it does not hold yet, saving it after every process."""
     samples: dict[str, Any] = report["samples"]
@@ -275,10 +284,10 @@ def measure(
         (run, side, peer)
         for run in range(runs)
         for side in resolutions
-        for peer in PEERS
+        for peer in peers
         if len(samples.setdefault(str(side), {}).setdefault(peer.name, [])) <= run
     ]
-    for peer in PEERS:
+    for peer in peers:
         place.python(peer)
         place.checkpoint(peer)
     taken: dict[tuple[int, str], list[float]] = {}
@@ -298,7 +307,7 @@ def measure(
         )
     for side in resolutions:
         if str(side) not in report["agreement"]:
-            report["agreement"][str(side)] = agree(place, side)
+            report["agreement"][str(side)] = agree(place, peers, side)
             save()
             say(f"{side} px: {json.dumps(report['agreement'][str(side)])}")
 
@@ -320,7 +329,7 @@ def summarize(report: dict[str, Any]) -> None:
 
 def table(report: dict[str, Any]) -> Iterator[str]:
     """The README's lines."""
-    names = [peer.name for peer in PEERS]
+    names = [peer.name for peer in PEERS if peer.name in report["versions"]]
     yield f"| | | {' | '.join(names)} |"
     yield f"|---|---|{'---:|' * len(names)}"
     rows: tuple[tuple[str, str, Callable[[float], str]], ...] = (
@@ -344,43 +353,57 @@ def table(report: dict[str, Any]) -> Iterator[str]:
     equal = [
         peer["equal"] for answers in report["agreement"].values() for name, peer in answers.items() if name != OURS.name
     ]
-    verdict = "are equal" if equal and all(equal) else "differ only where two candidates tie"
+    explained = all(
+        peer["explained"]
+        for answers in report["agreement"].values()
+        for name, peer in answers.items()
+        if name != OURS.name
+    )
+    verdict = "are equal" if all(equal) else "part where two candidates tie" if explained else "differ"
     yield ""
     yield (
-        f"Measured on Linux without a GPU, not on a Mac: {found['chip']}, {report['settings']['threads']} threads, "
-        if not found["system"].startswith("macOS")
-        else f"Measured on {found['chip']}: "
-    ) + (
-        f"{report['settings']['size']} with random weights, float32 arithmetic, medians of fresh processes that took "
-        f"turns ({counted}), factors relative to fastvlm-mlx. The first {MAX_TOKENS} greedy tokens of all three "
-        f"{verdict} ({compared}). "
-        f"{versions(report)}; samples in `benchmarks/results/`."
+        f"Measured {where(found)}: {found['chip']}, {report['settings']['threads']} threads, "
+        f"{report['settings']['size']} with random weights, {report['settings']['dtype']} arithmetic, medians of fresh "
+        f"processes that took turns ({counted}), factors relative to fastvlm-mlx. "
+        + (f"The first {MAX_TOKENS} greedy tokens of all {verdict} ({compared}). " if equal else "")
+        + f"{versions(report)}; samples in `benchmarks/results/`."
     )
+
+
+def where(found: dict[str, Any]) -> str:
+    """The kind of machine of a measurement's conditions."""
+    if found["system"].startswith("macOS"):
+        return "on a Mac"
+    gpu = "on an NVIDIA GPU" if found["device"] == "gpu" else "without a GPU"
+    return f"on Linux {gpu}, not on a Mac"
 
 
 def versions(report: dict[str, Any]) -> str:
-    """The versions of the peers, for the table's caption."""
-    found = report["versions"]
-    return (
-        f"mlx {found['fastvlm-mlx']['mlx']}, mlx-vlm {found['mlx-vlm']['mlx-vlm']}, "
-        f"transformers {found['transformers']['transformers']}, torch {found['transformers']['torch']}"
-    )
+    """The versions of what was compared, for the table's caption."""
+    found = {name: version for versions in report["versions"].values() for name, version in versions.items()}
+    return ", ".join(f"{name} {found[name]}" for name in ("mlx", "mlx-vlm", "transformers", "torch") if name in found)
 
 
-def write_table(report: dict[str, Any], readme: Path) -> None:
-    """Puts the table between the markers of the README."""
+def write_tables(reports: Sequence[dict[str, Any]], readme: Path) -> None:
+    """Puts a table of each report between the markers of the README."""
     text = readme.read_text(encoding="utf-8")
     if BEGIN not in text or END not in text:
         raise SystemExit(f"error: {readme} has no {BEGIN} … {END} to put the table into")
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
-    readme.write_text(f"{before}{BEGIN}\n{chr(10).join(table(report))}\n{END}{after}", encoding="utf-8")
+    tables = "\n\n".join("\n".join(table(report)) for report in reports)
+    readme.write_text(f"{before}{BEGIN}\n{tables}\n{END}{after}", encoding="utf-8")
+
+
+def stored_reports() -> list[dict[str, Any]]:
+    """What has been measured with the default output, on any machine."""
+    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(RESULTS.glob("peers-*.json"))]
 
 
 def default_output(size: str) -> Path:
     """`results/peers-<size>-<chip>.json`."""
     chip = re.sub(r"[^a-z0-9]+", "-", conditions()["chip"].lower()).strip("-")
-    return HERE / "results" / f"peers-{size}-{platform.system().lower()}-{chip}.json"
+    return RESULTS / f"peers-{size}-{platform.system().lower()}-{chip}.json"
 
 
 def main() -> None:
@@ -388,33 +411,41 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--resolutions", type=int, nargs="+", default=[256, 512, 1024], metavar="R")
     parser.add_argument("--runs", type=int, default=7, help="processes of each peer at each resolution")
+    parser.add_argument("--peers", nargs="+", choices=[peer.name for peer in PEERS[1:]], metavar="PEER", help="not all")
+    parser.add_argument("--here", action="store_true", help="run every peer in this environment")
+    parser.add_argument("--dtype", choices=TOLERANCES, help="to compute in; float16 by default, float32 on a CPU")
     parser.add_argument("--size", choices=SIZES, default="0.5b")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--work", type=Path, default=DEFAULT_WORK, help="for checkpoints and pictures (10 GB)")
     parser.add_argument("--venvs", type=Path, help="for the peers' environments (3 GB); under --work by default")
     parser.add_argument("--output", type=Path, help="JSON file; under benchmarks/results by default")
     parser.add_argument("--fresh", action="store_true", help="forget what was measured before")
-    parser.add_argument("--table", action="store_true", help="measure nothing; write the README's table from the file")
+    parser.add_argument("--table", action="store_true", help="measure nothing; write the README's tables again")
     options = parser.parse_args()
+    if options.table:
+        write_tables(stored_reports(), README)
+        return
     output: Path = options.output or default_output(options.size)
     known = json.loads(output.read_text()) if output.exists() and not options.fresh else None
-    if options.table:
-        if known is None:
-            raise SystemExit(f"error: {output} does not exist; measure first")
-        write_table(known, README)
-        return
-    settings = {"size": options.size, "threads": options.threads, "prompt": PROMPT, "max_tokens": MAX_TOKENS}
+    settings = {
+        "size": options.size,
+        "dtype": options.dtype or ("float32" if device() == "cpu" else "float16"),
+        "threads": options.threads,
+        "prompt": PROMPT,
+        "max_tokens": MAX_TOKENS,
+    }
     if known and known["settings"] != settings:
         raise SystemExit(f"error: {output} was measured with other settings; give --fresh or another --output")
     report = known or {
         "conditions": conditions(),
         "settings": settings,
-        "stored": {peer.name: peer.stored for peer in PEERS},
         "versions": {},
         "samples": {},
         "agreement": {},
     }
-    place = Workplace(options.work, options.venvs or options.work / "venvs", options.size, options.threads)
+    venvs = None if options.here else options.venvs or options.work / "venvs"
+    place = Workplace(options.work, venvs, options.size, options.threads, settings["dtype"])
+    peers = [peer for peer in PEERS if peer is OURS or not options.peers or peer.name in options.peers]
 
     def save() -> None:
         summarize(report)
@@ -423,10 +454,10 @@ def main() -> None:
         partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         partial.replace(output)
 
-    measure(place, options.resolutions, options.runs, report, save)
+    measure(place, peers, options.resolutions, options.runs, report, save)
     print("\n".join(table(report)))
     if options.output is None:
-        write_table(report, README)
+        write_tables(stored_reports(), README)
 
 
 if __name__ == "__main__":

@@ -28,9 +28,11 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int
         return result(1.0 if peer is peers.OURS else 3.0)
 
     monkeypatch.setattr(peers, "sample", sample)
-    monkeypatch.setattr(peers, "agree", lambda place, resolution: {"mlx-vlm": {"equal": True, "explained": True}})
+    monkeypatch.setattr(
+        peers, "agree", lambda place, peers, resolution: {"mlx-vlm": {"equal": True, "explained": True}}
+    )
     monkeypatch.setattr(peers.Workplace, "python", lambda self, peer: Path(sys.executable))
-    monkeypatch.setattr(peers.Workplace, "checkpoint", lambda self, peer, dtype=None: tmp_path)
+    monkeypatch.setattr(peers.Workplace, "checkpoint", lambda self, peer, stored=None: tmp_path)
     return measured
 
 
@@ -72,10 +74,13 @@ def test_other_settings_do_not_continue_a_report(
 
 def test_answers_agree_or_a_tie_explains_where_they_part() -> None:
     ours = {"tokens": [1, 2, 3], "margins": [1.0, 0.001, 1.0]}
-    assert peers.compare_tokens(ours, {"tokens": [1, 2, 3], "margins": [1.0] * 3}) == {"equal": True, "explained": True}
-    tie = peers.compare_tokens(ours, {"tokens": [1, 9, 9], "margins": [1.0, 0.001, 1.0]})
+    assert peers.compare_tokens(ours, {"tokens": [1, 2, 3], "margins": [1.0] * 3}, 1e-2) == {
+        "equal": True,
+        "explained": True,
+    }
+    tie = peers.compare_tokens(ours, {"tokens": [1, 9, 9], "margins": [1.0, 0.001, 1.0]}, 1e-2)
     assert tie == {"equal": False, "explained": True}
-    wrong = peers.compare_tokens(ours, {"tokens": [7, 2, 3], "margins": [1.0] * 3})
+    wrong = peers.compare_tokens(ours, {"tokens": [7, 2, 3], "margins": [1.0] * 3}, 1e-2)
     assert wrong == {"equal": False, "explained": False}
 
 
@@ -84,21 +89,21 @@ def test_the_table_goes_between_the_markers(tmp_path: Path) -> None:
     readme.write_text(f"before\n{peers.BEGIN}\nearlier\n{peers.END}\nafter\n")
     samples = {"256": {peer.name: [result()] for peer in peers.PEERS}}
     report = {
-        "conditions": {"chip": "Chip", "system": "Linux"},
-        "settings": {"threads": 2, "size": "0.5b"},
+        "conditions": {"chip": "Chip", "system": "Linux", "device": "cpu"},
+        "settings": {"threads": 2, "size": "0.5b", "dtype": "float32"},
         "versions": {peer.name: result()["versions"] for peer in peers.PEERS},
         "samples": samples,
         "agreement": {},
     }
     peers.summarize(report)
-    peers.write_table(report, readme)
+    peers.write_tables([report], readme)
     text = readme.read_text()
     assert text.startswith(f"before\n{peers.BEGIN}\n| |")
     assert text.endswith(f"{peers.END}\nafter\n")
     assert "earlier" not in text
     assert "not on a Mac" in text
     with pytest.raises(SystemExit, match="has no"):
-        peers.write_table(report, Path(__file__))
+        peers.write_tables([report], Path(__file__))
 
 
 def test_the_readme_has_the_markers() -> None:
