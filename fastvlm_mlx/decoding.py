@@ -107,12 +107,16 @@ def decode(
 ) -> Iterator[mx.array]:
     """Token ids (B,), one array per step, from the logits (B, V) of the prompt's last position on.
 
-    The first is submitted together with everything that `logits` depends on, as one graph. Each later step is submitted
-    before the one before it is read.
+    The first is submitted together with everything that `logits` depends on, as one graph, and read before anything
+    else is done. Each later step is submitted before the one before it is read.
     """
     tokens = sampler(logits)
     mx.async_eval(tokens)
-    for step in range(1, max_tokens + 1):
+    yield tokens
+    if max_tokens > 1:
+        tokens = sampler(language_model(tokens[:, None], cache)[:, -1])
+        mx.async_eval(tokens)
+    for step in range(2, max_tokens + 1):
         current = tokens
         if step < max_tokens:
             tokens = sampler(language_model(current[:, None], cache)[:, -1])
