@@ -1,9 +1,9 @@
 """Times the first token of fastvlm-mlx beside mlx-vlm and transformers (PyTorch) on the same random checkpoint.
 
 Every sample comes from a fresh process, the peers taking turns (A B C A B C …), each with the same picture, prompt,
-resolution, threads and arithmetic: float32 on a CPU, float16 on a GPU. A process answers about two pictures. The time
-from its start to the first token of the first answer is the **cold** TTFT; the time from the second picture's file to
-its first token is the **warm** one. The first answer also gives the peak memory, on a GPU that which was allocated
+resolution, threads and arithmetic: float32 on a CPU, float16 on a GPU. A process answers about several pictures. The
+time from its start to the first token of the first answer is the **cold** TTFT; the time from the last picture's file
+to its first token is the **warm** one. The first answer also gives the peak memory, on a GPU that which was allocated
 there. For fastvlm-mlx, cold TTFT and a CPU's memory are those of `fastvlm generate`. Files are in the operating
 system's cache. At the end, all answer about a picture that needs no resizing, and their greedy tokens and
 log-probabilities are compared.
@@ -107,10 +107,12 @@ class Workplace:
         size: Of the model.
         threads: For every peer.
         dtype: To compute in.
+        pictures: That a process answers about.
     """
 
-    def __init__(self, work: Path, venvs: Path | None, size: str, threads: int, dtype: str) -> None:
-        self._work, self._venvs, self._size, self._threads, self.dtype = work, venvs, size, threads, dtype
+    def __init__(self, work: Path, venvs: Path | None, size: str, threads: int, dtype: str, pictures: int) -> None:
+        self._work, self._venvs, self._size, self._threads, self._pictures = work, venvs, size, threads, pictures
+        self.dtype = dtype
         work.mkdir(parents=True, exist_ok=True)
 
     def python(self, peer: Peer) -> Path:
@@ -156,10 +158,11 @@ class Workplace:
         return folder
 
     def pictures(self, run: int) -> list[str]:
-        """The files of the two pictures of a run."""
-        files = [self._work / f"picture-{2 * run + which}.jpg" for which in range(2)]
-        for which, file in enumerate(files):
-            file.write_bytes(Pictures()(2 * run + which))
+        """The files of the pictures of a run."""
+        numbers = range(self._pictures * run, self._pictures * (run + 1))
+        files = [self._work / f"picture-{number}.jpg" for number in numbers]
+        for number, file in zip(numbers, files, strict=True):
+            file.write_bytes(Pictures()(number))
         return [str(file) for file in files]
 
     def plain_picture(self, resolution: int) -> str:
@@ -333,8 +336,8 @@ def table(report: dict[str, Any]) -> Iterator[str]:
     yield f"| | | {' | '.join(names)} |"
     yield f"|---|---|{'---:|' * len(names)}"
     rows: tuple[tuple[str, str, Callable[[float], str]], ...] = (
-        ("warm TTFT", "warm_ttft", lambda value: f"{value:.2f} s"),
-        ("cold TTFT", "cold_ttft", lambda value: f"{value:.2f} s"),
+        ("warm TTFT", "warm_ttft", _seconds),
+        ("cold TTFT", "cold_ttft", _seconds),
         ("peak memory", "peak_bytes", lambda value: f"{value / 1e9:.2f} GB"),
     )
     for title, metric, text in rows:
@@ -368,6 +371,10 @@ def table(report: dict[str, Any]) -> Iterator[str]:
         + (f"The first {MAX_TOKENS} greedy tokens of all {verdict} ({compared}). " if equal else "")
         + f"{versions(report)}; samples in `benchmarks/results/`."
     )
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2f} s" if value >= 0.1 else f"{value * 1e3:.0f} ms"
 
 
 def where(found: dict[str, Any]) -> str:
@@ -414,6 +421,9 @@ def main() -> None:
     parser.add_argument("--peers", nargs="+", choices=[peer.name for peer in PEERS[1:]], metavar="PEER", help="not all")
     parser.add_argument("--here", action="store_true", help="run every peer in this environment")
     parser.add_argument("--dtype", choices=TOLERANCES, help="to compute in; float16 by default, float32 on a CPU")
+    parser.add_argument(
+        "--pictures", type=int, help="for each process; 6 by default, 2 on a CPU, which is warm at once"
+    )
     parser.add_argument("--size", choices=SIZES, default="0.5b")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--work", type=Path, default=DEFAULT_WORK, help="for checkpoints and pictures (10 GB)")
@@ -431,6 +441,7 @@ def main() -> None:
         "size": options.size,
         "dtype": options.dtype or ("float32" if device() == "cpu" else "float16"),
         "threads": options.threads,
+        "pictures": options.pictures or (2 if device() == "cpu" else 6),
         "prompt": PROMPT,
         "max_tokens": MAX_TOKENS,
     }
@@ -444,7 +455,7 @@ def main() -> None:
         "agreement": {},
     }
     venvs = None if options.here else options.venvs or options.work / "venvs"
-    place = Workplace(options.work, venvs, options.size, options.threads, settings["dtype"])
+    place = Workplace(options.work, venvs, options.size, options.threads, settings["dtype"], settings["pictures"])
     peers = [peer for peer in PEERS if peer is OURS or not options.peers or peer.name in options.peers]
 
     def save() -> None:
