@@ -106,8 +106,9 @@ def load(
     revision: str | None = None,
     notify: Callable[[str], None] | None = None,
     progress: Progress | None = None,
+    lazy: bool = False,
 ) -> tuple[FastVLM, FastVLMProcessor]:
-    """The model and the processor of a checkpoint; the tokenizer is built while the weights are read.
+    """The model and the processor of a checkpoint; the tokenizer is built while the first weights are read.
 
     Args:
         name: A Hub id, an alias, a source folder, a `.zip` or a converted folder.
@@ -115,14 +116,20 @@ def load(
         revision: Branch, tag or commit of a Hub id.
         notify: Told, in one line, what takes long.
         progress: Told how far a conversion is.
+        lazy: See `load_model`.
 
     Raises:
         CheckpointError: If there is no such checkpoint, or it is damaged.
         ConversionError: If it cannot be converted.
     """
     folder = resolve(name, revision=revision, notify=notify, progress=progress)
+    model = load_model(folder, dtype=dtype, lazy=True)
+    if device() == "cpu":
+        mx.async_eval(model.vision_tower.parameters())
     processor = FastVLMProcessor.from_folder(folder)
-    return load_model(folder, dtype=dtype), processor
+    if device() == "cpu" and not lazy:
+        mx.eval(model.parameters())
+    return model, processor
 
 
 def load_model(folder: Path, *, dtype: str | None = None, lazy: bool = False) -> FastVLM:
@@ -134,7 +141,7 @@ def load_model(folder: Path, *, dtype: str | None = None, lazy: bool = False) ->
     Args:
         folder: Of a converted checkpoint.
         dtype: To compute in; see `load`.
-        lazy: Leaves the weights unread on a CPU, too, for whoever does not need them all at once.
+        lazy: Reads the weights when they are first used on a CPU, too.
 
     Raises:
         CheckpointError: If the weights are missing, damaged or not exactly those that the config asks for.

@@ -105,6 +105,7 @@ def stream_generate(
     system: str | None = None,
     resolution: Resolution = None,
     reuse: bool = True,
+    last_images: bool = False,
 ) -> Iterator[GenerationResult]:
     """Streams the answer to a prompt about one or several images, or about none.
 
@@ -126,6 +127,7 @@ def stream_generate(
         system: Replaces the default system text.
         resolution: Side in pixels that images are resized to: a multiple of 64, `auto`, or None for the model's own.
         reuse: Whether to continue from what an earlier prompt with the same beginning left in `model.prefixes`.
+        last_images: Whether the model will be shown no others: see `FastVLM.prefill`.
 
     Raises:
         ImageError: If an image cannot be read.
@@ -151,6 +153,7 @@ def stream_generate(
         StopStrings(stop),
         max_tokens,
         reuse,
+        last_images,
         start,
     )
 
@@ -163,6 +166,7 @@ def _stream(
     stop: StopStrings,
     max_tokens: int,
     reuse: bool,
+    last_images: bool,
     start: float,
 ) -> Iterator[GenerationResult]:
     prompt_ids: list[int] = inputs["input_ids"][0].tolist()
@@ -176,7 +180,7 @@ def _stream(
     if pixel_values is not None:
         unseen = pixel_values[prompt_ids[:reused].count(IMAGE_TOKEN) :]
         pixel_values = unseen if len(unseen) else None
-    logits, cache = model.prefill(prompt_ids[reused:], pixel_values, cache=cache)
+    logits, cache = model.prefill(prompt_ids[reused:], pixel_values, cache=cache, last_images=last_images)
     prompt_cache = [layer.snapshot() for layer in cache]
     steps = decode(
         model.language_model, logits, cache, sampler, min(max_tokens, processor.context_length - prompt_tokens)
@@ -236,6 +240,7 @@ def generate(
     system: str | None = None,
     resolution: Resolution = None,
     reuse: bool = True,
+    last_images: bool = False,
 ) -> GenerationResult:
     """The whole answer at once; arguments and errors are those of `stream_generate`."""
     pieces = list(
@@ -255,6 +260,7 @@ def generate(
             system=system,
             resolution=resolution,
             reuse=reuse,
+            last_images=last_images,
         )
     )
     text = "".join(piece.text for piece in pieces)

@@ -68,7 +68,7 @@ class FastVLM(nn.Module):
     @property
     def dtype(self) -> mx.Dtype:
         """The dtype that activations are computed in."""
-        dtype: mx.Dtype = self.vision_tower.stem[0].weight.dtype
+        dtype: mx.Dtype = self.language_model.model.norm.weight.dtype
         return dtype
 
     def encode_image(self, pixel_values: npt.ArrayLike | mx.array) -> mx.array:
@@ -76,6 +76,7 @@ class FastVLM(nn.Module):
 
         Raises:
             ConfigError: If the shape is another, or a side is not a multiple of 64.
+            RuntimeError: After `free_vision_tower`.
         """
         pixels = pixel_values if isinstance(pixel_values, mx.array) else mx.array(np.asarray(pixel_values))
         if (
@@ -94,6 +95,8 @@ class FastVLM(nn.Module):
     @property
     def _tower(self) -> Callable[[mx.array], mx.array]:
         """The tower in the form that suits the device: compiled on a GPU, rearranged on a CPU; made on first use."""
+        if "stem" not in self.vision_tower:
+            raise RuntimeError("the vision tower was freed; load the model again to show it another image")
         if self._arranged is None:
             # Before compiling, or every call would read the weights again.
             mx.eval(self.vision_tower.parameters())
@@ -102,6 +105,11 @@ class FastVLM(nn.Module):
             else:
                 self._arranged = CPUTower(self.vision_tower) if self.dtype == mx.float32 else self.vision_tower
         return self._arranged
+
+    def free_vision_tower(self) -> None:
+        """Gives the tower's memory back, when the last image has been encoded."""
+        self._arranged = None
+        self.vision_tower.clear()
 
     def embed(
         self,
@@ -121,10 +129,10 @@ class FastVLM(nn.Module):
         Raises:
             PromptError: If the images and their places differ in number.
         """
-        return self._embed(_rows(input_ids, attention_mask), pixel_values)[0]
+        return self._embed(_rows(input_ids, attention_mask), pixel_values, last_images=False)[0]
 
     def _embed(
-        self, rows: list[npt.NDArray[np.int32]], pixel_values: npt.ArrayLike | mx.array | None
+        self, rows: list[npt.NDArray[np.int32]], pixel_values: npt.ArrayLike | mx.array | None, *, last_images: bool
     ) -> tuple[mx.array, list[int]]:
         """Embeddings (B, L, D) of rows of token ids, and how many positions of each row are padding."""
         images = 0 if pixel_values is None else len(pixel_values)  # type: ignore[arg-type]
@@ -132,6 +140,9 @@ class FastVLM(nn.Module):
         if images != places:
             raise PromptError(f"the prompt has {places} place(s) for an image but {images} image(s) were given")
         visual = iter(self.encode_image(pixel_values) if pixel_values is not None else ())
+        if last_images and device() == "cpu":
+            # A GPU runs one graph without a stop, and its memory is not what counts.
+            self.free_vision_tower()
         embedded = []
         for row in rows:
             bounds = np.flatnonzero(row == IMAGE_TOKEN)
@@ -155,6 +166,8 @@ class FastVLM(nn.Module):
         pixel_values: npt.ArrayLike | mx.array | None = None,
         attention_mask: npt.ArrayLike | mx.array | None = None,
         cache: list[KVCache] | None = None,
+        *,
+        last_images: bool = False,
     ) -> tuple[mx.array, list[KVCache]]:
         """Logits (B, V) of the last position and the filled cache: pixels to logits as one graph, not yet evaluated.
 
@@ -163,8 +176,9 @@ class FastVLM(nn.Module):
             pixel_values: As in `embed`.
             attention_mask: As in `embed`.
             cache: What came before, for one row; by default nothing.
+            last_images: Whether no other images will follow: a CPU then frees the vision tower before the decoder runs.
         """
-        embeddings, padding = self._embed(_rows(input_ids, attention_mask), pixel_values)
+        embeddings, padding = self._embed(_rows(input_ids, attention_mask), pixel_values, last_images=last_images)
         if cache is None:
             cache = self.language_model.make_cache(mx.array(padding) if any(padding) else None)
         return self.language_model.prefill(embeddings, cache), cache

@@ -103,6 +103,7 @@ def test_every_option_reaches_the_runtime(runtime: FakeRuntime) -> None:
     assert result.exit_code == 0
     assert runtime.loaded["name"] == "folder"
     assert runtime.loaded["dtype"] == "float32"
+    assert runtime.loaded["lazy"] is True
     assert runtime.asked == {
         "image": ["a.png", "b.png"],
         "prompt": "What changed?",
@@ -116,6 +117,7 @@ def test_every_option_reaches_the_runtime(runtime: FakeRuntime) -> None:
         "system": "Be brief.",
         "stop": ("END", "\n\n"),
         "resolution": 512,
+        "last_images": True,
     }
 
 

@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
-from fastvlm_mlx.backend import mx
+from fastvlm_mlx.backend import device, mx
 from fastvlm_mlx.checkpoint import load
 from fastvlm_mlx.convert import convert_checkpoint
 from fastvlm_mlx.decoding import Sampler, SamplingConfig
@@ -170,6 +171,36 @@ def test_samples_follow_the_tempered_distribution():
 def test_a_repetition_penalty_counts_prompt_and_answer():
     sampler = Sampler(SamplingConfig(repetition_penalty=2.0), [[1]])
     assert [int(sampler(LOGITS).item()) for _ in range(3)] == [5, 2, 1]
+
+
+def test_weights_that_are_read_when_they_are_used_give_the_same_answer(loaded, tmp_path):
+    folder = tmp_path / "apple"
+    convert_checkpoint(SOURCES["apple"], folder, dtype="float16")
+    known = generate(*load(folder, dtype="float32"), image=PICTURE, max_tokens=20)
+    model, processor = load(folder, dtype="float32", lazy=True)
+    mx.eval(model.vision_tower.parameters())
+    decoder = sum(value.nbytes for _, value in tree_flatten(model.language_model.parameters()))
+    before = mx.get_active_memory()
+    answer = generate(model, processor, image=PICTURE, max_tokens=20)
+    assert (answer.text, answer.token_ids) == (known.text, known.token_ids)
+    assert mx.get_active_memory() - before > 0.9 * decoder
+
+
+@pytest.mark.skipif(device() != "cpu", reason="a GPU runs everything as one graph and frees nothing")
+def test_the_tower_is_freed_when_it_has_seen_the_last_images(loaded, tmp_path):
+    known = generate(*loaded, image=PICTURE, max_tokens=20)
+    folder = tmp_path / "apple"
+    convert_checkpoint(SOURCES["apple"], folder, dtype="float32")
+    model, processor = load(folder)
+    tower = sum(value.nbytes for _, value in tree_flatten(model.vision_tower.parameters()))
+    before = mx.get_active_memory()
+    answer = generate(model, processor, image=PICTURE, max_tokens=20, last_images=True)
+    assert (answer.text, answer.token_ids) == (known.text, known.token_ids)
+    assert before - mx.get_active_memory() > 0.5 * tower  # the keys and values of the prompt have been added
+    again = generate(model, processor, image=PICTURE, max_tokens=20)  # its tokens are known
+    assert again.text == known.text
+    with pytest.raises(RuntimeError, match="was freed"):
+        generate(model, processor, image=GOLDEN / "apple" / "images" / "square.png")
 
 
 def test_a_second_question_about_an_image_continues_from_the_first(loaded, monkeypatch):

@@ -67,7 +67,9 @@ def generate(
     with ThreadPoolExecutor() as pool:  # the pictures are decoded while the weights are read
         opening = [pool.submit(load_image, picture) for picture in pictures]
         with ByteProgress() as progress:
-            network, processor = load(model, dtype=dtype.value if dtype else None, notify=note, progress=progress)
+            network, processor = load(
+                model, dtype=dtype.value if dtype else None, notify=note, progress=progress, lazy=True
+            )
         opened = [picture.result() for picture in opening]
     stream = stream_generate(
         network,
@@ -84,6 +86,7 @@ def generate(
         stop=tuple(stop or ()),
         system=system,
         resolution=resolution,
+        last_images=True,
     )
     pieces: list[GenerationResult] = []
     for piece in stream:
