@@ -108,7 +108,7 @@ def load(
     progress: Progress | None = None,
     lazy: bool = False,
 ) -> tuple[FastVLM, FastVLMProcessor]:
-    """The model and the processor of a checkpoint; the tokenizer is built while the first weights are read.
+    """The model and the processor of a checkpoint.
 
     Args:
         name: A Hub id, an alias, a source folder, a `.zip` or a converted folder.
@@ -128,6 +128,7 @@ def load(
         mx.async_eval(model.vision_tower.parameters())
     processor = FastVLMProcessor.from_folder(folder)
     if device() == "cpu" and not lazy:
+        processor.tokenizer.start()
         mx.eval(model.parameters())
     return model, processor
 

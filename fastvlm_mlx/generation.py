@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastvlm_mlx.backend import mx
 from fastvlm_mlx.config import IMAGE_TOKEN
 from fastvlm_mlx.decoding import Sampler, SamplingConfig, decode
 from fastvlm_mlx.errors import ConfigError, PromptError
@@ -145,16 +146,19 @@ def stream_generate(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
+    stop_strings = StopStrings(stop)
+    conversations, pixel_values = processor.prepare(image, prompt, resolution=resolution, system=system)
+    prepared = encoded = time.perf_counter()
+    visual_tokens = None
+    if len(pixel_values) and not (reuse and len(model.prefixes)):
+        # No earlier prompt can spare the tower its work, so it need not wait for the tokens, nor for their tokenizer.
+        visual_tokens = model.encode_image(pixel_values, meanwhile=processor.tokenizer.start)
+        mx.async_eval(visual_tokens)
+        encoded = time.perf_counter()
+    inputs = processor.tokenize(conversations, pixel_values)
+    timings = {"preprocess": time.perf_counter() - encoded + prepared - start}
     return _stream(
-        model,
-        processor,
-        processor(image, prompt, resolution=resolution, system=system),
-        sampling,
-        StopStrings(stop),
-        max_tokens,
-        reuse,
-        last_images,
-        start,
+        model, processor, inputs, visual_tokens, sampling, stop_strings, max_tokens, reuse, last_images, timings, start
     )
 
 
@@ -162,25 +166,28 @@ def _stream(
     model: FastVLM,
     processor: FastVLMProcessor,
     inputs: dict[str, NDArray[Any]],
+    visual_tokens: mx.array | None,
     sampling: SamplingConfig,
     stop: StopStrings,
     max_tokens: int,
     reuse: bool,
     last_images: bool,
+    timings: dict[str, float],
     start: float,
 ) -> Iterator[GenerationResult]:
     prompt_ids: list[int] = inputs["input_ids"][0].tolist()
     resolution = inputs["pixel_values"].shape[1] if "pixel_values" in inputs else processor.image_size
     prompt_tokens = processor.positions(prompt_ids, resolution)
-    timings = {"preprocess": time.perf_counter() - start}
     sampler = Sampler(sampling, [[token for token in prompt_ids if token != IMAGE_TOKEN]])
-    pixel_values, visual_tokens = inputs.get("pixel_values"), processor.visual_tokens(resolution)
+    pixel_values, per_image = inputs.get("pixel_values"), processor.visual_tokens(resolution)
     key = prefix_key(prompt_ids, pixel_values)
-    reused, cache = model.prefixes.match(key, visual_tokens) if reuse else (0, None)
+    reused, cache = model.prefixes.match(key, per_image) if reuse else (0, None)
     if pixel_values is not None:
         unseen = pixel_values[prompt_ids[:reused].count(IMAGE_TOKEN) :]
         pixel_values = unseen if len(unseen) else None
-    logits, cache = model.prefill(prompt_ids[reused:], pixel_values, cache=cache, last_images=last_images)
+    logits, cache = model.prefill(
+        prompt_ids[reused:], pixel_values, cache=cache, visual_tokens=visual_tokens, last_images=last_images
+    )
     prompt_cache = [layer.snapshot() for layer in cache]
     steps = decode(
         model.language_model, logits, cache, sampler, min(max_tokens, processor.context_length - prompt_tokens)
@@ -190,7 +197,7 @@ def _stream(
         text="",
         token_ids=(),
         prompt_tokens=prompt_tokens,
-        visual_tokens=prompt_ids.count(IMAGE_TOKEN) * visual_tokens,
+        visual_tokens=prompt_ids.count(IMAGE_TOKEN) * per_image,
         reused_tokens=processor.positions(prompt_ids[:reused], resolution),
         generated_tokens=0,
         finish_reason=None,

@@ -71,8 +71,13 @@ class FastVLM(nn.Module):
         dtype: mx.Dtype = self.language_model.model.norm.weight.dtype
         return dtype
 
-    def encode_image(self, pixel_values: npt.ArrayLike | mx.array) -> mx.array:
+    def encode_image(
+        self, pixel_values: npt.ArrayLike | mx.array, meanwhile: Callable[[], None] | None = None
+    ) -> mx.array:
         """Visual tokens (B, N, D) of pixel values (B, R, R, 3), float in [0, 1] or uint8.
+
+        A CPU evaluates the tower here, and calls `meanwhile` when all is ready for that, so that a thread which is
+        started there has Python for itself.
 
         Raises:
             ConfigError: If the shape is another, or a side is not a multiple of 64.
@@ -89,7 +94,8 @@ class FastVLM(nn.Module):
             raise ConfigError(f"pixel_values must be (B, R, R, 3) with R a multiple of 64, not {pixels.shape}")
         if pixels.dtype == mx.uint8:
             pixels = pixels.astype(mx.float32) / 255
-        features = self._tower(pixels.astype(self.dtype))
+        tower, pixels = self._tower, pixels.astype(self.dtype)
+        features = tower(pixels, meanwhile) if isinstance(tower, CPUTower) else tower(pixels)
         return self.mm_projector(features.reshape(features.shape[0], -1, features.shape[-1]))
 
     @property
@@ -129,17 +135,24 @@ class FastVLM(nn.Module):
         Raises:
             PromptError: If the images and their places differ in number.
         """
-        return self._embed(_rows(input_ids, attention_mask), pixel_values, last_images=False)[0]
+        return self._embed(_rows(input_ids, attention_mask), pixel_values)[0]
 
     def _embed(
-        self, rows: list[npt.NDArray[np.int32]], pixel_values: npt.ArrayLike | mx.array | None, *, last_images: bool
+        self,
+        rows: list[npt.NDArray[np.int32]],
+        pixel_values: npt.ArrayLike | mx.array | None,
+        visual_tokens: mx.array | None = None,
+        *,
+        last_images: bool = False,
     ) -> tuple[mx.array, list[int]]:
         """Embeddings (B, L, D) of rows of token ids, and how many positions of each row are padding."""
-        images = 0 if pixel_values is None else len(pixel_values)  # type: ignore[arg-type]
+        images = next((len(given) for given in (visual_tokens, pixel_values) if given is not None), 0)  # type: ignore[arg-type]
         places = sum(int((row == IMAGE_TOKEN).sum()) for row in rows)
         if images != places:
             raise PromptError(f"the prompt has {places} place(s) for an image but {images} image(s) were given")
-        visual = iter(self.encode_image(pixel_values) if pixel_values is not None else ())
+        if visual_tokens is None and pixel_values is not None:
+            visual_tokens = self.encode_image(pixel_values)
+        visual = iter(visual_tokens if visual_tokens is not None else ())
         if last_images and device() == "cpu":
             # A GPU runs one graph without a stop, and its memory is not what counts.
             self.free_vision_tower()
@@ -167,6 +180,7 @@ class FastVLM(nn.Module):
         attention_mask: npt.ArrayLike | mx.array | None = None,
         cache: list[KVCache] | None = None,
         *,
+        visual_tokens: mx.array | None = None,
         last_images: bool = False,
     ) -> tuple[mx.array, list[KVCache]]:
         """Logits (B, V) of the last position and the filled cache: pixels to logits as one graph, not yet evaluated.
@@ -176,9 +190,11 @@ class FastVLM(nn.Module):
             pixel_values: As in `embed`.
             attention_mask: As in `embed`.
             cache: What came before, for one row; by default nothing.
+            visual_tokens: (images, N, D) from `encode_image`, where that has been called already.
             last_images: Whether no other images will follow: a CPU then frees the vision tower before the decoder runs.
         """
-        embeddings, padding = self._embed(_rows(input_ids, attention_mask), pixel_values, last_images=last_images)
+        rows = _rows(input_ids, attention_mask)
+        embeddings, padding = self._embed(rows, pixel_values, visual_tokens, last_images=last_images)
         if cache is None:
             cache = self.language_model.make_cache(mx.array(padding) if any(padding) else None)
         return self.language_model.prefill(embeddings, cache), cache

@@ -45,6 +45,10 @@ class PrefixCache:
         self.max_bytes = max_bytes
         self._entries: OrderedDict[PrefixKey, tuple[PrefixKey, list[KVCache]]] = OrderedDict()
 
+    def __len__(self) -> int:
+        """How many prompts are known."""
+        return len(self._entries)
+
     @property
     def nbytes(self) -> int:
         """Bytes held."""

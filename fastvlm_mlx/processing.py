@@ -80,15 +80,38 @@ class FastVLMProcessor:
             PromptError: If a prompt is empty, malformed or too long, or the numbers of images and prompts differ.
             ConfigError: If the model cannot run at `resolution`.
         """
+        return self.tokenize(*self.prepare(images, prompts, resolution=resolution, system=system))
+
+    def prepare(
+        self,
+        images: ImageSource | Sequence[ImageSource | Sequence[ImageSource] | None] | None,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        resolution: Resolution = None,
+        system: str | None = None,
+    ) -> tuple[list[tuple[Turn, ...]], NDArray[np.uint8]]:
+        """The first half of a call, for which no tokenizer is needed: a conversation for each prompt, and pixel values.
+
+        Arguments and errors are those of a call, but for prompts that are too long.
+        """
         conversations = [conversation(*pair, system) for pair in _pair(images, prompts)]
         sources = [image for turns in conversations for turn in turns for image in turn.images]
-        pixel_values = self.prepare_images([image for image in sources if image is not None], resolution)
+        return conversations, self.prepare_images([image for image in sources if image is not None], resolution)
+
+    def tokenize(
+        self, conversations: list[tuple[Turn, ...]], pixel_values: NDArray[np.uint8]
+    ) -> dict[str, NDArray[Any]]:
+        """The second half of a call.
+
+        Raises:
+            PromptError: If a prompt is too long.
+        """
         rows = [self.encode_turns(turns) for turns in conversations]
         for row in rows:
             self.check_length(row, pixel_values.shape[1])
         length = max(map(len, rows))
         inputs: dict[str, NDArray[Any]] = {}
-        if sources:
+        if len(pixel_values):
             inputs["pixel_values"] = pixel_values
         if any(len(row) < length for row in rows):
             pad = [self.tokenizer.token_id(END_OF_TEXT)]

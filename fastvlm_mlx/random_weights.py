@@ -64,6 +64,9 @@ class WordTokenizer(Tokenizer):
     def __init__(self) -> None:
         """Needs no files."""
 
+    def start(self) -> None:
+        """There is nothing to build."""
+
     def encode(self, text: str) -> list[int]:
         """An id for each word with the space before it, run of punctuation or run of space."""
         return [zlib.crc32(word.encode()) % _SPECIAL[END_OF_TEXT] for word in re.findall(r" ?\w+|[^\w\s]+|\s+", text)]

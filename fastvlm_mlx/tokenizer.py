@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,7 +59,9 @@ def build_tokenizer(folder: Path) -> tokenizers.Tokenizer:
 
 
 class Tokenizer:
-    """The tokenizer of a checkpoint folder, built in the background (which takes half a second) from the start on.
+    """The tokenizer of a checkpoint folder, built when it is first used or, in the background, from `start` on.
+
+    Building takes half a second, in which no other Python code runs: the best time for it is while MLX computes.
 
     Args:
         folder: Holds `tokenizer.json`, or `vocab.json` and `merges.txt`.
@@ -73,9 +75,14 @@ class Tokenizer:
         names = {name for name in ("tokenizer.json", "vocab.json", "merges.txt") if (self._folder / name).is_file()}
         if not names & {"tokenizer.json"} and len(names) < 2:
             raise CheckpointError(f"{folder}: has no tokenizer: neither tokenizer.json nor vocab.json and merges.txt")
-        executor = ThreadPoolExecutor(1, "tokenizer")
-        self._building = executor.submit(self._build)
-        executor.shutdown(wait=False)
+        self._building: Future[tokenizers.Tokenizer] | None = None
+
+    def start(self) -> None:
+        """Begins to build the tokenizer in the background, unless that has been done."""
+        if self._building is None:
+            executor = ThreadPoolExecutor(1, "tokenizer")
+            self._building = executor.submit(self._build)
+            executor.shutdown(wait=False)
 
     def _build(self) -> tokenizers.Tokenizer:
         backend = build_tokenizer(self._folder)
@@ -84,6 +91,8 @@ class Tokenizer:
 
     @property
     def _backend(self) -> tokenizers.Tokenizer:
+        self.start()
+        assert self._building is not None
         return self._building.result()
 
     @cached_property

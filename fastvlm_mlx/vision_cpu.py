@@ -320,6 +320,8 @@ def _stage_layers(stage: Stage, streams: Streams) -> list[Callable[[Parts], Part
 class CPUTower:
     """A `FastViTHD` arranged for the CPU: pixel values (B, H, W, 3) -> features (B, H/64, W/64, C), evaluated.
 
+    `meanwhile` is called before it waits for them.
+
     Args:
         tower: Shares its weights; the second linear of each ConvFFN is laid out anew, in place.
         threads: At most so many, by default one per core up to four; as many as the narrowest layer can be dealt to.
@@ -334,9 +336,11 @@ class CPUTower:
         self._layers = [layer for stage in tower.stages for layer in _stage_layers(stage, streams)]
         self._head = Head(tower.conv_exp, streams)
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, meanwhile: Callable[[], None] | None = None) -> mx.array:
         with blas_threads(1):
             features = mx.stack([self._forward(image) for image in x])
+            if meanwhile:
+                meanwhile()
             mx.eval(features)
         return features
 

@@ -1,5 +1,7 @@
 """Streaming, stopping, sampling, and the statistics that a result carries."""
 
+import threading
+
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
@@ -184,6 +186,28 @@ def test_weights_that_are_read_when_they_are_used_give_the_same_answer(loaded, t
     answer = generate(model, processor, image=PICTURE, max_tokens=20)
     assert (answer.text, answer.token_ids) == (known.text, known.token_ids)
     assert mx.get_active_memory() - before > 0.9 * decoder
+
+
+def test_a_first_answer_does_not_keep_the_tower_waiting_for_the_tokenizer(loaded, tmp_path, monkeypatch):
+    known = generate(*loaded, image=PICTURE, max_tokens=5)
+    folder = tmp_path / "apple"
+    convert_checkpoint(SOURCES["apple"], folder, dtype="float32")
+    model, processor = load(folder, lazy=True)
+    encoded, encode, build = threading.Event(), type(model).encode_image, type(processor.tokenizer)._build
+
+    def encode_and_tell(*args, **kwargs):
+        visual_tokens = encode(*args, **kwargs)
+        encoded.set()
+        return visual_tokens
+
+    def wait_and_build(self):
+        assert encoded.wait(60)
+        return build(self)
+
+    monkeypatch.setattr(type(model), "encode_image", encode_and_tell)
+    monkeypatch.setattr(type(processor.tokenizer), "_build", wait_and_build)
+    answer = generate(model, processor, image=PICTURE, max_tokens=5)
+    assert (answer.text, answer.token_ids) == (known.text, known.token_ids)
 
 
 @pytest.mark.skipif(device() != "cpu", reason="a GPU runs everything as one graph and frees nothing")
