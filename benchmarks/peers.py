@@ -42,6 +42,8 @@ from fastvlm_mlx.bench import Statistics
 from fastvlm_mlx.conditions import conditions
 from fastvlm_mlx.pictures import Pictures
 from fastvlm_mlx.random_weights import SIZES
+from fastvlm_mlx.report import as_markdown
+from fastvlm_mlx.report import table as stage_table
 
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
@@ -352,7 +354,7 @@ def table(report: dict[str, Any]) -> Iterator[str]:
     found = report["conditions"]
     runs = {side: min(map(len, peers.values())) for side, peers in report["samples"].items()}
     counted = ", ".join(f"{count} at {side} px" for side, count in runs.items())
-    compared = " and ".join(f"{side} px" for side in report["agreement"])
+    compared = ", ".join(f"{side} px" for side in report["agreement"])
     equal = [
         peer["equal"] for answers in report["agreement"].values() for name, peer in answers.items() if name != OURS.name
     ]
@@ -391,20 +393,32 @@ def versions(report: dict[str, Any]) -> str:
     return ", ".join(f"{name} {found[name]}" for name in ("mlx", "mlx-vlm", "transformers", "torch") if name in found)
 
 
+def stages(report: dict[str, Any]) -> Iterator[str]:
+    """The README's lines for a report of `fastvlm bench` about one model."""
+    found, row = report["conditions"], report["rows"][0]
+    yield as_markdown([cells[2:] for cells in stage_table(report)])
+    yield ""
+    yield (
+        f"{row['model']}, {row['precision']['language_model']}, by stage: medians in ms of "
+        f"{report['settings']['runs']} runs in one warm process; measured {where(found)}: {found['chip']}."
+    )
+
+
 def write_tables(reports: Sequence[dict[str, Any]], readme: Path) -> None:
-    """Puts a table of each report between the markers of the README."""
+    """Puts a table of each report, of this comparison or of `fastvlm bench`, between the markers of the README."""
     text = readme.read_text(encoding="utf-8")
     if BEGIN not in text or END not in text:
         raise SystemExit(f"error: {readme} has no {BEGIN} … {END} to put the table into")
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
-    tables = "\n\n".join("\n".join(table(report)) for report in reports)
+    tables = "\n\n".join("\n".join((stages if "rows" in report else table)(report)) for report in reports)
     readme.write_text(f"{before}{BEGIN}\n{tables}\n{END}{after}", encoding="utf-8")
 
 
 def stored_reports() -> list[dict[str, Any]]:
-    """What has been measured with the default output, on any machine."""
-    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(RESULTS.glob("peers-*.json"))]
+    """What has been measured and kept, on any machine: comparisons, then reports of `fastvlm bench`."""
+    files = [file for kind in ("peers", "bench") for file in sorted(RESULTS.glob(f"{kind}-*.json"))]
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
 
 
 def default_output(size: str) -> Path:

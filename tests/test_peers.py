@@ -106,6 +106,27 @@ def test_the_table_goes_between_the_markers(tmp_path: Path) -> None:
         peers.write_tables([report], Path(__file__))
 
 
+def test_a_report_of_our_own_stages_gets_a_table_too(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{peers.BEGIN}\n{peers.END}\n")
+    parts = ("vision_tower", "mm_projector", "language_model")
+    row = {
+        "model": "0.5b, random",
+        "precision": dict.fromkeys(parts, "float32"),
+        "resolution": 256,
+        "pixels": 256,
+        "tokens": {"visual": 16, "prompt": 40},
+        "memory": {"peak_bytes": 3 * 10**9},
+        "metrics": {"wall_ttft": {"median": 0.9, "p90": 1.0}, "vision": {"median": 0.4}},
+    }
+    conditions = {"chip": "Chip", "system": "Linux", "device": "cpu"}
+    peers.write_tables([{"conditions": conditions, "settings": {"runs": 7}, "rows": [row]}], readme)
+    text = readme.read_text()
+    assert "| px | visual | prompt | wall TTFT | p90 | vision | peak GB |" in text
+    assert "| 256 | 16 | 40 | 900.0 | 1000.0 | 400.0 | 3.00 |" in text
+    assert "medians in ms of 7 runs" in text
+
+
 def test_the_readme_has_the_markers() -> None:
     text = peers.README.read_text(encoding="utf-8")
     assert text.count(peers.BEGIN) == text.count(peers.END) == 1
