@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -155,38 +155,53 @@ def stream_generate(
         visual_tokens = model.encode_image(pixel_values, meanwhile=processor.tokenizer.start)
         mx.async_eval(visual_tokens)
         encoded = time.perf_counter()
-    inputs = processor.tokenize(conversations, pixel_values)
-    timings = {"preprocess": time.perf_counter() - encoded + prepared - start}
-    return _stream(
-        model, processor, inputs, visual_tokens, sampling, stop_strings, max_tokens, reuse, last_images, timings, start
-    )
+    input_ids = processor.tokenize(conversations, pixel_values)["input_ids"][0].tolist()
+    preprocess = time.perf_counter() - encoded + prepared - start
+    question = _Question(input_ids, pixel_values, visual_tokens, preprocess, start)
+    return _stream(model, processor, question, sampling, stop_strings, max_tokens, reuse, last_images)
+
+
+class _Question(NamedTuple):
+    """A prompt as arrays.
+
+    Attributes:
+        input_ids: (T,)
+        pixel_values: (images, R, R, 3)
+        visual_tokens: (images, N, D), where they are being computed already.
+        preprocess: Seconds that the arrays have taken.
+        start: When it was asked, by `time.perf_counter`.
+    """
+
+    input_ids: list[int]
+    pixel_values: NDArray[np.uint8]
+    visual_tokens: mx.array | None
+    preprocess: float
+    start: float
 
 
 def _stream(
     model: FastVLM,
     processor: FastVLMProcessor,
-    inputs: dict[str, NDArray[Any]],
-    visual_tokens: mx.array | None,
+    question: _Question,
     sampling: SamplingConfig,
     stop: StopStrings,
     max_tokens: int,
     reuse: bool,
     last_images: bool,
-    timings: dict[str, float],
-    start: float,
 ) -> Iterator[GenerationResult]:
-    prompt_ids: list[int] = inputs["input_ids"][0].tolist()
-    resolution = inputs["pixel_values"].shape[1] if "pixel_values" in inputs else processor.image_size
-    prompt_tokens = processor.positions(prompt_ids, resolution)
+    prompt_ids, resolution = question.input_ids, question.pixel_values.shape[1]
+    prompt_tokens, per_image = processor.positions(prompt_ids, resolution), processor.visual_tokens(resolution)
     sampler = Sampler(sampling, [[token for token in prompt_ids if token != IMAGE_TOKEN]])
-    pixel_values, per_image = inputs.get("pixel_values"), processor.visual_tokens(resolution)
-    key = prefix_key(prompt_ids, pixel_values)
+    key = prefix_key(prompt_ids, question.pixel_values)
     reused, cache = model.prefixes.match(key, per_image) if reuse else (0, None)
-    if pixel_values is not None:
-        unseen = pixel_values[prompt_ids[:reused].count(IMAGE_TOKEN) :]
-        pixel_values = unseen if len(unseen) else None
+    seen = prompt_ids[:reused].count(IMAGE_TOKEN)
+    unseen = len(question.pixel_values) > seen
     logits, cache = model.prefill(
-        prompt_ids[reused:], pixel_values, cache=cache, visual_tokens=visual_tokens, last_images=last_images
+        prompt_ids[reused:],
+        question.pixel_values[seen:] if unseen else None,
+        cache=cache,
+        visual_tokens=question.visual_tokens[seen:] if unseen and question.visual_tokens is not None else None,
+        last_images=last_images,
     )
     prompt_cache = [layer.snapshot() for layer in cache]
     steps = decode(
@@ -201,12 +216,13 @@ def _stream(
         reused_tokens=processor.positions(prompt_ids[:reused], resolution),
         generated_tokens=0,
         finish_reason=None,
-        timings=timings,
+        timings={},
     )
 
     def elapsed() -> dict[str, float]:
-        now = time.perf_counter()
-        return {**timings, "ttft": first - start, "decode": now - first, "total": now - start}
+        now, start = time.perf_counter(), question.start
+        timings = {"preprocess": question.preprocess, "ttft": first - start}
+        return {**timings, "decode": now - first, "total": now - start}
 
     for count, tokens in enumerate(steps, start=1):
         token = int(np.asarray(tokens)[0])

@@ -246,6 +246,18 @@ def test_a_second_question_about_an_image_continues_from_the_first(loaded, monke
     assert (second.text, second.token_ids, alone.reused_tokens) == (alone.text, alone.token_ids, 0)
 
 
+def test_questions_may_be_asked_before_others_are_answered(loaded):
+    model, processor = loaded
+    alone = generate(model, processor, image=PICTURE, prompt="Where is it?", max_tokens=4, reuse=False)
+    model.prefixes.clear()
+    streams = [
+        stream_generate(model, processor, image=PICTURE, prompt=p, max_tokens=4) for p in ("What?", "Where is it?")
+    ]
+    first, second = (list(stream) for stream in streams)
+    assert (first[-1].reused_tokens, second[-1].reused_tokens > 4) == (0, True)
+    assert tuple(token for piece in second for token in piece.token_ids) == alone.token_ids
+
+
 def test_continuing_gives_the_logits_of_starting_anew(loaded):
     model, processor = loaded
     cache = PrefixCache()
