@@ -31,6 +31,9 @@ TEMPLATE = (
 )
 
 
+DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
 class Clock(BaseStreamer):  # type: ignore[misc]
     """The time of every token; what is put first is the prompt."""
 
@@ -84,14 +87,22 @@ def agreement(model: Any, processors: Any, picture: str, request: dict[str, Any]
     }
 
 
+def peak_bytes() -> int:
+    """The most memory that was allocated on the device so far; on MPS what its allocator has kept."""
+    if DEVICE == "cuda":
+        return int(torch.cuda.max_memory_allocated())
+    if DEVICE == "mps":
+        return int(torch.mps.driver_allocated_memory())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def main() -> None:
     """Answers about each picture of the request and writes what it took as JSON."""
     request = json.loads(sys.argv[1])
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     dtype = getattr(torch, request["dtype"])
     model = FastVlmForConditionalGeneration.from_pretrained(request["model"], dtype=dtype).eval()
-    if torch.cuda.is_available():
-        model = model.cuda()
+    model = model.to(DEVICE)
     side = request["resolution"]
     image_processor = CLIPImageProcessor(
         size={"shortest_edge": side},
@@ -108,11 +119,7 @@ def main() -> None:
             result["warm_ttft"], result["decode_rate"], generated = answer(model, processors, picture, request)
             result["tokens"] = [int(row[0].argmax()) for row in generated.logits]
             if number == 0:
-                result["peak_bytes"] = (
-                    torch.cuda.max_memory_allocated()
-                    if torch.cuda.is_available()
-                    else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-                )
+                result["peak_bytes"] = peak_bytes()
     names = ("torch", "torchvision", "transformers", "timm", "numpy", "pillow")
     result["versions"] = {name: version(name) for name in names}
     print(json.dumps(result))
