@@ -124,8 +124,6 @@ def load(
     """
     folder = resolve(name, revision=revision, notify=notify, progress=progress)
     model = load_model(folder, dtype=dtype, lazy=True)
-    if device() == "cpu":
-        mx.async_eval(model.vision_tower.parameters())
     processor = FastVLMProcessor.from_folder(folder)
     if device() == "cpu" and not lazy:
         processor.tokenizer.start()
