@@ -53,8 +53,8 @@ DEFAULT_WORK = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() /
 PROMPT = "Describe the image."
 MAX_TOKENS = 8
 CLI = "from fastvlm_mlx.cli import main; main()"
-TOLERANCES = {"float32": 1e-2, "float16": 0.2, "bfloat16": 1.0}
-"""Largest difference of log-probabilities, in nats, that arithmetic in another order may make."""
+TOLERANCES = {"float32": 1e-2, "float16": 0.05}
+"""Largest difference of log-probabilities, in nats, that arithmetic in another order may make; seen: 5e-4 and 0.032."""
 
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 """What `ru_maxrss` counts in, in bytes."""

@@ -146,7 +146,8 @@ class FastVLM(nn.Module):
         last_images: bool = False,
     ) -> tuple[mx.array, list[int]]:
         """Embeddings (B, L, D) of rows of token ids, and how many positions of each row are padding."""
-        images = next((len(given) for given in (visual_tokens, pixel_values) if given is not None), 0)  # type: ignore[arg-type]
+        given = pixel_values if visual_tokens is None else visual_tokens
+        images = 0 if given is None else len(given)  # type: ignore[arg-type]
         places = sum(int((row == IMAGE_TOKEN).sum()) for row in rows)
         if images != places:
             raise PromptError(f"the prompt has {places} place(s) for an image but {images} image(s) were given")

@@ -90,9 +90,10 @@ class FastVLMProcessor:
         resolution: Resolution = None,
         system: str | None = None,
     ) -> tuple[list[tuple[Turn, ...]], NDArray[np.uint8]]:
-        """The first half of a call, for which no tokenizer is needed: a conversation for each prompt, and pixel values.
+        """The first half of a call, which needs no tokenizer: a conversation for each prompt, and all pixel values.
 
-        Arguments and errors are those of a call, but for prompts that are too long.
+        Pixel values are (images, R, R, 3), uint8, also when there are no images. Arguments and errors are those of a
+        call, but for prompts that are too long.
         """
         conversations = [conversation(*pair, system) for pair in _pair(images, prompts)]
         sources = [image for turns in conversations for turn in turns for image in turn.images]
@@ -101,7 +102,7 @@ class FastVLMProcessor:
     def tokenize(
         self, conversations: list[tuple[Turn, ...]], pixel_values: NDArray[np.uint8]
     ) -> dict[str, NDArray[Any]]:
-        """The second half of a call.
+        """The second half of a call: what it returns, from what `prepare` returned.
 
         Raises:
             PromptError: If a prompt is too long.

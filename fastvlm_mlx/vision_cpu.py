@@ -3,12 +3,11 @@
 What differs from `FastViTHD.__call__`, each for a measured reason:
 
 - Channels first, (C, H, W). A depthwise convolution is then a sum of k batched matrix products, one per kernel row,
-with
-  banded matrices: T outputs of a row need S = (T - 1)·stride + k inputs, and an (S, T) matrix with the kernel's row
-  along its diagonal maps one to the other. MLX's own depthwise convolution is a scalar loop here, tens of times slower.
+  with banded matrices: T outputs of a row need S = (T - 1)·stride + k inputs, and an (S, T) matrix with the kernel's
+  row along its diagonal maps one to the other. MLX's own depthwise convolution is a scalar loop here, tens of times
+  slower.
 - A CPU stream of MLX is one thread. The channels of depthwise convolutions, the heads of attention and the hidden units
-of
-  ConvFFNs are independent, so a feature map is kept as parts (C/P, H, W), one per stream, which only meet where a
+  of ConvFFNs are independent, so a feature map is kept as parts (C/P, H, W), one per stream, which only meet where a
   linear reads all channels.
 """
 
