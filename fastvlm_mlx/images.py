@@ -54,14 +54,16 @@ _HEIC = (b"ftypheic", b"ftypheix", b"ftypmif1")
 _BAND_PIXELS = 1 << 24
 
 
-def load_image(source: ImageSource, *, timeout: float = DOWNLOAD_TIMEOUT) -> Image:
+def load_image(source: ImageSource, *, timeout: float = DOWNLOAD_TIMEOUT, copy: bool = True) -> Image:
     """The picture in RGB, upright (EXIF orientation applied); alpha is dropped, as Apple does.
 
-    Of an animation it is the first frame; 16-bit samples keep their high byte.
+    Of an animation it is the first frame; 16-bit samples keep their high byte. Loading the result once more
+    changes nothing.
 
     Args:
         source: See `ImageSource`. A URL is fetched.
         timeout: Seconds for fetching a URL.
+        copy: Whether to copy a PIL image that is RGB and upright already. Without, it is returned itself.
 
     Raises:
         ImageError: If the source cannot be read or is not a picture.
@@ -70,7 +72,7 @@ def load_image(source: ImageSource, *, timeout: float = DOWNLOAD_TIMEOUT) -> Ima
 
     if isinstance(source, Image.Image):
         picture = _to_rgb(source, getattr(source, "filename", "") or "PIL image")
-        return picture.copy() if picture is source else picture
+        return picture.copy() if copy and picture is source else picture
     if isinstance(source, np.ndarray):
         return Image.fromarray(_array_to_rgb(source))
     data, name = _read(source, timeout)
@@ -293,7 +295,10 @@ def _to_rgb(image: Image, name: str) -> Image:
 
 
 def _upright(rgb: Image, original: Image) -> Image:
-    """`rgb` turned as the EXIF orientation of `original` says; damaged EXIF data count as none."""
+    """`rgb` turned as the EXIF orientation of `original` says; damaged EXIF data count as none.
+
+    What was turned has no metadata, so that nobody turns it again.
+    """
     from PIL import ExifTags
     from PIL.Image import Transpose
 
@@ -310,7 +315,11 @@ def _upright(rgb: Image, original: Image) -> Image:
         turn = turns.get(original.getexif().get(ExifTags.Base.Orientation, 1))
     except _DECODER_ERRORS:
         return rgb
-    return rgb if turn is None else rgb.transpose(turn)
+    if turn is None:
+        return rgb
+    turned = rgb.transpose(turn)
+    turned.info = {}  # Pillow finds the orientation in here, as EXIF or as XMP
+    return turned
 
 
 def _array_to_rgb(array: NDArray[Any]) -> NDArray[np.uint8]:

@@ -128,7 +128,7 @@ class FastVLMProcessor:
             ImageError: If an image cannot be read.
             ConfigError: If the model cannot run at `resolution`.
         """
-        pictures = [load_image(image) for image in images]
+        pictures = [load_image(image, copy=False) for image in images]
         side = choose_resolution(pictures, resolution, self.image_size)
         if not pictures:
             return np.zeros((0, side, side, 3), dtype=np.uint8)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file
 from typer.testing import CliRunner, Result
 
@@ -18,8 +19,10 @@ from fastvlm_mlx.cli import app
 from fastvlm_mlx.cli.terminal import human_bytes
 from fastvlm_mlx.errors import ImageError
 from fastvlm_mlx.generation import GenerationResult
+from tests.pictures import stored_with
 
 GOLDEN = Path(__file__).parent / "golden" / "apple"
+DEMO = Path(fastvlm_mlx.__file__).parent / "demo_model"
 PICTURE = str(GOLDEN / "images" / "square.png")
 
 
@@ -230,6 +233,19 @@ def test_generate_answers_as_upstream_does(converted: str, image: str) -> None:
     record = json.loads(result.stdout)
     np.testing.assert_array_equal(record["token_ids"], expected[: len(record["token_ids"])])
     assert record["visual_tokens"] == 4
+
+
+def test_a_photograph_is_turned_once(tmp_path: Path) -> None:
+    upright = Image.open(DEMO / "sample-1.png").convert("RGB")
+    assert upright.width != upright.height
+    photo = tmp_path / "photo.jpg"
+    for orientation in range(1, 9):
+        photo.write_bytes(stored_with(orientation, upright, "JPEG"))
+        for result in (
+            invoke("generate", "-m", "demo", str(photo)),
+            invoke("generate", "-m", "demo", "-", stdin=photo.read_bytes()),
+        ):
+            assert result.stdout == "A green triangle, a black cross and a green cross.\n", orientation
 
 
 def test_an_unconverted_source_is_converted_once(converted: str) -> None:

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 from fastvlm_mlx import images
 from fastvlm_mlx.errors import ConfigError
 from fastvlm_mlx.images import auto_resolution, check_resolution, load_image, pixel_values_float, preprocess
+from tests.pictures import stored_with
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = ("landscape", "portrait", "square", "large", "tiny")
@@ -114,19 +115,26 @@ def test_grey_arrays_are_repeated_over_the_channels(shape):
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied(orientation):
     upright = noise(6, 4)
-    undo = {
-        2: Image.Transpose.FLIP_LEFT_RIGHT,
-        3: Image.Transpose.ROTATE_180,
-        4: Image.Transpose.FLIP_TOP_BOTTOM,
-        5: Image.Transpose.TRANSPOSE,
-        6: Image.Transpose.ROTATE_90,
-        7: Image.Transpose.TRANSVERSE,
-        8: Image.Transpose.ROTATE_270,
-    }
-    stored = upright.transpose(undo[orientation]) if orientation > 1 else upright
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    np.testing.assert_array_equal(np.asarray(load_image(encoded(stored, exif=exif))), np.asarray(upright))
+    data = stored_with(orientation, upright)
+    for source in (data, Image.open(io.BytesIO(data))):
+        np.testing.assert_array_equal(np.asarray(load_image(source)), np.asarray(upright))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_loading_twice_turns_once(orientation, kind):
+    data = stored_with(orientation, noise(6, 4), kind)
+    for source in (data, Image.open(io.BytesIO(data))):
+        once = load_image(source)
+        assert once.size == (6, 4)
+        assert once.getexif().get(0x0112, 1) == 1
+        np.testing.assert_array_equal(np.asarray(load_image(once)), np.asarray(once))
+
+
+def test_loading_again_copies_only_if_told_to():
+    picture = load_image(stored_with(6, noise(6, 4)))
+    assert load_image(picture, copy=False) is picture
+    assert load_image(picture) is not picture
 
 
 def test_damaged_exif_counts_as_none():
