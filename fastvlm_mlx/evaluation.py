@@ -10,9 +10,11 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from random import Random
 from types import MappingProxyType
 from typing import Any, TextIO
 
@@ -25,6 +27,8 @@ Progress = Callable[[int, int], None]
 """Called with the questions answered and the questions in all."""
 OTHER = "other"
 """Kind of a question that names none."""
+MALFORMED = "malformed"
+"""Kind of a row that is no question."""
 ANSWER_TOKENS = 64
 Z95 = 1.959964
 """Half-width of a 95 % interval in standard deviations."""
@@ -384,7 +388,7 @@ def evaluate(
         processor: From `load`.
         questions: From `read_questions`.
         metric: One of `METRICS`.
-        limit: Take only this many rows, spread evenly over the file.
+        limit: Take only this many rows, a `sample`.
         resolution: Side in pixels that images are resized to; None for the model's own.
         max_tokens: Longest answer.
         predictions: Where answers are kept and taken from.
@@ -395,7 +399,7 @@ def evaluate(
     """
     if metric not in METRICS:
         raise ConfigError(f"unknown metric {metric!r}; there are {', '.join(METRICS)}")
-    rows = list(_spread(questions, limit))
+    rows = questions if limit is None else sample(questions, limit)
     if not rows:
         raise ConfigError("there are no questions to evaluate")
     answers = []
@@ -403,7 +407,7 @@ def evaluate(
         if progress:
             progress(done, len(rows))
         if isinstance(row, BadRow):
-            answers.append(Answer(line=row.line, kind="malformed", prediction=None, score=0.0, error=row.reason))
+            answers.append(Answer(line=row.line, kind=_kind(row), prediction=None, score=0.0, error=row.reason))
             continue
         try:
             prediction = predictions.get(row) if predictions else None
@@ -424,8 +428,22 @@ def evaluate(
     return EvaluationReport(metric=metric, answers=tuple(answers))
 
 
-def _spread(rows: Sequence[Question | BadRow], limit: int | None) -> Iterator[Question | BadRow]:
-    """`limit` of the rows, evenly spread: files are often sorted by kind."""
-    count = len(rows) if limit is None else min(limit, len(rows))
-    for i in range(count):
-        yield rows[i * len(rows) // count]
+def _kind(row: Question | BadRow) -> str:
+    return MALFORMED if isinstance(row, BadRow) else row.kind
+
+
+def sample(rows: Sequence[Question | BadRow], limit: int) -> list[Question | BadRow]:
+    """`limit` of the rows in the file's order: a random sample with each kind in proportion.
+
+    It is the same every time, and part of every larger sample. Files are often sorted by kind, or cycle through the
+    kinds, so rows at equal distances will not do.
+    """
+    sizes, seen = Counter(map(_kind, rows)), Counter[str]()
+    random = Random(0)
+    shuffled = sorted(range(len(rows)), key=lambda _: random.random())
+    places = {}
+    for i in shuffled:  # the n rows of a kind get the places (1/2)/n, (3/2)/n, … between 0 and 1
+        kind = _kind(rows[i])
+        places[i] = (seen[kind] + 0.5) / sizes[kind]
+        seen[kind] += 1
+    return [rows[i] for i in sorted(sorted(shuffled, key=places.__getitem__)[:limit])]

@@ -68,6 +68,13 @@ def test_failed_rows_are_named_and_end_with_1(model, questions):
     assert "2 of 3 rows failed" in result.stderr
 
 
+def test_a_limit_asks_about_every_kind_alike(model, questions):
+    kinds = ("describe", "count", "colour", "shape", "where", "exists", "compare", "read")
+    rows = [row(f"{kind} {number}?", kind=kind) for number in range(4) for kind in kinds]
+    record = json.loads(run("-m", model, "--data", questions(*rows), "--limit", "16", "--json").stdout)
+    assert {kind: share["count"] for kind, share in record["kinds"].items()} == dict.fromkeys(kinds, 2)
+
+
 def test_an_interrupted_run_goes_on_where_it_stopped(model, questions, monkeypatch):
     data, asked = questions(row(), row("Where?"), row("Why?")), []
 

@@ -1,8 +1,10 @@
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fastvlm_mlx import evaluation
@@ -21,6 +23,7 @@ from fastvlm_mlx.evaluation import (
     normalize,
     read_questions,
     relaxed_numeric,
+    sample,
     vqa_accuracy,
 )
 from fastvlm_mlx.generation import GenerationResult
@@ -185,9 +188,39 @@ def test_report_counts_failed_rows_and_names_their_lines(tmp_path: Path, asked: 
     assert report.table()[-1][:3] == ("all", "4", "25.0")
 
 
-def test_limit_takes_rows_from_the_whole_file(tmp_path: Path, asked: list[str]) -> None:
-    run(write(tmp_path, *(row(question=str(i)) for i in range(10))), limit=3)
-    assert asked == ["0", "3", "6"]
+CYCLED = [kind for _ in range(50) for kind in "abcdefgh"]
+SORTED = sorted(CYCLED)
+UNEVEN = ["rare"] * 10 + ["common", "often"] * 100 + ["rare"] * 10
+
+
+def questions_of(kinds: list[str]) -> list[Question | BadRow]:
+    return [
+        Question(line=line, image=Path("x.png"), question="?", answers=("yes",), kind=kind)
+        for line, kind in enumerate(kinds, start=1)
+    ]
+
+
+@pytest.mark.parametrize("kinds", [CYCLED, SORTED, UNEVEN])
+@pytest.mark.parametrize("limit", [1, 7, 8, 40, 55, 200])
+def test_a_sample_has_every_kind_in_proportion(kinds: list[str], limit: int) -> None:
+    counts = Counter(row.kind for row in sample(questions_of(kinds), limit) if isinstance(row, Question))
+    assert counts.total() == limit
+    for kind, size in Counter(kinds).items():
+        assert abs(counts[kind] - limit * size / len(kinds)) <= 1
+
+
+def test_a_sample_keeps_the_order_and_is_part_of_a_larger_one() -> None:
+    rows = questions_of(CYCLED)
+    lines = [[row.line for row in sample(rows, limit)] for limit in (20, 30, 400, 500)]
+    assert all(taken == sorted(set(taken)) for taken in lines)
+    assert set(lines[0]) < set(lines[1])
+    assert lines[2] == lines[3] == [row.line for row in rows]
+    assert lines[0] == [row.line for row in sample(rows, 20)]
+
+
+def test_a_sample_is_not_taken_at_equal_distances() -> None:
+    lines = [row.line for row in sample(questions_of(["a"] * 800), 100)]
+    assert len(set(np.diff(lines))) > 10
 
 
 def test_unknown_metric_is_an_error_that_lists_the_known(tmp_path: Path) -> None:
@@ -197,9 +230,10 @@ def test_unknown_metric_is_an_error_that_lists_the_known(tmp_path: Path) -> None
 
 
 def test_interrupted_run_goes_on_where_it_stopped(tmp_path: Path, asked: list[str]) -> None:
-    path, kept = write(tmp_path, *(row(question=q) for q in ("cat", "dog", "cow"))), tmp_path / "kept.jsonl"
+    rows, kept = [row(question=q) for q in ("cat", "dog", "cow")], tmp_path / "kept.jsonl"
     with Predictions(kept, {"model": "m"}) as predictions:
-        run(path, limit=2, predictions=predictions)
+        run(write(tmp_path, *rows[:2]), predictions=predictions)
+    path = write(tmp_path, *rows)
     # An interruption may cut the last line anywhere.
     kept.write_text(kept.read_text()[:-9])
     asked.clear()

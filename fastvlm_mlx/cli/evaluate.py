@@ -19,7 +19,7 @@ def evaluate(
     data: Annotated[Path, typer.Option(help="JSON Lines with image, question, answers and, optionally, kind.")],
     baseline: Annotated[str | None, typer.Option(help=f"Another model to compare with. {MODEL_HELP}")] = None,
     metric: Annotated[str, typer.Option(help="exact, vqa, relaxed or anls.")] = "exact",
-    limit: Annotated[int | None, typer.Option(min=1, help="Ask only so many, spread over the file.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Ask a sample of so many, each kind in proportion.")] = None,
     resolution: Annotated[
         Any, typer.Option("--resolution", "-r", parser=parse_resolution, metavar="INT|auto", help="Pixels a side.")
     ] = None,
