@@ -1,9 +1,12 @@
 """Reports of measurements: their files, tables and plots, and the comparison of two of them."""
 
 import csv
+import errno
 import io
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -49,6 +52,62 @@ def make_report(conditions: Mapping[str, Any], settings: Mapping[str, Any], rows
         "settings": dict(settings),
         "rows": list(rows),
     }
+
+
+def check_output(path: Path) -> None:
+    """Accepts a path that `write_output` can write, before anything is measured for it; what is there stays.
+
+    Raises:
+        ConfigError: If the folder is missing, or the file cannot be written.
+    """
+    with _refused(path):
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if _is_stream(path):
+            return
+        if path.exists():
+            path.open("ab").close()
+        partial = _partial(path)
+        partial.touch()
+        partial.unlink()
+
+
+def write_output(path: Path, content: bytes) -> None:
+    """Writes a file at once: a reader finds what was there before, or all of `content`.
+
+    Raises:
+        ConfigError: If it cannot be written.
+    """
+    partial = _partial(path)
+    with _refused(path):
+        if _is_stream(path):
+            path.write_bytes(content)
+            return
+        try:
+            partial.write_bytes(content)
+            os.replace(partial, os.path.realpath(path))
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _refused(path: Path) -> Iterator[None]:
+    """Makes an error of the operating system one that names `path`."""
+    try:
+        yield
+    except OSError as err:
+        raise ConfigError(f"{path}: cannot be written ({err.strerror or err})") from err
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether `path` is a pipe or a device, which nothing can take the place of."""
+    return path.exists() and not path.is_file()
+
+
+def _partial(path: Path) -> Path:
+    """Where the content of `path` is written first: beside the file, or beside what it links to."""
+    target = Path(os.path.realpath(path))
+    return target.with_name(f".{target.name}.partial-{os.getpid()}")
 
 
 def read_report(path: Path) -> dict[str, Any]:
@@ -172,7 +231,7 @@ def as_csv(report: Mapping[str, Any]) -> str:
 
 
 def check_plot(path: Path) -> None:
-    """Accepts a file that `plot` can write, before anything is measured for it.
+    """Accepts a kind of file that `plot` can draw, before anything is measured for it.
 
     Raises:
         ConfigError: If matplotlib is missing, or the ending of `path` is not `.svg`, `.png` or `.pdf`.
@@ -187,7 +246,7 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
     """Draws the stages of every row stacked, with its wall TTFT, as SVG, PNG or PDF.
 
     Raises:
-        ConfigError: As `check_plot`.
+        ConfigError: As `check_plot` and `write_output`.
     """
     check_plot(path)
     from matplotlib.figure import Figure
@@ -214,4 +273,6 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
     chip = report["conditions"]["chip"]
     axes.set_title(f"Time to first token on {chip}", fontsize=10)
     axes.legend(fontsize=7)
-    figure.savefig(path)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=path.suffix[1:])
+    write_output(path, drawn.getvalue())

@@ -206,6 +206,80 @@ def test_the_command_measures_a_checkpoint_warm_and_cold(tmp_path: Path, monkeyp
     assert "wall TTFT, unstaged" in Path(files["svg"]).read_text()
 
 
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The models that the command has loaded; each measurement of one is made up."""
+    names: list[str] = []
+
+    def load(name: str, **_: Any) -> SimpleNamespace:
+        names.append(name)
+        return SimpleNamespace(name=name)
+
+    monkeypatch.setattr(Subject, "load", load)
+    monkeypatch.setattr(bench, "measure", lambda *_, **__: make_report(1.0)["rows"][0])
+    return names
+
+
+@pytest.mark.parametrize(("option", "name"), [("--json", "x.json"), ("--csv", "x.csv"), ("--plot", "x.svg")])
+def test_a_report_that_cannot_be_written_is_refused_before_the_measurement(
+    tmp_path: Path, measured: list[str], option: str, name: str
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder" / name).mkdir(parents=True)
+    for folder, reason in (
+        ("missing", "No such file or directory"),
+        ("file", "Not a directory"),
+        ("folder", "Is a directory"),
+    ):
+        path = tmp_path / folder / name
+        result = invoke("-m", "demo", option, str(path))
+        assert (result.exit_code, result.stderr) == (1, f"error: {path}: cannot be written ({reason})\n")
+    assert measured == []
+
+
+def test_a_report_stays_until_there_is_a_new_one(
+    tmp_path: Path, measured: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {"--json": "x.json", "--csv": "x.csv", "--plot": "x.svg"}
+    for name in files.values():
+        (tmp_path / name).write_text("earlier")
+    (tmp_path / "linked.json").symlink_to("x.json")
+    files["--json"] = "linked.json"
+    arguments = ["-m", "demo", *(part for option, name in files.items() for part in (option, str(tmp_path / name)))]
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise CheckpointError("damaged")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench, "measure", fail)
+        assert invoke(*arguments).stderr == "error: damaged\n"
+    assert all((tmp_path / name).read_text() == "earlier" for name in files.values())
+    assert invoke(*arguments).exit_code == 0
+    assert measured == ["demo", "demo"]
+    assert not any((tmp_path / name).read_text() == "earlier" for name in files.values())
+    assert (tmp_path / "linked.json").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["linked.json", "x.csv", "x.json", "x.svg"]
+
+
+def test_the_table_is_printed_whatever_becomes_of_the_report(
+    tmp_path: Path, measured: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(report.os, "replace", full)
+    result = invoke("-m", "demo", "--json", str(tmp_path / "x.json"))
+    assert result.exit_code == 1
+    assert "1000" in result.stdout
+    assert result.stderr == f"error: {tmp_path / 'x.json'}: cannot be written (No space left on device)\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_report_may_go_to_a_device(measured: list[str]) -> None:
+    assert invoke("-m", "demo", "--json", os.devnull).exit_code == 0
+    assert Path(os.devnull).is_char_device()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

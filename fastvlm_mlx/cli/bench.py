@@ -178,10 +178,23 @@ def _measure(
     from fastvlm_mlx.bench import measure
     from fastvlm_mlx.conditions import conditions
     from fastvlm_mlx.pictures import Pictures
-    from fastvlm_mlx.report import as_csv, as_markdown, as_text, check_plot, make_report, plot, table
+    from fastvlm_mlx.report import (
+        as_csv,
+        as_markdown,
+        as_text,
+        check_output,
+        check_plot,
+        make_report,
+        plot,
+        table,
+        write_output,
+    )
 
     if outputs.plot:
         check_plot(outputs.plot)
+    for path in (outputs.json, outputs.csv, outputs.plot):
+        if path:
+            check_output(path)
     pictures = Pictures(image.read_bytes() if image else None, str(image))
     found, rows = conditions(), []
     with LiveLine() as line:
@@ -203,13 +216,13 @@ def _measure(
                     )
                 )
     report = make_report(found, {"prompt": prompt, "image_sha256": pictures.sha256, **counts}, rows)
+    typer.echo((as_markdown if outputs.markdown else as_text)(table(report)))
     if outputs.json:
-        outputs.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_output(outputs.json, (json.dumps(report, indent=1) + "\n").encode())
     if outputs.csv:
-        outputs.csv.write_text(as_csv(report), encoding="utf-8")
+        write_output(outputs.csv, as_csv(report).encode())
     if outputs.plot:
         plot(report, outputs.plot)
-    typer.echo((as_markdown if outputs.markdown else as_text)(table(report)))
 
 
 @app.command()
