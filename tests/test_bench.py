@@ -285,6 +285,9 @@ def test_a_report_may_go_to_a_device(measured: list[str]) -> None:
     [
         (("--random-weights", "0.5b", "--model", "x"), "not both"),
         (("--random-weights", "0.5b", "--cold"), "a cold start needs a model on disk"),
+        (("--cost", "--json", "x.json"), "Invalid value for --json: --cost prints its tables and writes no file"),
+        (("--cost", "--csv", "x.csv"), "Invalid value for --csv: --cost prints its tables and writes no file"),
+        (("--cost", "--plot", "x.svg"), "Invalid value for --plot: --cost prints its tables and writes no file"),
         (("--resolution", "100"), "neither a positive multiple of 64"),
         (("compare", "a.json", "b.json", "--threshold", "much"), "'much' is not a percentage"),
     ],

@@ -107,6 +107,9 @@ def bench(
         raise typer.BadParameter("give models or random weights, not both", param_hint="--random-weights")
     if random_weights and cold:
         raise typer.BadParameter("a cold start needs a model on disk, not random weights", param_hint="--cold")
+    for option, path in (("--json", json_file), ("--csv", csv_file), ("--plot", plot)):
+        if cost and path:
+            raise typer.BadParameter("--cost prints its tables and writes no file", param_hint=option)
     names = list(models or [os.environ.get("FASTVLM_MODEL", DEFAULT_MODEL)])
     if cost:
         sides = [side for side in resolutions or [256, 512, 1024] if side != "auto"]
