@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from typer.testing import CliRunner, Result
 
 import fastvlm_mlx
-from fastvlm_mlx import images
+from fastvlm_mlx import convert, images
 from fastvlm_mlx.cli import app
 from fastvlm_mlx.cli.terminal import human_bytes
 from fastvlm_mlx.errors import ImageError
@@ -254,6 +254,23 @@ def test_an_unconverted_source_is_converted_once(converted: str) -> None:
     assert "converting" in first.stderr
     assert second.stderr == ""
     assert first.stdout == second.stdout
+
+
+@pytest.mark.parametrize("model", ["apple/FastVLM-0.5B", str(GOLDEN / "reparam"), "demo"])
+def test_a_mistyped_picture_costs_neither_a_download_nor_a_conversion(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    def begin(*_: Any, **__: Any) -> None:
+        raise AssertionError("a download or a conversion has begun")
+
+    monkeypatch.setattr(convert, "convert_checkpoint", begin)
+    damaged, typo = tmp_path / "damaged.png", tmp_path / "typo.png"
+    damaged.write_bytes(Path(PICTURE).read_bytes()[:100])
+    for path, reason in ((typo, "no such file\n"), (tmp_path, "is a folder, not an image"), (damaged, "damaged")):
+        result = invoke("generate", PICTURE, str(path), "-m", model)
+        assert result.exit_code == 1
+        assert result.stderr.startswith(f"error: {path}: {reason}")
+    assert not (tmp_path / "cache").exists()
 
 
 def test_an_unknown_model_is_an_error_that_lists_what_there_is() -> None:

@@ -66,9 +66,16 @@ def generate(
 
     with ThreadPoolExecutor() as pool:  # the pictures are decoded while the weights are read
         opening = [pool.submit(load_image, picture) for picture in pictures]
+
+        def announce(message: str) -> None:
+            """Notes what takes long, a download say, once every picture is known to be one."""
+            for picture in opening:
+                picture.result()
+            note(message)
+
         with ByteProgress() as progress:
             network, processor = load(
-                model, dtype=dtype.value if dtype else None, notify=note, progress=progress, lazy=True
+                model, dtype=dtype.value if dtype else None, notify=announce, progress=progress, lazy=True
             )
         opened = [picture.result() for picture in opening]
     stream = stream_generate(
