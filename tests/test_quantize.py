@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from fastvlm_mlx import convert
 from fastvlm_mlx.backend import mx
 from fastvlm_mlx.checkpoint import load, load_model
 from fastvlm_mlx.cli import app
@@ -241,6 +242,24 @@ def test_bad_input_is_an_error_before_any_work(
     assert result.exit_code == 1, result.output
     assert message in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_converted_for_what_cannot_be_written_or_measured_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def begin(*_: Any, **__: Any) -> None:
+        raise AssertionError("a conversion has begun")
+
+    monkeypatch.setenv("FASTVLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(convert, "convert_checkpoint", begin)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "precious").touch()
+    typo = tmp_path / "typo.png"
+    taken = invoke("quantize", SOURCES["apple"], tmp_path / "taken")
+    assert (taken.exit_code, taken.stderr.partition(";")[0]) == (1, f"error: {tmp_path / 'taken'}: exists already")
+    missing = invoke("quantize", SOURCES["apple"], tmp_path / "out", "--calibration", typo)
+    assert missing.exit_code == 1
+    assert missing.stderr == f"error: {typo}: no such picture or folder of calibration pictures\n"
 
 
 def test_quantizing_twice(quantized: tuple[Path, LossReport], tmp_path: Path) -> None:

@@ -150,8 +150,12 @@ def quantize(
     beside the weights and put on the model card.
     """
     from fastvlm_mlx.checkpoint import resolve
+    from fastvlm_mlx.convert.agreement import picture_files
+    from fastvlm_mlx.convert.destination import vacant
     from fastvlm_mlx.convert.pipeline import produce
 
+    vacant(destination)
+    pictures = picture_files(calibration or ())
     parts = {"decoder": q_decoder, "embed": q_embed, "projector": q_projector, "vision": q_vision}
     wanted = None if dequantize else request(preset, bits, group_size, mode, parts, target_bpw, method, form)
     check(upload_repo)
@@ -163,7 +167,7 @@ def quantize(
             wanted=wanted,
             mlx_vlm=form is Format.mlx_vlm,
             dequantize=dequantize,
-            calibration=calibration or (),
+            calibration=pictures,
             gates=gate or (),
             progress=progress,
         )
