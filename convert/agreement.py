@@ -15,15 +15,15 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw
 
 from fastvlm_mlx.backend import mx
-from fastvlm_mlx.checkpoint import load_model
+from fastvlm_mlx.checkpoint.load import load_model
 from fastvlm_mlx.config import IMAGE_TOKEN
 from fastvlm_mlx.convert.fold import Array
 from fastvlm_mlx.convert.stages import embedding_stage, splice
 from fastvlm_mlx.errors import ConversionError
-from fastvlm_mlx.images import load_image, preprocess
-from fastvlm_mlx.language import Qwen2
-from fastvlm_mlx.model import FastVLM
-from fastvlm_mlx.processing import FastVLMProcessor
+from fastvlm_mlx.inputs.images import load_image, preprocess
+from fastvlm_mlx.inputs.processor import FastVLMProcessor
+from fastvlm_mlx.model.fastvlm import FastVLM
+from fastvlm_mlx.model.language import Qwen2
 
 ANSWER = 10
 """Positions of each answer that are compared."""

@@ -10,8 +10,8 @@ from fastvlm_mlx.backend import mx
 from fastvlm_mlx.config import VisionConfig
 from fastvlm_mlx.convert.fold import Array
 from fastvlm_mlx.errors import ConversionError
-from fastvlm_mlx.images import load_image, preprocess
-from fastvlm_mlx.vision import FastViTHD
+from fastvlm_mlx.inputs.images import load_image, preprocess
+from fastvlm_mlx.model.vision import FastViTHD
 
 RESOLUTION = 256
 """Pixels per side: 16 visual tokens, a sixteenth of the work of the resolution that the models are tuned for."""

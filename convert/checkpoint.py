@@ -12,7 +12,7 @@ from fastvlm_mlx.convert.rescale import Scaling, factors
 from fastvlm_mlx.convert.source import Source
 from fastvlm_mlx.convert.weights import Shape, Weight, weight
 from fastvlm_mlx.errors import CheckpointError
-from fastvlm_mlx.tokenizer import END_OF_TEXT, IM_END, Tokenizer
+from fastvlm_mlx.inputs.tokenizer import END_OF_TEXT, IM_END, Tokenizer
 
 LM_HEAD = "language_model.lm_head.weight"
 EMBEDDING = "language_model.model.embed_tokens.weight"

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastvlm_mlx.backend import mx, nn
-from fastvlm_mlx.checkpoint import load_model
+from fastvlm_mlx.checkpoint.load import load_model
 from fastvlm_mlx.config import IMAGE_TOKEN
 from fastvlm_mlx.convert.agreement import Notify, Probes, Reference
 from fastvlm_mlx.convert.gptq import Packed, compensated
@@ -24,8 +24,8 @@ from fastvlm_mlx.convert.stages import (
     splice,
     tower_stages,
 )
-from fastvlm_mlx.model import FastVLM
-from fastvlm_mlx.processing import FastVLMProcessor
+from fastvlm_mlx.inputs.processor import FastVLMProcessor
+from fastvlm_mlx.model.fastvlm import FastVLM
 
 SEEDS = range(1000, 1032)
 """The rendered pictures to calibrate on, others than those that checkpoints are compared on."""

@@ -23,9 +23,9 @@ from fastvlm_mlx.convert.rescale import Scaling, choose, factors
 from fastvlm_mlx.convert.source import Source, open_source
 from fastvlm_mlx.convert.weights import Weight
 from fastvlm_mlx.errors import CheckpointError, ConversionError
-from fastvlm_mlx.processing import FastVLMProcessor
-from fastvlm_mlx.quantization import quantization_entry
-from fastvlm_mlx.tokenizer import Tokenizer
+from fastvlm_mlx.inputs.processor import FastVLMProcessor
+from fastvlm_mlx.inputs.tokenizer import Tokenizer
+from fastvlm_mlx.model.quantized import quantization_entry
 
 Progress = Callable[[int, int, str], None]
 """Called with bytes done, bytes in all, and what is being done."""

@@ -22,7 +22,7 @@ from fastvlm_mlx.convert.rescale import Scaling, factors
 from fastvlm_mlx.convert.source import Tensor, open_source
 from fastvlm_mlx.convert.weights import float32
 from fastvlm_mlx.errors import ConversionError
-from fastvlm_mlx.tokenizer import IM_END, Tokenizer
+from fastvlm_mlx.inputs.tokenizer import IM_END, Tokenizer
 
 PROJECTION_DIM = 768
 """Of CLIP's head, which mlx-vlm has weights for and FastVLM does not use."""

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from fastvlm_mlx.checkpoint import is_converted
+from fastvlm_mlx.checkpoint.load import is_converted
 from fastvlm_mlx.config import ModelConfig, bundled_checkpoint
 from fastvlm_mlx.convert.agreement import picture_files
 from fastvlm_mlx.convert.conversion import Progress, convert_checkpoint, plan

@@ -10,7 +10,7 @@ from fastvlm_mlx.backend import nn
 from fastvlm_mlx.config import ModelConfig
 from fastvlm_mlx.convert.weights import Shape
 from fastvlm_mlx.errors import ConversionError
-from fastvlm_mlx.model import FastVLM
+from fastvlm_mlx.model.fastvlm import FastVLM
 
 PARTS = ("decoder", "embed", "projector", "vision")
 """What bits are chosen for: the decoder's layers, its embedding and head, the projector, the tower's linears."""

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fastvlm_mlx.backend import device, mx
-from fastvlm_mlx.checkpoint import load_model
+from fastvlm_mlx.checkpoint.load import load_model
 from fastvlm_mlx.config import ModelConfig
 from fastvlm_mlx.convert import writer
 from fastvlm_mlx.convert.agreement import Agreement, Probes, Reference, picture_files
@@ -24,8 +24,8 @@ from fastvlm_mlx.convert.presets import AUTO, Assignment, Quantization, Settings
 from fastvlm_mlx.convert.source import Source, Tensor, open_source
 from fastvlm_mlx.convert.weights import float32
 from fastvlm_mlx.errors import ConversionError
-from fastvlm_mlx.processing import FastVLMProcessor
-from fastvlm_mlx.quantization import column_slices, quantization_entry
+from fastvlm_mlx.inputs.processor import FastVLMProcessor
+from fastvlm_mlx.model.quantized import column_slices, quantization_entry
 from fastvlm_mlx.threads import cpu_threads
 
 _CHUNK = 2**22

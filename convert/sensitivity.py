@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from fastvlm_mlx.backend import mx
-from fastvlm_mlx.checkpoint import load_model
+from fastvlm_mlx.checkpoint.load import load_model
 from fastvlm_mlx.config import IMAGE_TOKEN
 from fastvlm_mlx.convert.agreement import Notify, Probes, divergences
 from fastvlm_mlx.convert.compensation import module_at
@@ -29,7 +29,7 @@ from fastvlm_mlx.convert.stages import (
     splice,
     tower_stages,
 )
-from fastvlm_mlx.model import FastVLM
+from fastvlm_mlx.model.fastvlm import FastVLM
 
 MEASURED_BITS = 4
 _SAMPLES = 2

@@ -13,11 +13,11 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-from fastvlm_mlx.activations import gelu
 from fastvlm_mlx.backend import mx
 from fastvlm_mlx.config import IMAGE_TOKEN
-from fastvlm_mlx.model import FastVLM
-from fastvlm_mlx.vision import FastViTHD
+from fastvlm_mlx.model.activations import gelu
+from fastvlm_mlx.model.fastvlm import FastVLM
+from fastvlm_mlx.model.vision import FastViTHD
 
 PROJECTOR = "mm_projector"
 EMBEDDING = "language_model.model.embed_tokens"

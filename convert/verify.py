@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fastvlm_mlx.backend import mx
-from fastvlm_mlx.checkpoint import is_converted, load_model, read_weights
+from fastvlm_mlx.checkpoint.load import is_converted, load_model, read_weights
 from fastvlm_mlx.config import IMAGE_TOKEN, ModelConfig
 from fastvlm_mlx.convert.agreement import Agreement, Notify, Probes, Reference
 from fastvlm_mlx.convert.conversion import convert_checkpoint
@@ -28,8 +28,8 @@ from fastvlm_mlx.convert.stages import (
     tower_stages,
 )
 from fastvlm_mlx.errors import ConversionError
-from fastvlm_mlx.model import FastVLM
-from fastvlm_mlx.processing import FastVLMProcessor
+from fastvlm_mlx.inputs.processor import FastVLMProcessor
+from fastvlm_mlx.model.fastvlm import FastVLM
 
 ROUNDING = 0.02
 """How far stages of unquantized checkpoints may be apart: float16 and bfloat16 stay well below."""

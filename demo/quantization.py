@@ -18,11 +18,11 @@ from typing import Any
 import matplotlib.pyplot as plt
 from scenes import scene_of
 
-from fastvlm_mlx.checkpoint import load, resolve
+from fastvlm_mlx.checkpoint.load import load, resolve
 from fastvlm_mlx.convert.loss import folder_bytes
 from fastvlm_mlx.convert.pipeline import produce
 from fastvlm_mlx.convert.presets import Quantization
-from fastvlm_mlx.evaluation import EvaluationReport, Predictions, evaluate, read_questions
+from fastvlm_mlx.jobs.evaluate import EvaluationReport, Predictions, evaluate, read_questions
 
 HERE = Path(__file__).parent
 BASELINE = "fp16"

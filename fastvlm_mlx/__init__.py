@@ -7,23 +7,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastvlm_mlx.checkpoint import load as load
+    from fastvlm_mlx.checkpoint.load import load as load
     from fastvlm_mlx.errors import FastVLMError as FastVLMError
-    from fastvlm_mlx.generation import GenerationResult as GenerationResult
-    from fastvlm_mlx.generation import generate as generate
-    from fastvlm_mlx.generation import stream_generate as stream_generate
-    from fastvlm_mlx.model import FastVLM as FastVLM
-    from fastvlm_mlx.processing import FastVLMProcessor as FastVLMProcessor
+    from fastvlm_mlx.generation.generate import GenerationResult as GenerationResult
+    from fastvlm_mlx.generation.generate import generate as generate
+    from fastvlm_mlx.generation.generate import stream_generate as stream_generate
+    from fastvlm_mlx.inputs.processor import FastVLMProcessor as FastVLMProcessor
+    from fastvlm_mlx.model.fastvlm import FastVLM as FastVLM
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "load": "checkpoint",
-    "generate": "generation",
-    "stream_generate": "generation",
-    "GenerationResult": "generation",
-    "FastVLM": "model",
-    "FastVLMProcessor": "processing",
+    "load": "checkpoint.load",
+    "generate": "generation.generate",
+    "stream_generate": "generation.generate",
+    "GenerationResult": "generation.generate",
+    "FastVLM": "model.fastvlm",
+    "FastVLMProcessor": "inputs.processor",
     "FastVLMError": "errors",
 }
 

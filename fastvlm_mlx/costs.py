@@ -11,9 +11,9 @@ from mlx.utils import tree_map
 from fastvlm_mlx.backend import mx
 from fastvlm_mlx.config import ModelConfig
 from fastvlm_mlx.graph import Function, Kernel, count_launches, kernels
-from fastvlm_mlx.language import KVCache
-from fastvlm_mlx.model import FastVLM
-from fastvlm_mlx.quantization import quantize_layers
+from fastvlm_mlx.model.fastvlm import FastVLM
+from fastvlm_mlx.model.language import KVCache
+from fastvlm_mlx.model.quantized import quantize_layers
 
 TEXT_POSITIONS = 24
 """Positions of the default prompt that are not visual tokens."""

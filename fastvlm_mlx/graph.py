@@ -24,8 +24,8 @@ from typing import Any
 
 from mlx.utils import tree_flatten, tree_unflatten
 
-from fastvlm_mlx import activations
 from fastvlm_mlx.backend import mx
+from fastvlm_mlx.model import activations
 
 FUSED_HEAD_DIMS = (64, 80, 96, 128, 256)
 """Head sizes that Metal has an attention kernel for."""

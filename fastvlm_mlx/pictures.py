@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fastvlm_mlx.errors import ImageError
-from fastvlm_mlx.images import load_image
+from fastvlm_mlx.inputs.images import load_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -9,9 +9,9 @@ from mlx.utils import tree_map_with_path
 
 from fastvlm_mlx.backend import compute_dtype, mx
 from fastvlm_mlx.config import ActivationScales, ModelConfig, TextConfig, VisionConfig
-from fastvlm_mlx.model import FastVLM
-from fastvlm_mlx.processing import FastVLMProcessor
-from fastvlm_mlx.tokenizer import END_OF_TEXT, IM_END, IM_START, Tokenizer
+from fastvlm_mlx.inputs.processor import FastVLMProcessor
+from fastvlm_mlx.inputs.tokenizer import END_OF_TEXT, IM_END, IM_START, Tokenizer
+from fastvlm_mlx.model.fastvlm import FastVLM
 
 _POOL = 1_048_573
 """Random numbers that all weights are cut from; a prime, so that no two rows of a matrix are equal."""

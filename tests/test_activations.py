@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 
-from fastvlm_mlx import activations, language
-from fastvlm_mlx.activations import exp_below, gelu, swiglu
 from fastvlm_mlx.backend import mx
-from fastvlm_mlx.language import attention
+from fastvlm_mlx.model import activations, language
+from fastvlm_mlx.model.activations import exp_below, gelu, swiglu
+from fastvlm_mlx.model.language import attention
 
 Z = np.concatenate([np.linspace(-30, 30, 60001), [-1e4, -1e3, 0.0, 1e3, 1e4]])
 PHI = 0.5 * (1 + np.vectorize(math.erf)(Z * math.sqrt(0.5)))

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastvlm_mlx import images
 from fastvlm_mlx.errors import ImageError
-from fastvlm_mlx.images import load_image
+from fastvlm_mlx.inputs import images
+from fastvlm_mlx.inputs.images import load_image
 
 
 def encoded(kind: str = "PNG", size: tuple[int, int] = (40, 30), **options: object) -> bytes:

@@ -3,7 +3,7 @@
 import pytest
 
 from fastvlm_mlx.errors import PromptError
-from fastvlm_mlx.prompts import conversation
+from fastvlm_mlx.inputs.prompts import conversation
 
 IMAGE = {"type": "image", "image": "a.png"}
 

@@ -10,13 +10,14 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import fastvlm_mlx
-from fastvlm_mlx import bench, generation, report
+from fastvlm_mlx import bench, report
 from fastvlm_mlx.backend import mx
 from fastvlm_mlx.bench import Statistics, Subject, measure, time_cold, time_generate, time_stages
 from fastvlm_mlx.cli import app
 from fastvlm_mlx.conditions import conditions, power
 from fastvlm_mlx.config import ActivationScales, ModelConfig, TextConfig, VisionConfig
 from fastvlm_mlx.errors import CheckpointError, ConfigError, ImageError
+from fastvlm_mlx.generation import generate as generation
 from fastvlm_mlx.pictures import Pictures
 from fastvlm_mlx.random_weights import SIZES, WordTokenizer, full_size, random_model
 

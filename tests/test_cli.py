@@ -14,11 +14,12 @@ from safetensors.numpy import load_file
 from typer.testing import CliRunner, Result
 
 import fastvlm_mlx
-from fastvlm_mlx import convert, images
+from fastvlm_mlx import convert
 from fastvlm_mlx.cli import app
 from fastvlm_mlx.cli.terminal import human_bytes
 from fastvlm_mlx.errors import ImageError
-from fastvlm_mlx.generation import GenerationResult
+from fastvlm_mlx.generation.generate import GenerationResult
+from fastvlm_mlx.inputs import images
 from tests.pictures import stored_with
 
 GOLDEN = Path(__file__).parent / "golden" / "apple"

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from fastvlm_mlx.cli.app import app
 from fastvlm_mlx.convert import convert_checkpoint
-from fastvlm_mlx.generation import generate
+from fastvlm_mlx.generation.generate import generate
 from tests.checkpoints import GOLDEN, SOURCES
 
 
@@ -84,7 +84,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(model, questions, monkeypat
             raise KeyboardInterrupt
         return generate(*args, **kw)
 
-    monkeypatch.setattr("fastvlm_mlx.evaluation.generate", interrupted)
+    monkeypatch.setattr("fastvlm_mlx.jobs.evaluate.generate", interrupted)
     assert run("-m", model, "--data", data).exit_code == 130
     assert run("-m", model, "--data", data).exit_code == 0
     assert asked == ["What is it?", "Where?", "Where?", "Why?"]

@@ -16,12 +16,12 @@ from mlx.utils import tree_flatten
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from fastvlm_mlx.checkpoint import load, load_model, read_weights
+from fastvlm_mlx.checkpoint.load import load, load_model, read_weights
 from fastvlm_mlx.config import ModelConfig
 from fastvlm_mlx.convert import convert_checkpoint, plan, writer
 from fastvlm_mlx.errors import ConversionError
-from fastvlm_mlx.model import FastVLM
-from fastvlm_mlx.processing import FastVLMProcessor
+from fastvlm_mlx.inputs.processor import FastVLMProcessor
+from fastvlm_mlx.model.fastvlm import FastVLM
 from tests.checkpoints import GOLDEN, SOURCES, Tensors, changed, tensors
 
 EXPECTED = {

@@ -8,12 +8,12 @@ import pytest
 from safetensors import safe_open
 
 from fastvlm_mlx import generate, load
-from fastvlm_mlx.checkpoint import resolve
+from fastvlm_mlx.checkpoint.load import resolve
 from fastvlm_mlx.config import DEMO, ModelConfig, bundled_checkpoint
 from fastvlm_mlx.convert.source import open_source
-from fastvlm_mlx.evaluation import Question, evaluate, read_questions
-from fastvlm_mlx.model import FastVLM
-from fastvlm_mlx.processing import FastVLMProcessor
+from fastvlm_mlx.inputs.processor import FastVLMProcessor
+from fastvlm_mlx.jobs.evaluate import Question, evaluate, read_questions
+from fastvlm_mlx.model.fastvlm import FastVLM
 
 FOLDER = Path(__file__).parent.parent / "fastvlm_mlx" / "demo_model"
 Demo = tuple[FastVLM, FastVLMProcessor]

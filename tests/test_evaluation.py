@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastvlm_mlx import evaluation
 from fastvlm_mlx.errors import ConfigError, ImageError
-from fastvlm_mlx.evaluation import (
+from fastvlm_mlx.generation.generate import GenerationResult
+from fastvlm_mlx.jobs import evaluate as evaluation
+from fastvlm_mlx.jobs.evaluate import (
     METRICS,
     Answer,
     BadRow,
@@ -26,7 +27,6 @@ from fastvlm_mlx.evaluation import (
     sample,
     vqa_accuracy,
 )
-from fastvlm_mlx.generation import GenerationResult
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,12 @@ import pytest
 from mlx.utils import tree_flatten
 
 from fastvlm_mlx.backend import device, mx
-from fastvlm_mlx.checkpoint import load
+from fastvlm_mlx.checkpoint.load import load
 from fastvlm_mlx.convert import convert_checkpoint
-from fastvlm_mlx.decoding import Sampler, SamplingConfig
+from fastvlm_mlx.engine.decode import Sampler, SamplingConfig
+from fastvlm_mlx.engine.prefix_cache import PrefixCache, prefix_key
 from fastvlm_mlx.errors import ConfigError, PromptError
-from fastvlm_mlx.generation import StopStrings, generate, stream_generate
-from fastvlm_mlx.prefix_cache import PrefixCache, prefix_key
+from fastvlm_mlx.generation.generate import StopStrings, generate, stream_generate
 from tests.checkpoints import GOLDEN, SOURCES
 
 PICTURE = GOLDEN / "apple" / "images" / "landscape.png"

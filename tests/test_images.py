@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from fastvlm_mlx import images
 from fastvlm_mlx.errors import ConfigError
-from fastvlm_mlx.images import auto_resolution, check_resolution, load_image, pixel_values_float, preprocess
+from fastvlm_mlx.inputs import images
+from fastvlm_mlx.inputs.images import auto_resolution, check_resolution, load_image, pixel_values_float, preprocess
 from tests.pictures import stored_with
 
 GOLDEN = Path(__file__).parent / "golden"

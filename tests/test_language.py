@@ -6,7 +6,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from fastvlm_mlx.backend import mx
 from fastvlm_mlx.config import TextConfig
-from fastvlm_mlx.language import Qwen2
+from fastvlm_mlx.model.language import Qwen2
 
 SIZES = {
     "hidden_size": 64,

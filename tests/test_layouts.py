@@ -10,7 +10,7 @@ from fastvlm_mlx.convert import conversion, layouts, plan
 from fastvlm_mlx.convert.checkpoint import LM_HEAD
 from fastvlm_mlx.convert.source import open_source
 from fastvlm_mlx.errors import CheckpointError
-from fastvlm_mlx.model import FastVLM
+from fastvlm_mlx.model.fastvlm import FastVLM
 from tests.checkpoints import MANIFESTS, SOURCES, header_only
 
 RELEASED = {

@@ -7,11 +7,11 @@ import pytest
 from safetensors.numpy import load_file
 
 from fastvlm_mlx.backend import mx
-from fastvlm_mlx.checkpoint import load_model
+from fastvlm_mlx.checkpoint.load import load_model
 from fastvlm_mlx.convert import convert_checkpoint
-from fastvlm_mlx.generation import generate
-from fastvlm_mlx.images import pixel_values_float
-from fastvlm_mlx.processing import FastVLMProcessor
+from fastvlm_mlx.generation.generate import generate
+from fastvlm_mlx.inputs.images import pixel_values_float
+from fastvlm_mlx.inputs.processor import FastVLMProcessor
 from tests.checkpoints import GOLDEN, SOURCES
 
 IMAGES = ("landscape", "large", "portrait", "square", "tiny")

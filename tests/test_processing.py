@@ -13,9 +13,9 @@ from safetensors.numpy import load_file
 
 from fastvlm_mlx.config import IMAGE_TOKEN, ActivationScales, ModelConfig, TextConfig, VisionConfig
 from fastvlm_mlx.errors import CheckpointError, ConfigError, ImageError, PromptError
-from fastvlm_mlx.images import load_image, preprocess
-from fastvlm_mlx.processing import FastVLMProcessor
-from fastvlm_mlx.tokenizer import Tokenizer
+from fastvlm_mlx.inputs.images import load_image, preprocess
+from fastvlm_mlx.inputs.processor import FastVLMProcessor
+from fastvlm_mlx.inputs.tokenizer import Tokenizer
 
 TESTS = Path(__file__).parent
 QWEN2 = TESTS / "tokenizer" / "qwen2"
@@ -268,7 +268,7 @@ def test_incomplete_folder_is_refused(folder, tmp_path):
 
 def test_importing_the_processor_loads_nothing_heavy():
     code = (
-        "import sys, fastvlm_mlx.processing; "
+        "import sys, fastvlm_mlx.inputs.processor; "
         "print([name for name in ('mlx', 'torch', 'transformers', 'tokenizers', 'PIL', 'urllib.request') "
         "if name in sys.modules])"
     )

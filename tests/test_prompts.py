@@ -3,7 +3,7 @@
 import jinja2
 import pytest
 
-from fastvlm_mlx.prompts import CHAT_TEMPLATE, Mark, conversation, render
+from fastvlm_mlx.inputs.prompts import CHAT_TEMPLATE, Mark, conversation, render
 
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 ANSWER = "<|im_start|>assistant\n"

@@ -5,7 +5,7 @@ import pytest
 
 from fastvlm_mlx.backend import mx, nn
 from fastvlm_mlx.errors import ConfigError
-from fastvlm_mlx.quantization import (
+from fastvlm_mlx.model.quantized import (
     DENSE_ROWS,
     CPUQuantizedEmbedding,
     CPUQuantizedLinear,
@@ -40,7 +40,7 @@ def test_unpacking_gives_the_plain_product(mode: str, bits: int, group_size: int
 
 
 def test_large_layers_are_unpacked_by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastvlm_mlx.quantization._BLOCK", 256 * 16)
+    monkeypatch.setattr("fastvlm_mlx.model.quantized._BLOCK", 256 * 16)
     layer = nn.Linear(256, 40, bias=False).to_quantized(64, 4)
     x = mx.random.normal((8, 256))
     np.testing.assert_allclose(np.array(CPUQuantizedLinear(layer)(x)), np.array(layer(x)), atol=1e-5)
@@ -59,10 +59,10 @@ def test_on_a_cpu_only_the_decoder_stays_packed(monkeypatch: pytest.MonkeyPatch)
     packed = model.tower
     x = mx.random.normal((5, 64))
     expected = packed(x)
-    monkeypatch.setattr("fastvlm_mlx.quantization.device", lambda: "gpu")
+    monkeypatch.setattr("fastvlm_mlx.model.quantized.device", lambda: "gpu")
     suit_device(model, "decoder", mx.float32)
     assert model.tower is packed
-    monkeypatch.setattr("fastvlm_mlx.quantization.device", lambda: "cpu")
+    monkeypatch.setattr("fastvlm_mlx.model.quantized.device", lambda: "cpu")
     suit_device(model, "decoder", mx.float32)
     assert [type(layer) for layer in (model.tower, *model.decoder)] == [
         nn.Linear,

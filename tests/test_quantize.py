@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from fastvlm_mlx import convert
 from fastvlm_mlx.backend import mx
-from fastvlm_mlx.checkpoint import load, load_model
+from fastvlm_mlx.checkpoint.load import load, load_model
 from fastvlm_mlx.cli import app
 from fastvlm_mlx.config import ModelConfig
 from fastvlm_mlx.convert import compensation, convert_checkpoint, hub

@@ -10,11 +10,11 @@ import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 from safetensors.numpy import load_file
 
-from fastvlm_mlx.checkpoint import load_model
+from fastvlm_mlx.checkpoint.load import load_model
 from fastvlm_mlx.config import ActivationScales, StageScales, VisionConfig
 from fastvlm_mlx.convert import calibration, conversion, convert_checkpoint
 from fastvlm_mlx.convert.rescale import FLOAT16_MAX, MARGIN, Scaling, choose, factors, power_of_two
-from fastvlm_mlx.vision import FastViTHD
+from fastvlm_mlx.model.vision import FastViTHD
 from tests.checkpoints import GOLDEN, SOURCES, tensors
 
 HOT = load_file(GOLDEN / "apple_hot" / "expected.safetensors")

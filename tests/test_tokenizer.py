@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastvlm_mlx.errors import CheckpointError
-from fastvlm_mlx.tokenizer import StreamingDetokenizer, Tokenizer, build_tokenizer
+from fastvlm_mlx.inputs.tokenizer import StreamingDetokenizer, Tokenizer, build_tokenizer
 
 TESTS = Path(__file__).parent
 QWEN2 = TESTS / "tokenizer" / "qwen2"

@@ -8,8 +8,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from fastvlm_mlx.backend import mx
 from fastvlm_mlx.config import ActivationScales, VisionConfig
-from fastvlm_mlx.vision import DoublingDepthwiseConv, FastViTHD
-from fastvlm_mlx.vision_cpu import CPUTower
+from fastvlm_mlx.model.cpu.vision import CPUTower
+from fastvlm_mlx.model.vision import DoublingDepthwiseConv, FastViTHD
 
 DEPTHS = (1, 2, 1, 1, 1)
 CONFIG = VisionConfig(

@@ -137,7 +137,7 @@ def _load(name: str, dtype: str | None) -> "Subject":
 
 
 def _print_costs(sizes: list[str], models: list[str], resolutions: list[int], markdown: bool) -> None:
-    from fastvlm_mlx.checkpoint import read_weights, resolve
+    from fastvlm_mlx.checkpoint.load import read_weights, resolve
     from fastvlm_mlx.config import ModelConfig
     from fastvlm_mlx.costs import chips, cost_table, costs, roofline_table
     from fastvlm_mlx.random_weights import full_size

@@ -11,7 +11,7 @@ from fastvlm_mlx.cli.options import MODEL_HELP, DType, Model, parse_resolution
 from fastvlm_mlx.cli.terminal import ByteProgress, LiveLine, note, table
 
 if TYPE_CHECKING:
-    from fastvlm_mlx.evaluation import BadRow, EvaluationReport, Question
+    from fastvlm_mlx.jobs.evaluate import BadRow, EvaluationReport, Question
 
 
 def evaluate(
@@ -32,7 +32,7 @@ def evaluate(
     Answers are kept in the cache folder as they come, so an interrupted run goes on where it stopped. Rows that cannot
     be asked count as failed and make the exit code 1.
     """
-    from fastvlm_mlx.evaluation import METRICS, read_questions
+    from fastvlm_mlx.jobs.evaluate import METRICS, read_questions
 
     if metric not in METRICS:
         raise typer.BadParameter(f"{metric!r} is not one of {', '.join(METRICS)}", param_hint="--metric")
@@ -76,8 +76,8 @@ def _score(
     dtype: DType | None,
 ) -> "EvaluationReport":
     from fastvlm_mlx import load
-    from fastvlm_mlx.checkpoint import cache_folder
-    from fastvlm_mlx.evaluation import Predictions, evaluate
+    from fastvlm_mlx.checkpoint.load import cache_folder
+    from fastvlm_mlx.jobs.evaluate import Predictions, evaluate
 
     with ByteProgress() as progress:
         network, processor = load(name, dtype=dtype.value if dtype else None, notify=note, progress=progress)

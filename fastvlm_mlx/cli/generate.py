@@ -62,7 +62,7 @@ def generate(
     pictures, question = _read_stdin(images or [], DEFAULT_PROMPT if prompt is None else prompt)
 
     from fastvlm_mlx import load, stream_generate
-    from fastvlm_mlx.images import load_image
+    from fastvlm_mlx.inputs.images import load_image
 
     with ThreadPoolExecutor() as pool:  # the pictures are decoded while the weights are read
         opening = [pool.submit(load_image, picture) for picture in pictures]

@@ -45,7 +45,7 @@ def info(
 def _machine() -> dict[str, Any]:
     from fastvlm_mlx import __version__
     from fastvlm_mlx.backend import blas
-    from fastvlm_mlx.checkpoint import cache_folder, is_converted
+    from fastvlm_mlx.checkpoint.load import cache_folder, is_converted
     from fastvlm_mlx.machine import describe
 
     cache = cache_folder()
@@ -77,7 +77,7 @@ def _machine_lines(record: dict[str, Any]) -> Iterator[str]:
 
 
 def _checkpoint(name: str, revision: str | None) -> dict[str, Any]:
-    from fastvlm_mlx.checkpoint import read_weights, resolve
+    from fastvlm_mlx.checkpoint.load import read_weights, resolve
     from fastvlm_mlx.config import ModelConfig
 
     with ByteProgress() as progress:

@@ -149,7 +149,7 @@ def quantize(
     The report compares weights, visual tokens and next-token distributions with the source's. It is printed, written
     beside the weights and put on the model card.
     """
-    from fastvlm_mlx.checkpoint import resolve
+    from fastvlm_mlx.checkpoint.load import resolve
     from fastvlm_mlx.convert.agreement import picture_files
     from fastvlm_mlx.convert.destination import vacant
     from fastvlm_mlx.convert.pipeline import produce

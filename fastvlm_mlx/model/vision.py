@@ -10,9 +10,9 @@ Shapes: B batch, H and W height and width, C channels, N = H·W. A tensor held "
 
 from typing import Any
 
-from fastvlm_mlx.activations import gelu
 from fastvlm_mlx.backend import mx, nn
 from fastvlm_mlx.config import VisionConfig
+from fastvlm_mlx.model.activations import gelu
 
 
 class DepthwiseConv(nn.Module):

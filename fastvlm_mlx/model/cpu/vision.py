@@ -16,10 +16,9 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from fastvlm_mlx.activations import exp_below, gelu
 from fastvlm_mlx.backend import blas_threads, mx, nn
-from fastvlm_mlx.threads import cpu_threads
-from fastvlm_mlx.vision import (
+from fastvlm_mlx.model.activations import exp_below, gelu
+from fastvlm_mlx.model.vision import (
     Attention,
     AttentionBlock,
     ConvExp,
@@ -31,6 +30,7 @@ from fastvlm_mlx.vision import (
     RepMixerBlock,
     Stage,
 )
+from fastvlm_mlx.threads import cpu_threads
 
 Parts = list[mx.array]
 

@@ -11,9 +11,9 @@ import numpy as np
 
 from fastvlm_mlx.config import IMAGE_TOKEN, ModelConfig
 from fastvlm_mlx.errors import PromptError
-from fastvlm_mlx.images import ImageSource, choose_resolution, load_image, preprocess
-from fastvlm_mlx.prompts import CHAT_TEMPLATE, Mark, Prompt, Turn, conversation, render
-from fastvlm_mlx.tokenizer import END_OF_TEXT, IM_END, IM_START, StreamingDetokenizer, Tokenizer
+from fastvlm_mlx.inputs.images import ImageSource, choose_resolution, load_image, preprocess
+from fastvlm_mlx.inputs.prompts import CHAT_TEMPLATE, Mark, Prompt, Turn, conversation, render
+from fastvlm_mlx.inputs.tokenizer import END_OF_TEXT, IM_END, IM_START, StreamingDetokenizer, Tokenizer
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -40,7 +40,7 @@ class FastVLMProcessor:
     @classmethod
     def from_pretrained(cls, name: str | Path, *, revision: str | None = None) -> FastVLMProcessor:
         """The processor of a Hub id, alias, source folder or converted folder; see `fastvlm_mlx.load`."""
-        from fastvlm_mlx.checkpoint import resolve
+        from fastvlm_mlx.checkpoint.load import resolve
 
         return cls.from_folder(resolve(str(name), revision=revision))
 

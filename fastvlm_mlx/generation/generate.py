@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 
 from fastvlm_mlx.backend import mx
 from fastvlm_mlx.config import IMAGE_TOKEN
-from fastvlm_mlx.decoding import Sampler, SamplingConfig, decode
+from fastvlm_mlx.engine.decode import Sampler, SamplingConfig, decode
+from fastvlm_mlx.engine.prefix_cache import prefix_key
 from fastvlm_mlx.errors import ConfigError, PromptError
-from fastvlm_mlx.images import ImageSource
-from fastvlm_mlx.model import FastVLM
-from fastvlm_mlx.prefix_cache import prefix_key
-from fastvlm_mlx.processing import FastVLMProcessor, Resolution
-from fastvlm_mlx.prompts import Prompt
+from fastvlm_mlx.inputs.images import ImageSource
+from fastvlm_mlx.inputs.processor import FastVLMProcessor, Resolution
+from fastvlm_mlx.inputs.prompts import Prompt
+from fastvlm_mlx.model.fastvlm import FastVLM
 
 DEFAULT_PROMPT = "Describe the image."
 DEFAULT_MAX_TOKENS = 256

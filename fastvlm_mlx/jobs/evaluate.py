@@ -19,9 +19,9 @@ from types import MappingProxyType
 from typing import Any, TextIO
 
 from fastvlm_mlx.errors import ConfigError, FastVLMError
-from fastvlm_mlx.generation import generate
-from fastvlm_mlx.model import FastVLM
-from fastvlm_mlx.processing import FastVLMProcessor, Resolution
+from fastvlm_mlx.generation.generate import generate
+from fastvlm_mlx.inputs.processor import FastVLMProcessor, Resolution
+from fastvlm_mlx.model.fastvlm import FastVLM
 
 Progress = Callable[[int, int], None]
 """Called with the questions answered and the questions in all."""

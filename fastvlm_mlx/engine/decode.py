@@ -8,7 +8,7 @@ import numpy as np
 
 from fastvlm_mlx.backend import mx
 from fastvlm_mlx.errors import ConfigError
-from fastvlm_mlx.language import KVCache, Qwen2
+from fastvlm_mlx.model.language import KVCache, Qwen2
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy.typing as npt
 
 from fastvlm_mlx.config import IMAGE_TOKEN
-from fastvlm_mlx.language import KVCache
+from fastvlm_mlx.model.language import KVCache
 
 PrefixKey = tuple[int | bytes, ...]
 """A prompt's token ids, each image's replaced by a hash of its pixels."""

@@ -8,9 +8,9 @@ Shapes: B batch, L positions of this call, S positions of the cache, D hidden si
 
 from typing import Any
 
-from fastvlm_mlx.activations import exp_below, swiglu
 from fastvlm_mlx.backend import device, mx, nn
 from fastvlm_mlx.config import TextConfig
+from fastvlm_mlx.model.activations import exp_below, swiglu
 
 
 class KVCache:

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fastvlm_mlx.activations import gelu
 from fastvlm_mlx.backend import device, mx, nn
 from fastvlm_mlx.config import IMAGE_TOKEN, ModelConfig
-from fastvlm_mlx.decoding import Sampler, SamplingConfig, decode
+from fastvlm_mlx.engine.decode import Sampler, SamplingConfig, decode
+from fastvlm_mlx.engine.prefix_cache import PrefixCache
 from fastvlm_mlx.errors import ConfigError, PromptError
-from fastvlm_mlx.language import KVCache, Qwen2
-from fastvlm_mlx.prefix_cache import PrefixCache
-from fastvlm_mlx.vision import FastViTHD
-from fastvlm_mlx.vision_cpu import CPUTower
+from fastvlm_mlx.model.activations import gelu
+from fastvlm_mlx.model.cpu.vision import CPUTower
+from fastvlm_mlx.model.language import KVCache, Qwen2
+from fastvlm_mlx.model.vision import FastViTHD
 
 TokenIds = npt.ArrayLike | mx.array
 
@@ -61,7 +61,7 @@ class FastVLM(nn.Module):
     @classmethod
     def from_pretrained(cls, name: str, *, dtype: str | None = None, revision: str | None = None) -> "FastVLM":
         """The model of a Hub id, alias, source folder or converted folder; see `fastvlm_mlx.load`."""
-        from fastvlm_mlx.checkpoint import load_model, resolve
+        from fastvlm_mlx.checkpoint.load import load_model, resolve
 
         return load_model(resolve(name, revision=revision), dtype=dtype)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from fastvlm_mlx.errors import PromptError
 
 if TYPE_CHECKING:
-    from fastvlm_mlx.images import ImageSource
+    from fastvlm_mlx.inputs.images import ImageSource
 
 Message: TypeAlias = Mapping[str, Any]
 """`{"role": …, "content": …}`; the content is a string or a list of parts.

@@ -17,9 +17,9 @@ from mlx.utils import tree_flatten, tree_unflatten
 from fastvlm_mlx.backend import compute_dtype, device, mx
 from fastvlm_mlx.config import ALIASES, DEMO, ModelConfig, bundled_checkpoint
 from fastvlm_mlx.errors import CheckpointError, ConfigError
-from fastvlm_mlx.model import FastVLM
-from fastvlm_mlx.processing import FastVLMProcessor
-from fastvlm_mlx.quantization import quantize_layers, suit_device
+from fastvlm_mlx.inputs.processor import FastVLMProcessor
+from fastvlm_mlx.model.fastvlm import FastVLM
+from fastvlm_mlx.model.quantized import quantize_layers, suit_device
 
 CACHE_VARIABLE = "FASTVLM_CACHE"
 _READERS = 2

@@ -1,0 +1,1 @@
+"""Arrays in, token ids out. Nothing here knows text or files."""

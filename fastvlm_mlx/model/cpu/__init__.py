@@ -1,0 +1,1 @@
+"""The formulations that MLX's CPU backend runs fastest."""
