@@ -38,12 +38,12 @@ import numpy as np
 from PIL import Image
 
 from fastvlm_mlx.backend import device
-from fastvlm_mlx.bench import Statistics
-from fastvlm_mlx.conditions import conditions
-from fastvlm_mlx.pictures import Pictures
-from fastvlm_mlx.random_weights import SIZES
-from fastvlm_mlx.report import as_markdown
-from fastvlm_mlx.report import table as stage_table
+from fastvlm_mlx.bench.conditions import conditions
+from fastvlm_mlx.bench.images import Pictures
+from fastvlm_mlx.bench.measure import Statistics
+from fastvlm_mlx.bench.random_model import SIZES
+from fastvlm_mlx.bench.report import as_markdown
+from fastvlm_mlx.bench.report import table as stage_table
 
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"

@@ -81,7 +81,7 @@ def main() -> None:
         print(json.dumps(run(Path(arguments[0]))))
         return
     source, work = Path(step), Path(arguments[0])
-    from fastvlm_mlx.conditions import conditions
+    from fastvlm_mlx.bench.conditions import conditions
 
     results: dict[str, Any] = {"conditions": conditions(), "float16": child("--run", source)}
     for preset in PRESETS:

@@ -10,16 +10,17 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import fastvlm_mlx
-from fastvlm_mlx import bench, report
 from fastvlm_mlx.backend import mx
-from fastvlm_mlx.bench import Statistics, Subject, measure, time_cold, time_generate, time_stages
+from fastvlm_mlx.bench import measure as bench
+from fastvlm_mlx.bench import report
+from fastvlm_mlx.bench.conditions import conditions, power
+from fastvlm_mlx.bench.images import Pictures
+from fastvlm_mlx.bench.measure import Statistics, Subject, measure, time_cold, time_generate, time_stages
+from fastvlm_mlx.bench.random_model import SIZES, WordTokenizer, full_size, random_model
 from fastvlm_mlx.cli import app
-from fastvlm_mlx.conditions import conditions, power
 from fastvlm_mlx.config import ActivationScales, ModelConfig, TextConfig, VisionConfig
 from fastvlm_mlx.errors import CheckpointError, ConfigError, ImageError
 from fastvlm_mlx.generation import generate as generation
-from fastvlm_mlx.pictures import Pictures
-from fastvlm_mlx.random_weights import SIZES, WordTokenizer, full_size, random_model
 
 TESTS = Path(__file__).parent
 GOLDEN = TESTS / "golden" / "apple"

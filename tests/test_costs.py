@@ -2,10 +2,10 @@ import pytest
 from typer.testing import CliRunner
 
 from fastvlm_mlx.backend import mx, nn
+from fastvlm_mlx.bench.costs import Chip, Cost, chips, costs
+from fastvlm_mlx.bench.graph import Kernel, count_launches, kernels
+from fastvlm_mlx.bench.random_model import full_size
 from fastvlm_mlx.cli import app
-from fastvlm_mlx.costs import Chip, Cost, chips, costs
-from fastvlm_mlx.graph import Kernel, count_launches, kernels
-from fastvlm_mlx.random_weights import full_size
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ CONVERT = ROOT / "convert"
 ORDER = (
     *("errors", "threads", "backend", "machine", "config"),
     *("engine", "model", "inputs", "checkpoint", "generation", "jobs"),
-    *("conditions", "pictures", "random_weights", "bench", "report", "graph", "costs", "cli"),
+    *("bench", "cli"),
 )
 # Inside functions only: `from_pretrained` resolves names, and `checkpoint` converts what is not converted yet.
 UPWARD_WHEN_CALLED = {

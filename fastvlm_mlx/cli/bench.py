@@ -13,7 +13,7 @@ from fastvlm_mlx.cli.options import MODEL_HELP, DType, parse_resolution
 from fastvlm_mlx.cli.terminal import ByteProgress, LiveLine, note
 
 if TYPE_CHECKING:
-    from fastvlm_mlx.bench import Subject
+    from fastvlm_mlx.bench.measure import Subject
 
 DEFAULT_MODEL = "apple/FastVLM-0.5B"
 DEFAULT_PROMPT = "Describe the image."
@@ -116,7 +116,7 @@ def bench(
         _print_costs([size.value for size in random_weights or ()], names, sides, markdown)
         return
 
-    from fastvlm_mlx.bench import Subject
+    from fastvlm_mlx.bench.measure import Subject
 
     kind = dtype.value if dtype else None
     subjects = (
@@ -130,18 +130,18 @@ def bench(
 
 
 def _load(name: str, dtype: str | None) -> "Subject":
-    from fastvlm_mlx.bench import Subject
+    from fastvlm_mlx.bench.measure import Subject
 
     with ByteProgress() as progress:
         return Subject.load(name, dtype=dtype, notify=note, progress=progress)
 
 
 def _print_costs(sizes: list[str], models: list[str], resolutions: list[int], markdown: bool) -> None:
+    from fastvlm_mlx.bench.costs import chips, cost_table, costs, roofline_table
+    from fastvlm_mlx.bench.random_model import full_size
+    from fastvlm_mlx.bench.report import as_markdown, as_text
     from fastvlm_mlx.checkpoint.load import read_weights, resolve
     from fastvlm_mlx.config import ModelConfig
-    from fastvlm_mlx.costs import chips, cost_table, costs, roofline_table
-    from fastvlm_mlx.random_weights import full_size
-    from fastvlm_mlx.report import as_markdown, as_text
 
     show = as_markdown if markdown else as_text
     peaks, sources = chips()
@@ -178,10 +178,10 @@ def _measure(
     cold: bool,
     **counts: int,
 ) -> None:
-    from fastvlm_mlx.bench import measure
-    from fastvlm_mlx.conditions import conditions
-    from fastvlm_mlx.pictures import Pictures
-    from fastvlm_mlx.report import (
+    from fastvlm_mlx.bench.conditions import conditions
+    from fastvlm_mlx.bench.images import Pictures
+    from fastvlm_mlx.bench.measure import measure
+    from fastvlm_mlx.bench.report import (
         as_csv,
         as_markdown,
         as_text,
@@ -240,7 +240,7 @@ def compare(
 
     Prints the medians of every row that both have. What was not the same about the two measurements goes to stderr.
     """
-    from fastvlm_mlx.report import as_text, compare_reports, different_conditions, read_report
+    from fastvlm_mlx.bench.report import as_text, compare_reports, different_conditions, read_report
 
     first, second = read_report(before), read_report(after)
     for difference in different_conditions(first, second):

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from fastvlm_mlx.bench import STAGES
+from fastvlm_mlx.bench.measure import STAGES
 from fastvlm_mlx.errors import ConfigError
 
 FORMAT_VERSION = 1

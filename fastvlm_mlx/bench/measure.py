@@ -31,17 +31,17 @@ from typing import Any, TypeVar
 import numpy as np
 
 from fastvlm_mlx.backend import mx, nn
+from fastvlm_mlx.bench.conditions import peak_resident_bytes
+from fastvlm_mlx.bench.images import Pictures
+from fastvlm_mlx.bench.random_model import full_size, random_model
 from fastvlm_mlx.checkpoint.load import Progress as LoadProgress
 from fastvlm_mlx.checkpoint.load import load_model, resolve, weight_files
-from fastvlm_mlx.conditions import peak_resident_bytes
 from fastvlm_mlx.engine.decode import Sampler, SamplingConfig
 from fastvlm_mlx.errors import CheckpointError
 from fastvlm_mlx.generation import generate as generation
 from fastvlm_mlx.inputs.images import load_image
 from fastvlm_mlx.inputs.processor import FastVLMProcessor, Resolution
 from fastvlm_mlx.model.fastvlm import FastVLM
-from fastvlm_mlx.pictures import Pictures
-from fastvlm_mlx.random_weights import full_size, random_model
 
 STAGES = ("load", "decode", "preprocess", "vision", "projector", "prefill", "first_token")
 PARTS = ("vision_tower", "mm_projector", "language_model")

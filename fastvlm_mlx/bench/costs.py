@@ -9,8 +9,8 @@ from typing import Any
 from mlx.utils import tree_map
 
 from fastvlm_mlx.backend import mx
+from fastvlm_mlx.bench.graph import Function, Kernel, count_launches, kernels
 from fastvlm_mlx.config import ModelConfig
-from fastvlm_mlx.graph import Function, Kernel, count_launches, kernels
 from fastvlm_mlx.model.fastvlm import FastVLM
 from fastvlm_mlx.model.language import KVCache
 from fastvlm_mlx.model.quantized import quantize_layers
@@ -71,8 +71,8 @@ class Chip:
 
 
 def chips() -> tuple[tuple[Chip, ...], str]:
-    """The chips in `data/chips.json`, and where its figures come from."""
-    data = json.loads(files("fastvlm_mlx").joinpath("data/chips.json").read_text(encoding="utf-8"))
+    """The chips in `chips.json`, and where its figures come from."""
+    data = json.loads(files("fastvlm_mlx.bench").joinpath("chips.json").read_text(encoding="utf-8"))
     sources = "; ".join(f"{name}: {source}" for name, source in data["sources"].items())
     return tuple(Chip(**chip) for chip in data["chips"]), f"{data['note']} {sources}."
 
