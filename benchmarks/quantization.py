@@ -28,7 +28,7 @@ def quantize(source: Path, target: Path, preset: str) -> dict[str, Any]:
     """Seconds, processor seconds and peak bytes of a quantization with its report."""
     start = time.perf_counter()
     from fastvlm_mlx.convert.pipeline import produce
-    from fastvlm_mlx.convert.presets import Quantization
+    from fastvlm_mlx.convert.quantize.scheme import Quantization
 
     report = produce(source, target, wanted=Quantization(preset=preset))
     assert report is not None

@@ -2,6 +2,6 @@
 
 from fastvlm_mlx.convert.conversion import convert_checkpoint, plan
 from fastvlm_mlx.convert.plan import Dropped, Plan
-from fastvlm_mlx.convert.source import open_source
+from fastvlm_mlx.convert.source.source import open_source
 
 __all__ = ["Dropped", "Plan", "convert_checkpoint", "open_source", "plan"]

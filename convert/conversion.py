@@ -12,16 +12,18 @@ from typing import Any
 import numpy as np
 
 from fastvlm_mlx.config import ModelConfig
-from fastvlm_mlx.convert import layouts, upstream, writer
-from fastvlm_mlx.convert.card import card
-from fastvlm_mlx.convert.checkpoint import EMBEDDING, Checkpoint
-from fastvlm_mlx.convert.destination import partial_folder, vacant
-from fastvlm_mlx.convert.fold import Array
+from fastvlm_mlx.convert.fold.float16 import Scaling, choose, factors
+from fastvlm_mlx.convert.fold.modules import Recipe, copies, decoder_recipes, projector_recipes, vision_recipes
+from fastvlm_mlx.convert.fold.operations import Array
 from fastvlm_mlx.convert.plan import Plan, dropped_tensors
-from fastvlm_mlx.convert.recipes import Recipe, copies, decoder_recipes, projector_recipes, vision_recipes
-from fastvlm_mlx.convert.rescale import Scaling, choose, factors
-from fastvlm_mlx.convert.source import Source, open_source
-from fastvlm_mlx.convert.weights import Weight
+from fastvlm_mlx.convert.source import layouts
+from fastvlm_mlx.convert.source import upstream_config as upstream
+from fastvlm_mlx.convert.source.source import Source, open_source
+from fastvlm_mlx.convert.source.upstream import EMBEDDING, Checkpoint
+from fastvlm_mlx.convert.source.weights import Weight
+from fastvlm_mlx.convert.write import shards as writer
+from fastvlm_mlx.convert.write.card import card
+from fastvlm_mlx.convert.write.destination import partial_folder, vacant
 from fastvlm_mlx.errors import CheckpointError, ConversionError
 from fastvlm_mlx.inputs.processor import FastVLMProcessor
 from fastvlm_mlx.inputs.tokenizer import Tokenizer
@@ -182,7 +184,7 @@ class _Job:
 
     def _calibrated(self, pictures: tuple[str | Path, ...], meter: "Meter") -> tuple[dict[str, Any], Scaling]:
         """The folded tower, unscaled and ready to be written, and the scaling that it needs in float16."""
-        from fastvlm_mlx.convert import calibration
+        from fastvlm_mlx.convert.fold import peaks as calibration
 
         images = calibration.images(pictures)
         tower = {}

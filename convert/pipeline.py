@@ -7,13 +7,13 @@ from pathlib import Path
 
 from fastvlm_mlx.checkpoint.load import is_converted
 from fastvlm_mlx.config import ModelConfig, bundled_checkpoint
-from fastvlm_mlx.convert.agreement import picture_files
+from fastvlm_mlx.convert.compare.agreement import picture_files
 from fastvlm_mlx.convert.conversion import Progress, convert_checkpoint, plan
-from fastvlm_mlx.convert.destination import vacant
-from fastvlm_mlx.convert.export import check_exportable, export_mlx_vlm
-from fastvlm_mlx.convert.loss import Gate, LossReport
-from fastvlm_mlx.convert.presets import Quantization
-from fastvlm_mlx.convert.quantize import quantize_checkpoint
+from fastvlm_mlx.convert.export.mlx_vlm import check_exportable, export_mlx_vlm
+from fastvlm_mlx.convert.quantize.checkpoint import quantize_checkpoint
+from fastvlm_mlx.convert.quantize.report import Gate, LossReport
+from fastvlm_mlx.convert.quantize.scheme import Quantization
+from fastvlm_mlx.convert.write.destination import vacant
 from fastvlm_mlx.errors import ConversionError
 
 

@@ -6,8 +6,8 @@ from itertools import groupby
 from typing import Any
 
 from fastvlm_mlx.config import ModelConfig
-from fastvlm_mlx.convert.source import Source
-from fastvlm_mlx.convert.writer import Shard
+from fastvlm_mlx.convert.source.source import Source
+from fastvlm_mlx.convert.write.shards import Shard
 
 
 @dataclass(frozen=True, kw_only=True)

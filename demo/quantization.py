@@ -19,9 +19,9 @@ import matplotlib.pyplot as plt
 from scenes import scene_of
 
 from fastvlm_mlx.checkpoint.load import load, resolve
-from fastvlm_mlx.convert.loss import folder_bytes
 from fastvlm_mlx.convert.pipeline import produce
-from fastvlm_mlx.convert.presets import Quantization
+from fastvlm_mlx.convert.quantize.report import folder_bytes
+from fastvlm_mlx.convert.quantize.scheme import Quantization
 from fastvlm_mlx.jobs.evaluate import EvaluationReport, Predictions, evaluate, read_questions
 
 HERE = Path(__file__).parent

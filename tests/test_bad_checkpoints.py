@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from fastvlm_mlx.convert import convert_checkpoint, plan
-from fastvlm_mlx.convert.writer import ShardWriter
+from fastvlm_mlx.convert.write.shards import ShardWriter
 from fastvlm_mlx.errors import CheckpointError, ConfigError, ConversionError, FastVLMError
 from tests.checkpoints import SOURCES, Tensors, changed
 

@@ -18,7 +18,8 @@ from safetensors.numpy import load_file
 
 from fastvlm_mlx.checkpoint.load import load, load_model, read_weights
 from fastvlm_mlx.config import ModelConfig
-from fastvlm_mlx.convert import convert_checkpoint, plan, writer
+from fastvlm_mlx.convert import convert_checkpoint, plan
+from fastvlm_mlx.convert.write import shards as writer
 from fastvlm_mlx.errors import ConversionError
 from fastvlm_mlx.inputs.processor import FastVLMProcessor
 from fastvlm_mlx.model.fastvlm import FastVLM

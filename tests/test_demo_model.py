@@ -10,7 +10,7 @@ from safetensors import safe_open
 from fastvlm_mlx import generate, load
 from fastvlm_mlx.checkpoint.load import resolve
 from fastvlm_mlx.config import DEMO, ModelConfig, bundled_checkpoint
-from fastvlm_mlx.convert.source import open_source
+from fastvlm_mlx.convert.source.source import open_source
 from fastvlm_mlx.inputs.processor import FastVLMProcessor
 from fastvlm_mlx.jobs.evaluate import Question, evaluate, read_questions
 from fastvlm_mlx.model.fastvlm import FastVLM

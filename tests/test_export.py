@@ -8,7 +8,7 @@ import pytest
 
 from fastvlm_mlx.convert import convert_checkpoint
 from fastvlm_mlx.convert.pipeline import produce
-from fastvlm_mlx.convert.presets import Quantization
+from fastvlm_mlx.convert.quantize.scheme import Quantization
 from tests.checkpoints import SOURCES, tensors
 
 

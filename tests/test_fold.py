@@ -4,8 +4,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from fastvlm_mlx.convert import fold
-from fastvlm_mlx.convert.fold import Affine, BatchNorm
+from fastvlm_mlx.convert.fold import operations as fold
+from fastvlm_mlx.convert.fold.operations import Affine, BatchNorm
 
 Array = npt.NDArray[np.float32]
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from fastvlm_mlx.backend import mx
-from fastvlm_mlx.convert.gptq import compensated, pack
-from fastvlm_mlx.convert.presets import Settings
+from fastvlm_mlx.convert.quantize.gptq import compensated, pack
+from fastvlm_mlx.convert.quantize.scheme import Settings
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])

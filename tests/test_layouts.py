@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 from mlx.utils import tree_flatten
 
-from fastvlm_mlx.convert import conversion, layouts, plan
-from fastvlm_mlx.convert.checkpoint import LM_HEAD
-from fastvlm_mlx.convert.source import open_source
+from fastvlm_mlx.convert import conversion, plan
+from fastvlm_mlx.convert.source import layouts
+from fastvlm_mlx.convert.source.source import open_source
+from fastvlm_mlx.convert.source.upstream import LM_HEAD
 from fastvlm_mlx.errors import CheckpointError
 from fastvlm_mlx.model.fastvlm import FastVLM
 from tests.checkpoints import MANIFESTS, SOURCES, header_only

@@ -7,7 +7,7 @@ import pytest
 
 from fastvlm_mlx.config import ModelConfig
 from fastvlm_mlx.convert import plan
-from fastvlm_mlx.convert.presets import PRESETS, Quantization, Settings, is_sensitive
+from fastvlm_mlx.convert.quantize.scheme import PRESETS, Quantization, Settings, is_sensitive
 from fastvlm_mlx.errors import ConversionError
 from tests.checkpoints import SOURCES
 

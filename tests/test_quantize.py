@@ -14,11 +14,13 @@ from fastvlm_mlx.backend import mx
 from fastvlm_mlx.checkpoint.load import load, load_model
 from fastvlm_mlx.cli import app
 from fastvlm_mlx.config import ModelConfig
-from fastvlm_mlx.convert import compensation, convert_checkpoint, hub
-from fastvlm_mlx.convert.loss import LossReport
+from fastvlm_mlx.convert import convert_checkpoint
+from fastvlm_mlx.convert.compare.verify import verify
 from fastvlm_mlx.convert.pipeline import produce
-from fastvlm_mlx.convert.presets import PARTS, Quantization
-from fastvlm_mlx.convert.verify import verify
+from fastvlm_mlx.convert.quantize import calibrated as compensation
+from fastvlm_mlx.convert.quantize.report import LossReport
+from fastvlm_mlx.convert.quantize.scheme import PARTS, Quantization
+from fastvlm_mlx.convert.write import upload as hub
 from fastvlm_mlx.errors import ConversionError
 from tests.checkpoints import GOLDEN, SOURCES, changed, tensors
 
@@ -116,7 +118,7 @@ def test_verify_names_the_layer_whose_scales_are_doubled(
 
 
 def test_the_gate_stops_a_broken_layer(exact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastvlm_mlx.convert import quantize
+    from fastvlm_mlx.convert.quantize import checkpoint as quantize
 
     rounded = quantize.rounded
 

@@ -12,8 +12,9 @@ from safetensors.numpy import load_file
 
 from fastvlm_mlx.checkpoint.load import load_model
 from fastvlm_mlx.config import ActivationScales, StageScales, VisionConfig
-from fastvlm_mlx.convert import calibration, conversion, convert_checkpoint
-from fastvlm_mlx.convert.rescale import FLOAT16_MAX, MARGIN, Scaling, choose, factors, power_of_two
+from fastvlm_mlx.convert import conversion, convert_checkpoint
+from fastvlm_mlx.convert.fold import peaks as calibration
+from fastvlm_mlx.convert.fold.float16 import FLOAT16_MAX, MARGIN, Scaling, choose, factors, power_of_two
 from fastvlm_mlx.model.vision import FastViTHD
 from tests.checkpoints import GOLDEN, SOURCES, tensors
 

@@ -12,7 +12,7 @@ import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors.numpy import save_file
 
-from fastvlm_mlx.convert.source import open_source
+from fastvlm_mlx.convert.source.source import open_source
 from fastvlm_mlx.errors import CheckpointError
 from tests.checkpoints import SOURCES, tensors
 

@@ -11,8 +11,8 @@ from fastvlm_mlx.cli.options import MODEL_HELP, Revision
 from fastvlm_mlx.cli.terminal import ByteProgress, human_bytes, note, table
 
 if TYPE_CHECKING:
-    from fastvlm_mlx.convert.loss import LossReport
-    from fastvlm_mlx.convert.presets import Quantization
+    from fastvlm_mlx.convert.quantize.report import LossReport
+    from fastvlm_mlx.convert.quantize.scheme import Quantization
 
 HEADER = ("part", "bits/weight", "before", "after", "weight error")
 
@@ -104,7 +104,7 @@ def request(
     form: Format,
 ) -> "Quantization":
     """What the options ask for; without bits, preset or mode it is int8."""
-    from fastvlm_mlx.convert.presets import Quantization
+    from fastvlm_mlx.convert.quantize.scheme import Quantization
 
     if preset is None and bits is None and mode is Mode.affine and target is None:
         preset = Preset.int8
@@ -150,9 +150,9 @@ def quantize(
     beside the weights and put on the model card.
     """
     from fastvlm_mlx.checkpoint.load import resolve
-    from fastvlm_mlx.convert.agreement import picture_files
-    from fastvlm_mlx.convert.destination import vacant
+    from fastvlm_mlx.convert.compare.agreement import picture_files
     from fastvlm_mlx.convert.pipeline import produce
+    from fastvlm_mlx.convert.write.destination import vacant
 
     vacant(destination)
     pictures = picture_files(calibration or ())
@@ -189,7 +189,7 @@ def show(report: "LossReport | None", destination: Path, *, as_json: bool) -> No
 def check(repository: str | None) -> None:
     """Notices before any work what cannot be the name of a repository."""
     if repository is not None:
-        from fastvlm_mlx.convert.hub import check_repository
+        from fastvlm_mlx.convert.write.upload import check_repository
 
         check_repository(repository)
 
@@ -197,7 +197,7 @@ def check(repository: str | None) -> None:
 def push(folder: Path, repository: str | None) -> None:
     """Uploads a folder to the Hub, if it is to be."""
     if repository is not None:
-        from fastvlm_mlx.convert.hub import upload
+        from fastvlm_mlx.convert.write.upload import upload
 
         note(f"uploading to {repository}")
         note(f"uploaded: {upload(folder, repository)}")

@@ -25,7 +25,7 @@ def verify(
     A source that is not converted is converted afresh in float32. Every stage runs on the reference's input, so that
     its error is its own. Ends with exit code 1 and the first part that is further off than rounding explains.
     """
-    from fastvlm_mlx.convert.verify import verify as run
+    from fastvlm_mlx.convert.compare.verify import verify as run
 
     with LiveLine() as line:
         result = run(converted, against, allowed=tolerance, notify=line.show)

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastvlm_mlx.backend import nn
 from fastvlm_mlx.config import ModelConfig
-from fastvlm_mlx.convert.weights import Shape
+from fastvlm_mlx.convert.source.weights import Shape
 from fastvlm_mlx.errors import ConversionError
 from fastvlm_mlx.model.fastvlm import FastVLM
 

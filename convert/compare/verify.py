@@ -12,12 +12,8 @@ import numpy as np
 from fastvlm_mlx.backend import mx
 from fastvlm_mlx.checkpoint.load import is_converted, load_model, read_weights
 from fastvlm_mlx.config import IMAGE_TOKEN, ModelConfig
-from fastvlm_mlx.convert.agreement import Agreement, Notify, Probes, Reference
-from fastvlm_mlx.convert.conversion import convert_checkpoint
-from fastvlm_mlx.convert.loss import Squares
-from fastvlm_mlx.convert.presets import PARTS, part_of
-from fastvlm_mlx.convert.rescale import Scaling, factors
-from fastvlm_mlx.convert.stages import (
+from fastvlm_mlx.convert.compare.agreement import Agreement, Notify, Probes, Reference
+from fastvlm_mlx.convert.compare.layerwise import (
     EMBEDDING,
     Stage,
     decoder_stages,
@@ -27,6 +23,10 @@ from fastvlm_mlx.convert.stages import (
     splice,
     tower_stages,
 )
+from fastvlm_mlx.convert.conversion import convert_checkpoint
+from fastvlm_mlx.convert.fold.float16 import Scaling, factors
+from fastvlm_mlx.convert.quantize.report import Squares
+from fastvlm_mlx.convert.quantize.scheme import PARTS, part_of
 from fastvlm_mlx.errors import ConversionError
 from fastvlm_mlx.inputs.processor import FastVLMProcessor
 from fastvlm_mlx.model.fastvlm import FastVLM

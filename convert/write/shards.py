@@ -10,9 +10,9 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from fastvlm_mlx.convert.fold import Array
-from fastvlm_mlx.convert.source import ITEM_BYTES
-from fastvlm_mlx.convert.weights import Shape
+from fastvlm_mlx.convert.fold.operations import Array
+from fastvlm_mlx.convert.source.source import ITEM_BYTES
+from fastvlm_mlx.convert.source.weights import Shape
 from fastvlm_mlx.errors import ConversionError
 
 SHARD_BYTES = 5 * 10**9

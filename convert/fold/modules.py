@@ -7,9 +7,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from fastvlm_mlx.config import TextConfig, VisionConfig
-from fastvlm_mlx.convert import fold
-from fastvlm_mlx.convert.fold import Affine, Array, BatchNorm
-from fastvlm_mlx.convert.weights import Shape
+from fastvlm_mlx.convert.fold import operations as fold
+from fastvlm_mlx.convert.fold.operations import Affine, Array, BatchNorm
+from fastvlm_mlx.convert.source.weights import Shape
 
 Arrays = Mapping[str, Array]
 

@@ -15,11 +15,8 @@ import numpy as np
 from fastvlm_mlx.backend import mx
 from fastvlm_mlx.checkpoint.load import load_model
 from fastvlm_mlx.config import IMAGE_TOKEN
-from fastvlm_mlx.convert.agreement import Notify, Probes, divergences
-from fastvlm_mlx.convert.compensation import module_at
-from fastvlm_mlx.convert.fold import Array
-from fastvlm_mlx.convert.presets import AUTO_BITS, Assignment
-from fastvlm_mlx.convert.stages import (
+from fastvlm_mlx.convert.compare.agreement import Notify, Probes, divergences
+from fastvlm_mlx.convert.compare.layerwise import (
     EMBEDDING,
     Stage,
     decoder_stages,
@@ -29,6 +26,9 @@ from fastvlm_mlx.convert.stages import (
     splice,
     tower_stages,
 )
+from fastvlm_mlx.convert.fold.operations import Array
+from fastvlm_mlx.convert.quantize.calibrated import module_at
+from fastvlm_mlx.convert.quantize.scheme import AUTO_BITS, Assignment
 from fastvlm_mlx.model.fastvlm import FastVLM
 
 MEASURED_BITS = 4

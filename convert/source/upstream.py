@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from fastvlm_mlx.config import ModelConfig, TextConfig, VisionConfig
-from fastvlm_mlx.convert import layouts, upstream
-from fastvlm_mlx.convert.layouts import Layout, Match
-from fastvlm_mlx.convert.rescale import Scaling, factors
-from fastvlm_mlx.convert.source import Source
-from fastvlm_mlx.convert.weights import Shape, Weight, weight
+from fastvlm_mlx.convert.fold.float16 import Scaling, factors
+from fastvlm_mlx.convert.source import layouts
+from fastvlm_mlx.convert.source import upstream_config as upstream
+from fastvlm_mlx.convert.source.layouts import Layout, Match
+from fastvlm_mlx.convert.source.source import Source
+from fastvlm_mlx.convert.source.weights import Shape, Weight, weight
 from fastvlm_mlx.errors import CheckpointError
 from fastvlm_mlx.inputs.tokenizer import END_OF_TEXT, IM_END, Tokenizer
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from fastvlm_mlx.config import ActivationScales, TextConfig, VisionConfig
-from fastvlm_mlx.convert.weights import Shape
+from fastvlm_mlx.convert.source.weights import Shape
 from fastvlm_mlx.errors import CheckpointError, ConfigError
 
 _DEFAULT_IMAGE_SIZE = 1024

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fastvlm_mlx.backend import mx
-from fastvlm_mlx.convert.fold import Array
-from fastvlm_mlx.convert.presets import Settings
+from fastvlm_mlx.convert.fold.operations import Array
+from fastvlm_mlx.convert.quantize.scheme import Settings
 
 DAMPING = 0.01
 """Added to the diagonal of XᵀX, as a fraction of its mean: inputs that calibration hardly shows occur elsewhere."""

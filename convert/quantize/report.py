@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fastvlm_mlx.convert.agreement import Agreement
+from fastvlm_mlx.convert.compare.agreement import Agreement
 from fastvlm_mlx.convert.plan import readable_bytes
-from fastvlm_mlx.convert.presets import PARTS, part_of
-from fastvlm_mlx.convert.source import Source
+from fastvlm_mlx.convert.quantize.scheme import PARTS, part_of
+from fastvlm_mlx.convert.source.source import Source
 from fastvlm_mlx.errors import ConversionError
 
 REPORT_FILE = "quantization_report.json"

@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 
 from fastvlm_mlx.backend import mx
 from fastvlm_mlx.config import VisionConfig
-from fastvlm_mlx.convert.fold import Array
+from fastvlm_mlx.convert.fold.operations import Array
 from fastvlm_mlx.errors import ConversionError
 from fastvlm_mlx.inputs.images import load_image, preprocess
 from fastvlm_mlx.model.vision import FastViTHD

@@ -13,16 +13,16 @@ import numpy.typing as npt
 from fastvlm_mlx.backend import device, mx
 from fastvlm_mlx.checkpoint.load import load_model
 from fastvlm_mlx.config import ModelConfig
-from fastvlm_mlx.convert import writer
-from fastvlm_mlx.convert.agreement import Agreement, Probes, Reference, picture_files
-from fastvlm_mlx.convert.card import card
+from fastvlm_mlx.convert.compare.agreement import Agreement, Probes, Reference, picture_files
 from fastvlm_mlx.convert.conversion import LICENCES, Meter, Progress
-from fastvlm_mlx.convert.destination import partial_folder, vacant
-from fastvlm_mlx.convert.gptq import Packed
-from fastvlm_mlx.convert.loss import REPORT_FILE, Gate, LossReport, Squares, folder_bytes, part_losses
-from fastvlm_mlx.convert.presets import AUTO, Assignment, Quantization, Settings
-from fastvlm_mlx.convert.source import Source, Tensor, open_source
-from fastvlm_mlx.convert.weights import float32
+from fastvlm_mlx.convert.quantize.gptq import Packed
+from fastvlm_mlx.convert.quantize.report import REPORT_FILE, Gate, LossReport, Squares, folder_bytes, part_losses
+from fastvlm_mlx.convert.quantize.scheme import AUTO, Assignment, Quantization, Settings
+from fastvlm_mlx.convert.source.source import Source, Tensor, open_source
+from fastvlm_mlx.convert.source.weights import float32
+from fastvlm_mlx.convert.write import shards as writer
+from fastvlm_mlx.convert.write.card import card
+from fastvlm_mlx.convert.write.destination import partial_folder, vacant
 from fastvlm_mlx.errors import ConversionError
 from fastvlm_mlx.inputs.processor import FastVLMProcessor
 from fastvlm_mlx.model.quantized import column_slices, quantization_entry
@@ -74,13 +74,13 @@ def quantize_checkpoint(
         reference = Reference.of(folder, probes, lambda label: meter.advance(0, label))
         mx.clear_cache()
         if wanted.preset == AUTO:
-            from fastvlm_mlx.convert.sensitivity import allot
+            from fastvlm_mlx.convert.quantize.auto_bits import allot
 
             assert wanted.target_bpw is not None
             assignment = allot(folder, assignment, wanted.target_bpw, probes, lambda label: meter.advance(0, label))
         packed: Mapping[str, tuple[Packed, Squares]] = {}
         if wanted.method == "gptq":
-            from fastvlm_mlx.convert.compensation import compensate
+            from fastvlm_mlx.convert.quantize.calibrated import compensate
 
             packed = compensate(folder, assignment, pictures, lambda label: meter.advance(0, label))
         squares = write_weights(opened, out, config, assignment, packed, meter)

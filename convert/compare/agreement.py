@@ -17,8 +17,8 @@ from PIL import Image, ImageDraw
 from fastvlm_mlx.backend import mx
 from fastvlm_mlx.checkpoint.load import load_model
 from fastvlm_mlx.config import IMAGE_TOKEN
-from fastvlm_mlx.convert.fold import Array
-from fastvlm_mlx.convert.stages import embedding_stage, splice
+from fastvlm_mlx.convert.compare.layerwise import embedding_stage, splice
+from fastvlm_mlx.convert.fold.operations import Array
 from fastvlm_mlx.errors import ConversionError
 from fastvlm_mlx.inputs.images import load_image, preprocess
 from fastvlm_mlx.inputs.processor import FastVLMProcessor

@@ -12,11 +12,8 @@ import numpy.typing as npt
 from fastvlm_mlx.backend import mx, nn
 from fastvlm_mlx.checkpoint.load import load_model
 from fastvlm_mlx.config import IMAGE_TOKEN
-from fastvlm_mlx.convert.agreement import Notify, Probes, Reference
-from fastvlm_mlx.convert.gptq import Packed, compensated
-from fastvlm_mlx.convert.loss import Squares
-from fastvlm_mlx.convert.presets import Assignment
-from fastvlm_mlx.convert.stages import (
+from fastvlm_mlx.convert.compare.agreement import Notify, Probes, Reference
+from fastvlm_mlx.convert.compare.layerwise import (
     Stage,
     decoder_stages,
     embedding_stage,
@@ -24,6 +21,9 @@ from fastvlm_mlx.convert.stages import (
     splice,
     tower_stages,
 )
+from fastvlm_mlx.convert.quantize.gptq import Packed, compensated
+from fastvlm_mlx.convert.quantize.report import Squares
+from fastvlm_mlx.convert.quantize.scheme import Assignment
 from fastvlm_mlx.inputs.processor import FastVLMProcessor
 from fastvlm_mlx.model.fastvlm import FastVLM
 

@@ -1,0 +1,1 @@
+"""Writes checkpoints for other programs."""

@@ -1,0 +1,1 @@
+"""Folds branches, norms and scales into single weights."""

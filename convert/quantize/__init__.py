@@ -1,0 +1,1 @@
+"""Quantizes a checkpoint and reports what was lost."""

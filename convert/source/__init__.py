@@ -1,0 +1,1 @@
+"""Reads a checkpoint in any published layout."""

@@ -1,0 +1,1 @@
+"""Writes a checkpoint folder, complete or not at all."""
