@@ -10,8 +10,10 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load_file, save_file
 
-GOLDEN = Path(__file__).parent / "golden"
-MANIFESTS = Path(__file__).parent / "manifests"
+TESTS = Path(__file__).parent
+GOLDEN = TESTS / "golden"
+APPLE = GOLDEN / "apple"
+MANIFESTS = TESTS / "manifests"
 
 Tensors = dict[str, npt.NDArray[Any]]
 

@@ -1,73 +1,138 @@
-"""What is imported, and so what a start costs."""
+"""House rules that the imports prove: one direction, one way to MLX, no training frameworks, only the CLI prints."""
 
-import json
-import subprocess
-import sys
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-GOLDEN = Path(__file__).parent / "golden" / "apple"
+ROOT = Path(__file__).parent.parent
+RUNTIME = ROOT / "fastvlm_mlx"
+CONVERT = ROOT / "convert"
 
-RUN = """
-import json, sys
-sys.argv = {argv!r}
-try:
-    from fastvlm_mlx.cli import main
-    main()
-finally:
-    with open({report!r}, "w") as file:
-        json.dump(sorted({{name.split(".")[0] for name in sys.modules}}), file)
-"""
-
-
-def imported_by(code: str) -> set[str]:
-    """The top-level modules that a fresh interpreter has after `code`."""
-    code += "\nimport sys, json; print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return set(json.loads(done.stdout.splitlines()[-1]))
-
-
-def imported_by_command(report: Path, *arguments: str) -> tuple[set[str], str]:
-    """The top-level modules that `fastvlm …` has imported at its end, and its stdout."""
-    code = RUN.format(argv=["fastvlm", *arguments], report=str(report))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return set(json.loads(report.read_text())), done.stdout
+# Each module imports only from those before it. A new module has to be given its place here.
+ORDER = (
+    *("errors", "threads", "backend", "machine", "config"),
+    *("engine", "model", "inputs", "checkpoint", "generation", "jobs"),
+    *("bench", "cli"),
+)
+# Inside functions only: `from_pretrained` resolves names, and `checkpoint` converts what is not converted yet.
+UPWARD_WHEN_CALLED = {
+    ("model", "checkpoint"),
+    ("inputs", "checkpoint"),
+    ("checkpoint", "convert"),
+    ("cli", "convert"),
+}
+FRAMEWORKS = {"torch", "torchvision", "transformers", "timm", "mlx_vlm", "jax", "tensorflow"}
 
 
-def test_importing_the_package_imports_neither_mlx_nor_numpy() -> None:
-    assert not imported_by("import fastvlm_mlx") & {"mlx", "numpy", "PIL", "tokenizers", "huggingface_hub", "typer"}
+@dataclass(frozen=True)
+class Import:
+    target: str
+    lazy: bool
+    line: int
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["convert", "--help"], ["--version"]])
-def test_help_imports_no_mlx_numpy_or_transformers(tmp_path: Path, arguments: list[str]) -> None:
-    modules, _ = imported_by_command(tmp_path / "modules.json", *arguments)
-    assert "typer" in modules
-    assert not modules & {"mlx", "mlx_lm", "numpy", "transformers", "PIL", "tokenizers", "huggingface_hub", "rich"}
+def imports(path: Path) -> Iterator[Import]:
+    """Every import of a file; `from package import name` counts as `package.name` where that is a module of ours."""
+
+    def walk(node: ast.AST, lazy: bool) -> Iterator[Import]:
+        for child in ast.iter_child_nodes(node):
+            inside = lazy or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            if isinstance(child, ast.Import):
+                yield from (Import(alias.name, lazy, child.lineno) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                module = child.module or ""
+                if child.level:
+                    module = ".".join(filter(None, ["fastvlm_mlx.convert", module]))
+                if module in ("fastvlm_mlx", "fastvlm_mlx.cli", "mlx"):
+                    yield from (Import(f"{module}.{alias.name}", lazy, child.lineno) for alias in child.names)
+                else:
+                    yield Import(module, lazy, child.lineno)
+            yield from walk(child, inside)
+
+    yield from walk(ast.parse(path.read_text(encoding="utf-8")), False)
 
 
-def test_generate_imports_neither_mlx_lm_nor_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FASTVLM_CACHE", str(tmp_path / "cache"))
-    image = str(GOLDEN / "images" / "square.png")
-    modules, answer = imported_by_command(
-        tmp_path / "modules.json", "generate", image, "--model", str(GOLDEN / "reparam"), "--max-tokens", "2", "--json"
-    )
-    assert json.loads(answer)["visual_tokens"] == 4
-    assert "mlx" in modules
-    assert not modules & {"mlx_lm", "transformers", "torch", "rich"}
+def layer(path: Path) -> str:
+    """The layer that a file belongs to: its own name, or its package's."""
+    if path.is_relative_to(CONVERT):
+        return "convert"
+    return path.relative_to(RUNTIME).parts[0].removesuffix(".py")
 
 
-def test_the_blas_is_loaded_before_mlx_whatever_is_imported_first() -> None:
-    code = "from fastvlm_mlx import load; from fastvlm_mlx.backend import blas; assert 'before mlx' not in blas().hint"
-    assert "mlx" in imported_by(code)
+def layer_of(target: str) -> str | None:
+    """The layer of an imported module of ours; None for others and for the public names of the package itself."""
+    parts = target.split(".")
+    if parts[0] != "fastvlm_mlx" or len(parts) == 1:
+        return None
+    return parts[1] if parts[1] in (*ORDER, "convert") else None
 
 
-def test_public_names_resolve_and_unknown_ones_do_not() -> None:
-    import fastvlm_mlx
+FILES = sorted(p for folder in (RUNTIME, CONVERT) for p in folder.rglob("*.py") if p != RUNTIME / "__init__.py")
 
-    for public in fastvlm_mlx.__all__:
-        assert getattr(fastvlm_mlx, public) is not None
-    assert set(fastvlm_mlx.__all__) <= set(dir(fastvlm_mlx))
-    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
-        fastvlm_mlx.nonsense  # noqa: B018
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def test_every_module_has_its_place() -> None:
+    assert {layer(path) for path in FILES} - {"convert"} <= set(ORDER)
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_imports_point_one_way(path: Path) -> None:
+    here = layer(path)
+    for found in imports(path):
+        there = layer_of(found.target)
+        if there is None or there == here or (here, there) == ("engine", "model"):  # the KV cache, until it has a file
+            continue
+        where = f"{name(path)}:{found.line} imports {found.target}"
+        if here == "convert":
+            assert there != "cli", where
+        elif there == "convert" or ORDER.index(there) > ORDER.index(here):
+            assert (here, there) in UPWARD_WHEN_CALLED, where
+            assert found.lazy or _type_checking_only(path, found.target), f"{where}: must be inside a function"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_mlx_comes_from_backend(path: Path) -> None:
+    """`backend` loads the BLAS before MLX, so nothing else may load MLX before it."""
+    direct = [f.line for f in imports(path) if f.target.split(".")[0] == "mlx" and f.target != "mlx.utils"]
+    assert layer(path) == "backend" or not direct, f"{name(path)}: lines {direct}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_nothing_imports_a_training_framework(path: Path) -> None:
+    assert not {f.target.split(".")[0] for f in imports(path)} & FRAMEWORKS
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_mlx_lm_is_imported_only_where_it_is_used(path: Path) -> None:
+    """Importing any part of mlx_lm takes about a second."""
+    assert all(f.lazy for f in imports(path) if f.target.split(".")[0] == "mlx_lm")
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if layer(p) == "cli"], ids=name)
+def test_the_command_line_imports_the_runtime_inside_commands(path: Path) -> None:
+    instant = {"cli", "errors", None}
+    eager = [f.target for f in imports(path) if not f.lazy and layer_of(f.target) not in instant]
+    checked = [target for target in eager if not _type_checking_only(path, target)]
+    assert not checked
+
+
+def _type_checking_only(path: Path, target: str) -> bool:
+    """Whether a module is imported under `if TYPE_CHECKING:` alone."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            return any(isinstance(child, ast.ImportFrom) and child.module == target for child in node.body)
+    return False
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if layer(p) != "cli"], ids=name)
+def test_only_the_command_line_prints_or_exits(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    assert not calls & {"print", "exit", "quit", "sys.exit", "os._exit", "sys.stdout.write", "sys.stderr.write"}
+    assert not {f.target.split(".")[0] for f in imports(path)} & {"typer", "rich", "click"}

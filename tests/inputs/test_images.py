@@ -2,7 +2,6 @@
 
 import base64
 import io
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +11,9 @@ from safetensors.numpy import load_file
 from fastvlm_mlx.errors import ConfigError
 from fastvlm_mlx.inputs import images
 from fastvlm_mlx.inputs.images import auto_resolution, check_resolution, load_image, pixel_values_float, preprocess
+from tests.checkpoints import GOLDEN
 from tests.pictures import stored_with
 
-GOLDEN = Path(__file__).parent / "golden"
 NAMES = ("landscape", "portrait", "square", "large", "tiny")
 
 

@@ -3,14 +3,13 @@
 import json
 import random
 import shutil
-from pathlib import Path
 
 import pytest
 
 from fastvlm_mlx.errors import CheckpointError
 from fastvlm_mlx.inputs.tokenizer import StreamingDetokenizer, Tokenizer, build_tokenizer
+from tests.checkpoints import TESTS
 
-TESTS = Path(__file__).parent
 QWEN2 = TESTS / "tokenizer" / "qwen2"
 TINY = TESTS / "golden" / "apple" / "train"
 ROWS = json.loads((TESTS / "tokenizer" / "expected_ids.json").read_text(encoding="utf-8"))

@@ -20,11 +20,11 @@ from fastvlm_mlx.cli.terminal import human_bytes
 from fastvlm_mlx.errors import ImageError
 from fastvlm_mlx.generation.generate import GenerationResult
 from fastvlm_mlx.inputs import images
+from tests.checkpoints import APPLE, GOLDEN
 from tests.pictures import stored_with
 
-GOLDEN = Path(__file__).parent / "golden" / "apple"
 DEMO = Path(fastvlm_mlx.__file__).parent / "demo_model"
-PICTURE = str(GOLDEN / "images" / "square.png")
+PICTURE = str(APPLE / "images" / "square.png")
 
 
 def invoke(*arguments: str, stdin: str | bytes | None = None) -> Result:
@@ -42,7 +42,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def converted(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A converted checkpoint."""
     folder = tmp_path_factory.mktemp("cli") / "converted"
-    result = invoke("convert", str(GOLDEN / "train"), str(folder), "--dtype", "float32")
+    result = invoke("convert", str(APPLE / "train"), str(folder), "--dtype", "float32")
     assert result.exit_code == 0, result.stderr
     assert result.stdout == ""
     assert f"wrote {folder}, 1.8" in result.stderr
@@ -227,8 +227,8 @@ def test_errors_of_the_operating_system_name_the_file(runtime: FakeRuntime, monk
 
 @pytest.mark.parametrize("image", ["landscape", "large", "portrait", "square", "tiny"])
 def test_generate_answers_as_upstream_does(converted: str, image: str) -> None:
-    expected = load_file(GOLDEN / "expected.safetensors")[f"{image}.greedy"]
-    picture = str(GOLDEN / "images" / f"{image}.png")
+    expected = load_file(APPLE / "expected.safetensors")[f"{image}.greedy"]
+    picture = str(APPLE / "images" / f"{image}.png")
     result = invoke("generate", picture, "--model", converted, "--max-tokens", "24", "--json")
     assert result.exit_code == 0, result.stderr
     record = json.loads(result.stdout)
@@ -250,14 +250,14 @@ def test_a_photograph_is_turned_once(tmp_path: Path) -> None:
 
 
 def test_an_unconverted_source_is_converted_once(converted: str) -> None:
-    arguments = ("generate", PICTURE, "--model", str(GOLDEN / "reparam"), "--max-tokens", "4")
+    arguments = ("generate", PICTURE, "--model", str(APPLE / "reparam"), "--max-tokens", "4")
     first, second = invoke(*arguments), invoke(*arguments)
     assert "converting" in first.stderr
     assert second.stderr == ""
     assert first.stdout == second.stdout
 
 
-@pytest.mark.parametrize("model", ["apple/FastVLM-0.5B", str(GOLDEN / "reparam"), "demo"])
+@pytest.mark.parametrize("model", ["apple/FastVLM-0.5B", str(APPLE / "reparam"), "demo"])
 def test_a_mistyped_picture_costs_neither_a_download_nor_a_conversion(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str
 ) -> None:
@@ -282,7 +282,7 @@ def test_an_unknown_model_is_an_error_that_lists_what_there_is() -> None:
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path) -> None:
-    result = invoke("convert", str(GOLDEN / "train"), str(tmp_path / "out"), "--dry-run")
+    result = invoke("convert", str(APPLE / "train"), str(tmp_path / "out"), "--dry-run")
     assert result.exit_code == 0
     assert "train-time branches" in result.stdout
     assert "head.proj (49,152 bytes)" in result.stdout
@@ -291,14 +291,14 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path) -> None:
 
 def test_convert_does_not_touch_an_existing_destination(tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("data")
-    result = invoke("convert", str(GOLDEN / "train"), str(tmp_path))
+    result = invoke("convert", str(APPLE / "train"), str(tmp_path))
     assert result.exit_code == 1
     assert result.stderr == f"error: {tmp_path}: exists already; remove it or choose another destination\n"
     assert [path.name for path in tmp_path.iterdir()] == ["precious"]
 
 
 def test_info_describes_the_machine_and_the_cache() -> None:
-    invoke("generate", PICTURE, "--model", str(GOLDEN / "train"), "--max-tokens", "1")
+    invoke("generate", PICTURE, "--model", str(APPLE / "train"), "--max-tokens", "1")
     record = json.loads(invoke("info", "--json").stdout)
     assert record["device"] in ("cpu", "gpu")
     assert record["cores"] >= 1
@@ -326,8 +326,8 @@ def test_info_counts_parameters_bytes_and_tokens(converted: str) -> None:
 
 
 def test_info_counts_a_quantized_layer_as_the_weights_it_stands_for() -> None:
-    record = json.loads(invoke("info", str(Path(__file__).parent / "golden/mlx_vlm/q8"), "--json").stdout)
-    plain = json.loads(invoke("info", str(GOLDEN / "train"), "--json").stdout)
+    record = json.loads(invoke("info", str(GOLDEN / "mlx_vlm" / "q8"), "--json").stdout)
+    plain = json.loads(invoke("info", str(APPLE / "train"), "--json").stdout)
     for part in ("vision_tower", "mm_projector", "language_model"):
         assert record["parts"][part]["parameters"] == plain["parts"][part]["parameters"]
 

@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,11 +15,10 @@ from fastvlm_mlx.errors import CheckpointError, ConfigError, ImageError, PromptE
 from fastvlm_mlx.inputs.images import load_image, preprocess
 from fastvlm_mlx.inputs.processor import FastVLMProcessor
 from fastvlm_mlx.inputs.tokenizer import Tokenizer
+from tests.checkpoints import APPLE, TESTS
 
-TESTS = Path(__file__).parent
 QWEN2 = TESTS / "tokenizer" / "qwen2"
-GOLDEN = TESTS / "golden" / "apple"
-PHOTOS = [GOLDEN / "images" / f"{name}.png" for name in ("landscape", "portrait", "square")]
+PHOTOS = [APPLE / "images" / f"{name}.png" for name in ("landscape", "portrait", "square")]
 
 
 def config(image_size: int = 128, **options: object) -> ModelConfig:
@@ -47,7 +45,7 @@ def config(image_size: int = 128, **options: object) -> ModelConfig:
 
 @pytest.fixture(scope="module")
 def processor():
-    return FastVLMProcessor(Tokenizer(GOLDEN / "train"), config())
+    return FastVLMProcessor(Tokenizer(APPLE / "train"), config())
 
 
 @pytest.fixture(scope="module")
@@ -260,7 +258,7 @@ def test_incomplete_folder_is_refused(folder, tmp_path):
     (folder / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match="has no tokenizer"):
         FastVLMProcessor.from_folder(folder)
-    shutil.copy(GOLDEN / "train" / "tokenizer.json", folder)
+    shutil.copy(APPLE / "train" / "tokenizer.json", folder)
     (folder / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"config\.json: not found"):
         FastVLMProcessor.from_folder(folder)

@@ -21,9 +21,8 @@ from fastvlm_mlx.cli import app
 from fastvlm_mlx.config import ActivationScales, ModelConfig, TextConfig, VisionConfig
 from fastvlm_mlx.errors import CheckpointError, ConfigError, ImageError
 from fastvlm_mlx.generation import generate as generation
+from tests.checkpoints import APPLE, TESTS
 
-TESTS = Path(__file__).parent
-GOLDEN = TESTS / "golden" / "apple"
 PROMPT = "Describe the image."
 
 
@@ -146,7 +145,7 @@ def test_a_row_holds_every_metric_with_its_samples_and_no_picture_is_shown_twice
             shown.append(number)
             return super().__call__(number)
 
-    pictures = Recorded((GOLDEN / "images" / "square.png").read_bytes())
+    pictures = Recorded((APPLE / "images" / "square.png").read_bytes())
     row = measure(subject, pictures=pictures, prompt=PROMPT, resolution=64, runs=2, warmup=1, max_tokens=4)
     assert set(row["metrics"]) == {*bench.STAGES, "wall_ttft", "paper_ttft", "decode_rate"} - {"load"}
     for metric in row["metrics"].values():
@@ -160,7 +159,7 @@ def test_a_row_holds_every_metric_with_its_samples_and_no_picture_is_shown_twice
 
 
 def test_pictures_differ_and_keep_the_format_of_their_source() -> None:
-    source = GOLDEN / "images" / "landscape.png"
+    source = APPLE / "images" / "landscape.png"
     pictures = Pictures(source.read_bytes())
     assert pictures(1) == pictures(1) != pictures(2)
     assert pictures(1).startswith(b"\x89PNG")
@@ -185,8 +184,8 @@ def test_the_command_measures_a_checkpoint_warm_and_cold(tmp_path: Path, monkeyp
     monkeypatch.setenv("FASTVLM_CACHE", str(tmp_path / "cache"))
     files = {name: str(tmp_path / f"report.{name}") for name in ("json", "csv", "svg")}
     result = invoke(
-        *("-m", str(GOLDEN / "reparam"), "-r", "auto", "--runs", "1", "--warmup", "0", "-n", "2"),
-        *("--image", str(GOLDEN / "images" / "square.png"), "--cold", "--markdown"),
+        *("-m", str(APPLE / "reparam"), "-r", "auto", "--runs", "1", "--warmup", "0", "-n", "2"),
+        *("--image", str(APPLE / "images" / "square.png"), "--cold", "--markdown"),
         *("--json", files["json"], "--csv", files["csv"], "--plot", files["svg"]),
     )
     assert result.exit_code == 0, result.stderr

@@ -1,0 +1,73 @@
+"""What is imported, and so what a start costs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoints import APPLE
+
+RUN = """
+import json, sys
+sys.argv = {argv!r}
+try:
+    from fastvlm_mlx.cli import main
+    main()
+finally:
+    with open({report!r}, "w") as file:
+        json.dump(sorted({{name.split(".")[0] for name in sys.modules}}), file)
+"""
+
+
+def imported_by(code: str) -> set[str]:
+    """The top-level modules that a fresh interpreter has after `code`."""
+    code += "\nimport sys, json; print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def imported_by_command(report: Path, *arguments: str) -> tuple[set[str], str]:
+    """The top-level modules that `fastvlm …` has imported at its end, and its stdout."""
+    code = RUN.format(argv=["fastvlm", *arguments], report=str(report))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return set(json.loads(report.read_text())), done.stdout
+
+
+def test_importing_the_package_imports_neither_mlx_nor_numpy() -> None:
+    assert not imported_by("import fastvlm_mlx") & {"mlx", "numpy", "PIL", "tokenizers", "huggingface_hub", "typer"}
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["convert", "--help"], ["--version"]])
+def test_help_imports_no_mlx_numpy_or_transformers(tmp_path: Path, arguments: list[str]) -> None:
+    modules, _ = imported_by_command(tmp_path / "modules.json", *arguments)
+    assert "typer" in modules
+    assert not modules & {"mlx", "mlx_lm", "numpy", "transformers", "PIL", "tokenizers", "huggingface_hub", "rich"}
+
+
+def test_generate_imports_neither_mlx_lm_nor_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTVLM_CACHE", str(tmp_path / "cache"))
+    image = str(APPLE / "images" / "square.png")
+    modules, answer = imported_by_command(
+        tmp_path / "modules.json", "generate", image, "--model", str(APPLE / "reparam"), "--max-tokens", "2", "--json"
+    )
+    assert json.loads(answer)["visual_tokens"] == 4
+    assert "mlx" in modules
+    assert not modules & {"mlx_lm", "transformers", "torch", "rich"}
+
+
+def test_the_blas_is_loaded_before_mlx_whatever_is_imported_first() -> None:
+    code = "from fastvlm_mlx import load; from fastvlm_mlx.backend import blas; assert 'before mlx' not in blas().hint"
+    assert "mlx" in imported_by(code)
+
+
+def test_public_names_resolve_and_unknown_ones_do_not() -> None:
+    import fastvlm_mlx
+
+    for public in fastvlm_mlx.__all__:
+        assert getattr(fastvlm_mlx, public) is not None
+    assert set(fastvlm_mlx.__all__) <= set(dir(fastvlm_mlx))
+    with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
+        fastvlm_mlx.nonsense  # noqa: B018
