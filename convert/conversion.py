@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fastvlm_mlx.config import ModelConfig
+from fastvlm_mlx.config import LayerQuantization, ModelConfig, QuantizationConfig
 from fastvlm_mlx.convert.fold.float16 import Scaling, choose, factors
 from fastvlm_mlx.convert.fold.modules import Recipe, copies, decoder_recipes, projector_recipes, vision_recipes
 from fastvlm_mlx.convert.fold.operations import Array
@@ -27,7 +27,6 @@ from fastvlm_mlx.convert.write.destination import partial_folder, vacant
 from fastvlm_mlx.errors import CheckpointError, ConversionError
 from fastvlm_mlx.inputs.processor import FastVLMProcessor
 from fastvlm_mlx.inputs.tokenizer import Tokenizer
-from fastvlm_mlx.model.quantized import quantization_entry
 
 Progress = Callable[[int, int, str], None]
 """Called with bytes done, bytes in all, and what is being done."""
@@ -338,15 +337,13 @@ def _can_stay(place: str, weight: Weight) -> bool:
     return place.startswith(_KEPT_PACKED) and (affine or place != EMBEDDING)
 
 
-def _quantization(kept: Mapping[str, Weight]) -> dict[str, Any] | None:
-    """The entry of config.json for quantized weights: the commonest settings, and the layers that have others."""
-    settings = {
-        name.removesuffix(".weight"): {
-            "group_size": weight.packing.group_size,
-            "bits": weight.packing.bits,
-            "mode": weight.packing.mode,
-        }
+def _quantization(kept: Mapping[str, Weight]) -> QuantizationConfig | None:
+    """How the weights that stay quantized are."""
+    layers = {
+        name.removesuffix(".weight"): LayerQuantization(
+            group_size=weight.packing.group_size, bits=weight.packing.bits, mode=weight.packing.mode
+        )
         for name, weight in kept.items()
         if weight.packing
     }
-    return quantization_entry(settings) if settings else None
+    return QuantizationConfig.of(layers) if layers else None

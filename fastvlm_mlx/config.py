@@ -1,6 +1,7 @@
 """The architecture of a checkpoint, as frozen dataclasses that are read from and written to `config.json`."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -41,7 +42,7 @@ def _positive_int(owner: object, *names: str) -> None:
 
 
 def _power_of_two(value: float) -> bool:
-    return value > 0 and float(value).hex().split("p")[0] == "0x1.0000000000000"
+    return value > 0 and math.frexp(value)[0] == 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,11 +191,8 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         """Rejects sizes that contradict each other."""
-        _positive_int(
-            self,
-            *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
-            *("vocab_size", "max_position_embeddings"),
-        )
+        sizes = [f.name for f in fields(self) if f.type is int]
+        _positive_int(self, *sizes)
         if self.model_type != "qwen2":
             raise ConfigError(f"the decoder must be qwen2, not {self.model_type!r}")
         if self.hidden_size % self.num_attention_heads:
@@ -229,6 +227,81 @@ class TextConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LayerQuantization:
+    """How one layer is quantized.
+
+    Attributes:
+        group_size: Weights that share a scale; None for the mode's own.
+        bits: Per weight; None for the mode's own.
+        mode: MLX's name: `affine`, `mxfp4`, `mxfp8`, `nvfp4`.
+    """
+
+    group_size: int | None = None
+    bits: int | None = None
+    mode: str = "affine"
+
+    def __post_init__(self) -> None:
+        """Rejects values of the wrong kind."""
+        _positive_int(self, *(name for name in ("group_size", "bits") if getattr(self, name) is not None))
+        if not isinstance(self.mode, str):
+            raise ConfigError(f"LayerQuantization.mode must be a text, not {self.mode!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is known, as the keyword arguments of MLX's quantization functions."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+    def __str__(self) -> str:
+        return ", ".join(f"{key} {value}" for key, value in self.to_dict().items())
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizationConfig:
+    """How the layers of a checkpoint are quantized, as mlx-lm records it in `config.json`.
+
+    Which layers are quantized at all is not said here: those that are stored with `scales`.
+
+    Attributes:
+        default: Of every layer that is not in `overrides`.
+        overrides: By module path.
+    """
+
+    default: LayerQuantization
+    overrides: Mapping[str, LayerQuantization] = field(default_factory=dict)
+
+    def for_layer(self, path: str) -> LayerQuantization:
+        """How the layer at `path`, such as `mm_projector.2`, is quantized."""
+        return self.overrides.get(path, self.default)
+
+    @classmethod
+    def of(cls, layers: Mapping[str, LayerQuantization]) -> "QuantizationConfig":
+        """The shortest record of these layers, at least one: the most common settings are the default."""
+        settings = list(layers.values())
+        default = max(settings, key=settings.count)
+        return cls(default=default, overrides={path: layer for path, layer in layers.items() if layer != default})
+
+    @classmethod
+    def from_dict(cls, values: Any) -> "QuantizationConfig":
+        """Reads the entry of a `config.json`: `group_size`, `bits`, `mode`, and by path what differs.
+
+        Raises:
+            ConfigError: If it is no JSON object or holds values of the wrong kind.
+        """
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"quantization must be an object with group_size, bits and mode, not {values!r:.80}")
+        default = _known(LayerQuantization, values)
+        overrides = {
+            path: _known(LayerQuantization, {**asdict(default), **layer})
+            for path, layer in values.items()
+            if isinstance(layer, Mapping)
+        }
+        return cls(default=default, overrides=overrides)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The entry of a `config.json`."""
+        return {**self.default.to_dict(), **{path: layer.to_dict() for path, layer in self.overrides.items()}}
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A whole FastVLM checkpoint in this project's format.
 
@@ -238,8 +311,7 @@ class ModelConfig:
         dtype: `float16`, `bfloat16` or `float32`, as stored.
         eos_token_id: Every token that ends an answer.
         max_length: The longest sequence in positions that the model was tuned for.
-        quantization: mlx-lm's entry: `group_size`, `bits`, `mode` and overrides per module path; None when not
-            quantized.
+        quantization: How layers are quantized; None when none is.
         source: Where it came from: `name`, `revision`, `sha256`, `layout`.
     """
 
@@ -248,7 +320,7 @@ class ModelConfig:
     dtype: str = "float16"
     eos_token_id: tuple[int, ...] = ()
     max_length: int = 8192
-    quantization: dict[str, Any] | None = None
+    quantization: QuantizationConfig | None = None
     source: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -270,11 +342,13 @@ class ModelConfig:
             raise ConfigError(
                 f"fastvlm_format {version} was written by another version; this one reads {FORMAT_VERSION}"
             )
+        entry = values.get("quantization") or None
         try:
             parts = {
                 "vision_config": VisionConfig.from_dict(values["vision_config"]),
                 "text_config": TextConfig.from_dict(values["text_config"]),
                 "eos_token_id": tuple(values["eos_token_id"]),
+                "quantization": QuantizationConfig.from_dict(entry) if entry is not None else None,
             }
         except KeyError as err:
             raise ConfigError(f"config.json lacks {err}") from err
@@ -297,10 +371,10 @@ class ModelConfig:
             "patch_size": self.vision_config.patch_size,
             **values["vision_config"],
         }
-        if self.quantization is None:
-            del values["quantization"]
-        else:
-            values["quantization_config"] = self.quantization
+        del values["quantization"]
+        if self.quantization is not None:
+            entry = self.quantization.to_dict()
+            values |= {"quantization": entry, "quantization_config": entry}
         return values
 
     @classmethod

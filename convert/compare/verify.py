@@ -11,7 +11,7 @@ import numpy as np
 
 from fastvlm_mlx.backend import mx
 from fastvlm_mlx.checkpoint.load import is_converted, load_model, read_weights
-from fastvlm_mlx.config import IMAGE_TOKEN, ModelConfig
+from fastvlm_mlx.config import IMAGE_TOKEN, LayerQuantization, ModelConfig
 from fastvlm_mlx.convert.compare.agreement import Agreement, Notify, Probes, Reference
 from fastvlm_mlx.convert.compare.layerwise import (
     EMBEDDING,
@@ -35,7 +35,6 @@ ROUNDING = 0.02
 """How far stages of unquantized checkpoints may be apart: float16 and bfloat16 stay well below."""
 
 _PACKED = ("scales", "biases")
-_SETTINGS = ("group_size", "bits", "mode")
 _STEPS = 6.0
 _WIDEST = 0.9
 
@@ -193,24 +192,21 @@ class _Weights:
         layer = name.removesuffix(".weight")
         value = self._stored[name]
         if f"{layer}.scales" in self._stored and name.endswith(".weight"):
-            settings = self._settings(layer)
+            settings = self._settings(layer).to_dict()
             # affine scales in float32, or the result would be rounded to their dtype
             companions = [self._stored[f"{layer}.{part}"] for part in _PACKED if f"{layer}.{part}" in self._stored]
             wide = [part.astype(mx.float32) if part.dtype != mx.uint8 else part for part in companions]
-            value = mx.dequantize(
-                value, wide[0], wide[1] if len(wide) > 1 else None, **{key: settings[key] for key in _SETTINGS}
-            )
+            value = mx.dequantize(value, wide[0], wide[1] if len(wide) > 1 else None, **settings)
         return mx.divide(value.astype(mx.float32), self._factors.get(name, 1.0))
 
-    def _settings(self, layer: str) -> Mapping[str, Any]:
-        entry = self._config.quantization or {}
-        override = entry.get(layer)
-        return {"mode": "affine", **(override if isinstance(override, dict) else entry)}
+    def _settings(self, layer: str) -> LayerQuantization:
+        assert self._config.quantization is not None
+        return self._config.quantization.for_layer(layer)
 
     def bits(self, stage: Stage) -> int | None:
         """The fewest bits of a layer of a stage; None if none is quantized."""
         layers = [name.removesuffix(".scales") for name in self._stored if name.endswith(".scales")]
-        return min((int(self._settings(layer)["bits"]) for layer in layers if stage.holds(layer)), default=None)
+        return min((self._settings(layer).bits or 0 for layer in layers if stage.holds(layer)), default=None)
 
 
 def _stages(

@@ -148,7 +148,8 @@ def _configs(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, dict[str, A
     """The configs that differ from ours, by file."""
     vision, text = config.vision_config, config.text_config
     side = vision.image_size
-    quantization = {"quantization": config.quantization, "quantization_config": config.quantization}
+    entry = config.quantization.to_dict() if config.quantization else None
+    quantization = {"quantization": entry, "quantization_config": entry}
     image_processor = {
         "image_processor_type": "CLIPImageProcessor",
         "crop_size": {"height": side, "width": side},
@@ -210,7 +211,7 @@ def _configs(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, dict[str, A
                 "repmixer_kernel_size": 3,
                 "token_mixers": ["repmixer", "repmixer", "repmixer", "attention", "attention"],
             },
-            **(quantization if config.quantization else {}),
+            **(quantization if entry else {}),
         },
         "preprocessor_config.json": {**image_processor, "processor_class": "FastVLMProcessor"},
         "processor_config.json": {

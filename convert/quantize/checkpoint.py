@@ -25,7 +25,7 @@ from fastvlm_mlx.convert.write.card import card
 from fastvlm_mlx.convert.write.destination import partial_folder, vacant
 from fastvlm_mlx.errors import ConversionError
 from fastvlm_mlx.inputs.processor import FastVLMProcessor
-from fastvlm_mlx.model.quantized import column_slices, quantization_entry
+from fastvlm_mlx.model.quantized import column_slices
 from fastvlm_mlx.threads import cpu_threads
 
 _CHUNK = 2**22
@@ -64,8 +64,8 @@ def quantize_checkpoint(
     config = ModelConfig.from_path(folder)
     if config.quantization:
         raise ConversionError(
-            f"{folder}: is quantized already ({config.quantization['bits']} bits); quantize what it was made from, or "
-            "dequantize it first (fastvlm quantize --dequantize)"
+            f"{folder}: is quantized already ({config.quantization.default.bits} bits); quantize what it was made "
+            "from, or dequantize it first (fastvlm quantize --dequantize)"
         )
     assignment = wanted.assign(config)
     with open_source(folder) as opened, partial_folder(target, opened.nbytes) as out:
@@ -84,7 +84,7 @@ def quantize_checkpoint(
 
             packed = compensate(folder, assignment, pictures, lambda label: meter.advance(0, label))
         squares = write_weights(opened, out, config, assignment, packed, meter)
-        quantized = replace(config, quantization=quantization_entry(assignment.entries()))
+        quantized = replace(config, quantization=assignment.config())
         copy_small_files(folder, out)
         write_json(out / "config.json", quantized.to_dict())
         meter.advance(0, "comparing with the source")

@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from fastvlm_mlx.backend import nn
-from fastvlm_mlx.config import ModelConfig
+from fastvlm_mlx.config import LayerQuantization, ModelConfig, QuantizationConfig
 from fastvlm_mlx.convert.source.weights import Shape
 from fastvlm_mlx.errors import ConversionError
 from fastvlm_mlx.model.fastvlm import FastVLM
@@ -198,9 +198,9 @@ class Assignment:
     kept: Mapping[str, str]
     shapes: Mapping[str, Shape]
 
-    def entries(self) -> dict[str, dict[str, Any]]:
-        """The settings as they are recorded in config.json, by path."""
-        return {path: asdict(settings) for path, settings in self.layers.items()}
+    def config(self) -> QuantizationConfig:
+        """The settings as config.json records them."""
+        return QuantizationConfig.of({path: LayerQuantization(**asdict(each)) for path, each in self.layers.items()})
 
 
 def layer_shapes(config: ModelConfig) -> dict[str, Shape]:

@@ -83,7 +83,7 @@ def _score(
         network, processor = load(name, dtype=dtype.value if dtype else None, notify=note, progress=progress)
     settings = {
         "weights": network.config.source,
-        "quantization": network.config.quantization,
+        "quantization": network.config.quantization.to_dict() if network.config.quantization else None,
         "dtype": str(network.dtype),
         "resolution": resolution,
         "max_tokens": max_tokens,

@@ -89,7 +89,7 @@ def _checkpoint(name: str, revision: str | None) -> dict[str, Any]:
         "folder": str(folder),
         "source": config.source,
         "dtype": config.dtype,
-        "quantization": config.quantization,
+        "quantization": config.quantization.to_dict() if config.quantization else None,
         "tied_embeddings": config.text_config.tie_word_embeddings,
         "image_size": config.vision_config.image_size,
         "max_length": config.max_length,
@@ -118,9 +118,8 @@ def _part(name: str, weights: dict[str, "mx.array"], config: "ModelConfig") -> d
 
 def _group_size(config: "ModelConfig", layer: str) -> int:
     """How many weights of a quantized layer share a scale."""
-    settings = config.quantization or {}
-    override = settings.get(layer)
-    return int((override if isinstance(override, dict) else settings)["group_size"])
+    assert config.quantization is not None
+    return config.quantization.for_layer(layer).group_size or 0
 
 
 def _memory_needed(config: "ModelConfig", weights: dict[str, "mx.array"], resolution: int) -> int:

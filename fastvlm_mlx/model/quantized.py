@@ -7,12 +7,13 @@ floating point, and the decoder unpacks a layer's weights for as long as it is a
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from mlx.utils import tree_map_with_path
 
 from fastvlm_mlx.backend import device, mx, nn
+from fastvlm_mlx.config import QuantizationConfig
 from fastvlm_mlx.errors import ConfigError
 from fastvlm_mlx.threads import cpu_threads
 
@@ -26,44 +27,29 @@ _SPLIT = 2**18
 """From so many weights on, a product with packed ones is worth dealing to several threads."""
 
 
-def quantize_layers(model: nn.Module, quantization: Mapping[str, Any], stored: Iterable[str]) -> None:
+def quantize_layers(model: nn.Module, quantization: QuantizationConfig, stored: Iterable[str]) -> None:
     """Replaces the layers of `model` that a checkpoint stores quantized by quantized ones, in place.
 
     Args:
         model: Any module tree with linears and embeddings.
-        quantization: `group_size`, `bits` and `mode` for every layer, and per module path another such mapping.
+        quantization: Of every layer.
         stored: The names of the checkpoint's tensors; a layer is quantized if its `scales` are among them.
 
     Raises:
         ConfigError: If what is stored names a layer that cannot be quantized, or the settings are impossible.
     """
-    default = {key: quantization[key] for key in ("group_size", "bits", "mode") if key in quantization}
     paths = {name.removesuffix(".scales") for name in stored if name.endswith(".scales")}
     modules = dict(model.named_modules())
     if unknown := sorted(path for path in paths if not hasattr(modules.get(path), "to_quantized")):
         raise ConfigError(f"{unknown[0]} is stored quantized, but the model has no such linear or embedding")
 
     def settings(path: str, _: nn.Module) -> bool | dict[str, Any]:
-        override = quantization.get(path)
-        if path not in paths:
-            return False
-        return {**default, **override} if isinstance(override, Mapping) else default
+        return path in paths and quantization.for_layer(path).to_dict()
 
     try:
-        nn.quantize(model, mode=default.get("mode", "affine"), class_predicate=settings)
+        nn.quantize(model, class_predicate=settings)
     except (ValueError, TypeError) as err:
-        raise ConfigError(f"quantization {dict(default)} is not possible: {err}") from err
-
-
-def quantization_entry(layers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The `quantization` entry of `config.json`: the commonest settings, and by path the layers that have others.
-
-    Args:
-        layers: `group_size`, `bits` and `mode` of every quantized layer by its path; at least one.
-    """
-    settings = [dict(layer) for layer in layers.values()]
-    default = max(settings, key=lambda each: settings.count(each))
-    return {**default, **{path: dict(layer) for path, layer in layers.items() if dict(layer) != default}}
+        raise ConfigError(f"quantization with {quantization.default} is not possible: {err}") from err
 
 
 def suit_device(model: nn.Module, decoder: str, dtype: mx.Dtype) -> None:

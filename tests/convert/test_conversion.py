@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from fastvlm_mlx.checkpoint.load import load, load_model, read_weights
-from fastvlm_mlx.config import ModelConfig
+from fastvlm_mlx.config import LayerQuantization, ModelConfig, QuantizationConfig
 from fastvlm_mlx.convert import convert_checkpoint, plan
 from fastvlm_mlx.convert.write import shards as writer
 from fastvlm_mlx.errors import ConversionError
@@ -343,7 +343,7 @@ def test_quantized_weights_of_mlx_vlm_stay_as_they_are_and_give_its_logits(name:
     assert done.dequantized == ("mm_projector.0",)
     for key in (f"{layer}.{part}" for layer in layers - {"mm_projector.0"} for part in ("weight", "scales", "biases")):
         np.testing.assert_array_equal(written[key], stored[key], err_msg=key)
-    assert done.config.quantization == {"group_size": 32, "bits": int(name[1]), "mode": "affine"}
+    assert done.config.quantization == QuantizationConfig(default=LayerQuantization(group_size=32, bits=int(name[1])))
     assert "quantized     16 layers, kept as they are\ndequantized   1 layers" in str(done)
     expected = load_file(GOLDEN / "mlx_vlm" / "expected.safetensors")
     apple = load_file(GOLDEN / "apple" / "expected.safetensors")

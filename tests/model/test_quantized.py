@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from fastvlm_mlx.backend import mx, nn
+from fastvlm_mlx.config import LayerQuantization, QuantizationConfig
 from fastvlm_mlx.errors import ConfigError
 from fastvlm_mlx.model.quantized import (
     DENSE_ROWS,
@@ -46,6 +47,10 @@ def test_large_layers_are_unpacked_by_blocks(monkeypatch: pytest.MonkeyPatch) ->
     np.testing.assert_allclose(np.array(CPUQuantizedLinear(layer)(x)), np.array(layer(x)), atol=1e-5)
 
 
+def eight_bits(group_size: int) -> QuantizationConfig:
+    return QuantizationConfig(default=LayerQuantization(group_size=group_size, bits=8))
+
+
 class Two(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +60,7 @@ class Two(nn.Module):
 
 def test_on_a_cpu_only_the_decoder_stays_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Two()
-    quantize_layers(model, {"group_size": 32, "bits": 8}, ["tower.scales", "decoder.0.scales", "decoder.1.scales"])
+    quantize_layers(model, eight_bits(32), ["tower.scales", "decoder.0.scales", "decoder.1.scales"])
     packed = model.tower
     x = mx.random.normal((5, 64))
     expected = packed(x)
@@ -74,12 +79,12 @@ def test_on_a_cpu_only_the_decoder_stays_packed(monkeypatch: pytest.MonkeyPatch)
 
 def test_stored_layer_that_the_model_lacks() -> None:
     with pytest.raises(ConfigError, match=r"decoder\.7 is stored quantized, but the model has no such linear"):
-        quantize_layers(Two(), {"group_size": 32, "bits": 8}, ["decoder.7.scales"])
+        quantize_layers(Two(), eight_bits(32), ["decoder.7.scales"])
 
 
 def test_impossible_settings() -> None:
-    with pytest.raises(ConfigError, match=r"quantization \{'group_size': 48, 'bits': 8\} is not possible"):
-        quantize_layers(Two(), {"group_size": 48, "bits": 8}, ["tower.scales"])
+    with pytest.raises(ConfigError, match=r"quantization with group_size 48, bits 8, mode affine is not possible"):
+        quantize_layers(Two(), eight_bits(48), ["tower.scales"])
 
 
 @pytest.mark.parametrize("rows", [1, DENSE_ROWS - 1])

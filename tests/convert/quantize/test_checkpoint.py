@@ -169,8 +169,8 @@ def test_floating_point_modes_are_written_and_read(exact: Path, tmp_path: Path, 
     assert report.weight_error < 0.15
     entry = ModelConfig.from_path(tmp_path / "out").quantization
     assert entry is not None
-    assert entry["mode"] == mode
-    assert entry["language_model.model.embed_tokens"]["mode"] == "affine"
+    assert entry.default.mode == mode
+    assert entry.for_layer("language_model.model.embed_tokens").mode == "affine"
 
 
 def test_bfloat16_checkpoints_are_quantized(tmp_path: Path) -> None:

@@ -92,5 +92,5 @@ def test_embeddings_are_affine_in_every_mode(config: ModelConfig) -> None:
 
 
 def test_settings_are_recorded_as_mlx_lm_records_them(config: ModelConfig) -> None:
-    entries = Quantization(bits=4, group_size=32).assign(config).entries()
-    assert json.dumps(entries["mm_projector.2"]) == '{"group_size": 32, "bits": 4, "mode": "affine"}'
+    recorded = Quantization(bits=4, group_size=32).assign(config).config()
+    assert json.dumps(recorded.to_dict()) == '{"group_size": 32, "bits": 4, "mode": "affine"}'
