@@ -42,8 +42,8 @@ from fastvlm_mlx.bench.conditions import conditions
 from fastvlm_mlx.bench.images import Pictures
 from fastvlm_mlx.bench.measure import Statistics
 from fastvlm_mlx.bench.random_model import SIZES
-from fastvlm_mlx.bench.report import as_markdown
 from fastvlm_mlx.bench.report import table as stage_table
+from fastvlm_mlx.formatting import as_markdown
 
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
@@ -396,7 +396,7 @@ def versions(report: dict[str, Any]) -> str:
 def stages(report: dict[str, Any]) -> Iterator[str]:
     """The README's lines for a report of `fastvlm bench` about one model."""
     found, row = report["conditions"], report["rows"][0]
-    yield as_markdown([cells[2:] for cells in stage_table(report)])
+    yield as_markdown([cells[2:] for cells in stage_table(report)], left=2)
     yield ""
     yield (
         f"{row['model']}, {row['precision']['language_model']}, by stage: medians in ms of "

@@ -16,7 +16,6 @@ from fastvlm_mlx.convert.fold.float16 import Scaling, choose, factors
 from fastvlm_mlx.convert.fold.modules import Recipe, copies, decoder_recipes, projector_recipes, vision_recipes
 from fastvlm_mlx.convert.fold.operations import Array
 from fastvlm_mlx.convert.plan import Plan, dropped_tensors
-from fastvlm_mlx.convert.source import layouts
 from fastvlm_mlx.convert.source import upstream_config as upstream
 from fastvlm_mlx.convert.source.source import Source, open_source
 from fastvlm_mlx.convert.source.upstream import EMBEDDING, Checkpoint
@@ -25,6 +24,7 @@ from fastvlm_mlx.convert.write import shards as writer
 from fastvlm_mlx.convert.write.card import card
 from fastvlm_mlx.convert.write.destination import partial_folder, vacant
 from fastvlm_mlx.errors import CheckpointError, ConversionError
+from fastvlm_mlx.formatting import names
 from fastvlm_mlx.inputs.processor import FastVLMProcessor
 from fastvlm_mlx.inputs.tokenizer import Tokenizer
 
@@ -172,9 +172,7 @@ class _Job:
             if not np.isfinite(values).all():
                 norms = [place for place in recipe.inputs if place.endswith("running_var")]
                 tensors = [self.weights[place].tensor.name for place in norms or recipe.inputs]
-                raise CheckpointError(
-                    f"{name}: folding gives NaN or infinite values; look at {layouts.listed(tensors)}"
-                )
+                raise CheckpointError(f"{name}: folding gives NaN or infinite values; look at {names(tensors)}")
         return {name: self._unscaled(name, iter([values])) for name, values in outputs.items()}
 
     def _unscaled(self, name: str, rows: Iterator[Array]) -> Iterator[Array]:

@@ -8,6 +8,7 @@ from typing import Any
 from fastvlm_mlx.config import ModelConfig
 from fastvlm_mlx.convert.source.source import Source
 from fastvlm_mlx.convert.write.shards import Shard
+from fastvlm_mlx.formatting import readable_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,8 +96,3 @@ def dropped_tensors(source: Source, reasons: Mapping[str, str]) -> list[Dropped]
         Dropped(name=name, nbytes=source.tensors[name].nbytes, reason=reason)
         for name, reason in sorted(reasons.items())
     ]
-
-
-def readable_bytes(count: int) -> str:
-    """A number of bytes for people."""
-    return f"{count / 1e9:.2f} GB" if count >= 10**7 else f"{count / 1e6:.2f} MB"

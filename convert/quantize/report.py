@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from fastvlm_mlx.convert.compare.agreement import Agreement
-from fastvlm_mlx.convert.plan import readable_bytes
 from fastvlm_mlx.convert.quantize.scheme import PARTS, part_of
 from fastvlm_mlx.convert.source.source import Source
 from fastvlm_mlx.errors import ConversionError
+from fastvlm_mlx.formatting import as_markdown, names, readable_bytes
 
 REPORT_FILE = "quantization_report.json"
 
@@ -112,21 +112,19 @@ class LossReport:
         reasons = sorted(set(self.kept.values()))
         for reason in reasons:
             paths = [path for path, own in self.kept.items() if own == reason]
-            more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
-            lines.append(f"in floating point ({reason}): {', '.join(paths[:3])}{more}")
+            lines.append(f"in floating point ({reason}): {names(paths, most=3)}")
         return lines
 
     def markdown(self) -> str:
         """The section of the model card."""
         header = ("part", "bits per weight", "before", "after", "weight error")
-        table = [header, ("---",) * 5, *self.rows()]
         return "\n".join(
             [
                 "## What quantization cost",
                 "",
                 f"Quantized with fastvlm-mlx: {self.quantization}. Compared with the source:",
                 "",
-                *(f"| {' | '.join(row)} |" for row in table),
+                as_markdown([header, *self.rows()]),
                 "",
                 *(f"- {line}" for line in self.lines()),
                 "",

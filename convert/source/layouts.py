@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from fastvlm_mlx.errors import CheckpointError
+from fastvlm_mlx.formatting import names
 
 _AFFINE = ("weight", "bias")
 _NORM = ("weight", "bias", "running_mean", "running_var")
@@ -346,7 +347,7 @@ def recognise(keys: Collection[str], name: str) -> Layout:
             return layout
     known = "; ".join(f"{layout.description}: {layout.marker.pattern}" for layout in LAYOUTS)
     raise CheckpointError(
-        f"{name}: is not a FastVLM checkpoint of a known layout. It holds {listed(sorted(keys))}; "
+        f"{name}: is not a FastVLM checkpoint of a known layout. It holds {names(sorted(keys))}; "
         f"expected keys like {known}"
     )
 
@@ -383,18 +384,12 @@ def match(layout: Layout, keys: Collection[str], name: str) -> Match:
             dropped[key] = COUNTER_REASON
             left.remove(key)
     if missing:
-        raise CheckpointError(f"{name}: lacks {listed(missing)} (layout: {layout.description}); it is incomplete")
+        raise CheckpointError(f"{name}: lacks {names(missing)} (layout: {layout.description}); it is incomplete")
     if left:
         raise CheckpointError(
-            f"{name}: has tensors that no rule knows: {listed(sorted(left))} (layout: {layout.description})"
+            f"{name}: has tensors that no rule knows: {names(sorted(left))} (layout: {layout.description})"
         )
     return Match(places=places, dropped=dropped, packed=packed)
-
-
-def listed(names: Collection[str], most: int = 5) -> str:
-    """The first names and how many more there are."""
-    shown = ", ".join(list(names)[:most])
-    return f"{shown} and {len(names) - most} more" if len(names) > most else shown or "nothing"
 
 
 def _companions(key: str) -> tuple[str, str]:

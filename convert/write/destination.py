@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from fastvlm_mlx.convert.plan import readable_bytes
 from fastvlm_mlx.errors import ConversionError
+from fastvlm_mlx.formatting import readable_bytes
 
 
 def vacant(destination: str | Path) -> Path:

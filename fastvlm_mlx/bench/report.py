@@ -203,21 +203,6 @@ def table(report: Mapping[str, Any]) -> list[list[str]]:
     return [[line[column] for column in kept] for line in (head, *lines)]
 
 
-def as_text(cells: Sequence[Sequence[str]]) -> str:
-    """A table with aligned columns."""
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(
-        "  ".join(f"{cell:{'<' if column < 2 else '>'}{widths[column]}}" for column, cell in enumerate(line)).rstrip()
-        for line in cells
-    )
-
-
-def as_markdown(cells: Sequence[Sequence[str]]) -> str:
-    """A table as Markdown, numbers to the right."""
-    rule = ["---" if column < 2 else "---:" for column in range(len(cells[0]))]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (cells[0], rule, *cells[1:]))
-
-
 def as_csv(report: Mapping[str, Any]) -> str:
     """Every sample on a line of its own, ready for a statistics program."""
     text = io.StringIO()

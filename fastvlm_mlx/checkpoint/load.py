@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from fastvlm_mlx.backend import compute_dtype, device, mx
 from fastvlm_mlx.config import ALIASES, DEMO, ModelConfig, bundled_checkpoint
 from fastvlm_mlx.errors import CheckpointError, ConfigError
+from fastvlm_mlx.formatting import names
 from fastvlm_mlx.inputs.processor import FastVLMProcessor
 from fastvlm_mlx.model.fastvlm import FastVLM
 from fastvlm_mlx.model.quantized import quantize_layers, suit_device
@@ -189,18 +190,14 @@ def _check(folder: Path, weights: dict[str, mx.array], expected: dict[str, tuple
         "lacks": sorted(expected.keys() - weights.keys()),
         "has unknown tensors": sorted(weights.keys() - expected.keys()),
     }
-    for what, names in problems.items():
-        if names:
-            raise CheckpointError(f"{folder}: {what} {_listed(names)}; convert the checkpoint again")
+    for what, absent in problems.items():
+        if absent:
+            raise CheckpointError(f"{folder}: {what} {names(absent)}; convert the checkpoint again")
     for name, shape in expected.items():
         if weights[name].shape != shape:
             raise CheckpointError(
                 f"{folder}: {name} has shape {weights[name].shape}, expected {shape}; convert it again"
             )
-
-
-def _listed(names: list[str], most: int = 4) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -212,14 +209,14 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            listed = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (OSError, ValueError, KeyError, AttributeError) as err:
             raise CheckpointError(f"{index}: cannot be read as an index ({err})") from err
-        files = [folder / name for name in names]
+        files = [folder / name for name in listed]
     else:
         files = sorted(folder.glob("model*.safetensors"))
     if missing := [file.name for file in files if not file.is_file()]:
-        raise CheckpointError(f"{folder}: {_listed(missing)} missing; the checkpoint is incomplete")
+        raise CheckpointError(f"{folder}: {names(missing)} missing; the checkpoint is incomplete")
     if not files:
         raise CheckpointError(f"{folder}: no model*.safetensors in it")
     return files

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -11,6 +12,7 @@ import typer
 
 from fastvlm_mlx.cli.options import MODEL_HELP, DType, parse_resolution
 from fastvlm_mlx.cli.terminal import ByteProgress, LiveLine, note
+from fastvlm_mlx.formatting import as_markdown, as_text
 
 if TYPE_CHECKING:
     from fastvlm_mlx.bench.measure import Subject
@@ -139,11 +141,10 @@ def _load(name: str, dtype: str | None) -> "Subject":
 def _print_costs(sizes: list[str], models: list[str], resolutions: list[int], markdown: bool) -> None:
     from fastvlm_mlx.bench.costs import chips, cost_table, costs, roofline_table
     from fastvlm_mlx.bench.random_model import full_size
-    from fastvlm_mlx.bench.report import as_markdown, as_text
     from fastvlm_mlx.checkpoint.load import read_weights, resolve
     from fastvlm_mlx.config import ModelConfig
 
-    show = as_markdown if markdown else as_text
+    show = partial(as_markdown if markdown else as_text, left=2)
     peaks, sources = chips()
     for name in sizes or models:
         if sizes:
@@ -183,8 +184,6 @@ def _measure(
     from fastvlm_mlx.bench.measure import measure
     from fastvlm_mlx.bench.report import (
         as_csv,
-        as_markdown,
-        as_text,
         check_output,
         check_plot,
         make_report,
@@ -219,7 +218,7 @@ def _measure(
                     )
                 )
     report = make_report(found, {"prompt": prompt, "image_sha256": pictures.sha256, **counts}, rows)
-    typer.echo((as_markdown if outputs.markdown else as_text)(table(report)))
+    typer.echo((as_markdown if outputs.markdown else as_text)(table(report), left=2))
     if outputs.json:
         write_output(outputs.json, (json.dumps(report, indent=1) + "\n").encode())
     if outputs.csv:
@@ -240,7 +239,7 @@ def compare(
 
     Prints the medians of every row that both have. What was not the same about the two measurements goes to stderr.
     """
-    from fastvlm_mlx.bench.report import as_text, compare_reports, different_conditions, read_report
+    from fastvlm_mlx.bench.report import compare_reports, different_conditions, read_report
 
     first, second = read_report(before), read_report(after)
     for difference in different_conditions(first, second):
@@ -260,7 +259,7 @@ def compare(
                 verdict,
             ]
         )
-    typer.echo(as_text(lines))
+    typer.echo(as_text(lines, left=2))
     if slower := [change for change in changes if change.slower > threshold]:
         note(f"{len(slower)} of {len(changes)} metrics are worse by more than {threshold:.0%}")
         raise typer.Exit(1)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastvlm_mlx.cli.options import MODEL_HELP, DType, Model, parse_resolution
-from fastvlm_mlx.cli.terminal import ByteProgress, LiveLine, note, table
+from fastvlm_mlx.cli.terminal import ByteProgress, LiveLine, note
+from fastvlm_mlx.formatting import as_text
 
 if TYPE_CHECKING:
     from fastvlm_mlx.jobs.evaluate import BadRow, EvaluationReport, Question
@@ -53,7 +54,7 @@ def evaluate(
             record["baseline"] = {"model": baseline, **asdict(against)}
         typer.echo(json.dumps(record, ensure_ascii=False))
     else:
-        typer.echo("\n".join(table([("kind", "questions", f"{metric} %", "95 % interval"), *report.table()])))
+        typer.echo(as_text([("kind", "questions", f"{metric} %", "95 % interval"), *report.table()]))
         if against:
             typer.echo(
                 f"\nagrees with {baseline} on {100 * against.agreement.score:.1f} %; difference "

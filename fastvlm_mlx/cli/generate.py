@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastvlm_mlx.cli.options import DType, Model, parse_resolution
-from fastvlm_mlx.cli.terminal import ByteProgress, human_bytes, note
+from fastvlm_mlx.cli.terminal import ByteProgress, note
+from fastvlm_mlx.formatting import readable_bytes
 
 if TYPE_CHECKING:
     from fastvlm_mlx import GenerationResult
@@ -148,4 +149,4 @@ def _summarize(result: "GenerationResult") -> None:
     note(f"answer: {result.generated_tokens} tokens, ended by {result.finish_reason}")
     timings = ", ".join(f"{stage} {seconds:.3f} s" for stage, seconds in result.timings.items())
     note(f"time:   {timings}; {result.tokens_per_second:.1f} tokens/s")
-    note(f"memory: {human_bytes(mx.get_peak_memory())} at the peak")
+    note(f"memory: {readable_bytes(mx.get_peak_memory())} at the peak")

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastvlm_mlx.cli.options import MODEL_HELP, Revision
-from fastvlm_mlx.cli.terminal import ByteProgress, human_bytes, note
+from fastvlm_mlx.cli.terminal import ByteProgress, note
+from fastvlm_mlx.formatting import readable_bytes
 
 if TYPE_CHECKING:
     from fastvlm_mlx.backend import mx
@@ -66,14 +67,14 @@ def _machine_lines(record: dict[str, Any]) -> Iterator[str]:
     blas = record["blas"]
     yield f"fastvlm-mlx  {record['fastvlm_mlx']}, mlx {record['mlx']}, Python {record['python']}"
     yield f"device       {record['device']}: {record['chip']}, {record['cores']} cores"
-    yield f"memory       {human_bytes(record['memory'])}"
+    yield f"memory       {readable_bytes(record['memory'])}"
     yield f"system       {record['system']}"
     yield f"BLAS         {blas['name']}" + (f", {blas['threads']} threads" if blas["threads"] else "")
     if blas["hint"]:
         yield f"             faster: {blas['hint']}"
     yield f"cache        {record['cache']}" + ("" if record["cached"] else " (empty)")
     for name, size in record["cached"].items():
-        yield f"             {name}, {human_bytes(size)}"
+        yield f"             {name}, {readable_bytes(size)}"
 
 
 def _checkpoint(name: str, revision: str | None) -> dict[str, Any]:
@@ -148,9 +149,9 @@ def _checkpoint_lines(record: dict[str, Any]) -> Iterator[str]:
     yield ""
     yield f"{'part':16}{'parameters':>14}{'size':>10}{'bits/weight':>13}"
     for name, part in record["parts"].items():
-        size = human_bytes(part["size_bytes"])
+        size = readable_bytes(part["size_bytes"])
         yield f"{name:16}{part['parameters']:>14,}{size:>10}{part['bits_per_weight']:>13.2f}"
     yield ""
     yield f"{'resolution':16}{'visual tokens':>14}{'memory':>10}"
     for side, needs in record["resolutions"].items():
-        yield f"{side:>4} px{needs['visual_tokens']:>23}{human_bytes(needs['memory_bytes']):>10}"
+        yield f"{side:>4} px{needs['visual_tokens']:>23}{readable_bytes(needs['memory_bytes']):>10}"

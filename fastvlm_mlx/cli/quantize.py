@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastvlm_mlx.cli.options import MODEL_HELP, Revision
-from fastvlm_mlx.cli.terminal import ByteProgress, human_bytes, note, table
+from fastvlm_mlx.cli.terminal import ByteProgress, note
+from fastvlm_mlx.formatting import as_text, readable_bytes
 
 if TYPE_CHECKING:
     from fastvlm_mlx.convert.quantize.report import LossReport
@@ -181,9 +182,9 @@ def show(report: "LossReport | None", destination: Path, *, as_json: bool) -> No
         if as_json:
             typer.echo(json.dumps(report.to_dict()))
         else:
-            typer.echo("\n".join([*table([HEADER, *report.rows()]), "", *report.lines()]))
+            typer.echo("\n".join([as_text([HEADER, *report.rows()]), "", *report.lines()]))
     size = sum(file.stat().st_size for file in destination.iterdir())
-    note(f"wrote {destination}, {human_bytes(size)}")
+    note(f"wrote {destination}, {readable_bytes(size)}")
 
 
 def check(repository: str | None) -> None:

@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from fastvlm_mlx.cli.options import MODEL_HELP
-from fastvlm_mlx.cli.terminal import LiveLine, note, table
+from fastvlm_mlx.cli.terminal import LiveLine, note
+from fastvlm_mlx.formatting import as_text
 
 HEADER = ("stage", "output error", "weight error", "allowed")
 
@@ -33,7 +34,7 @@ def verify(
         typer.echo(json.dumps(result.to_dict()))
     else:
         found = result.agreement
-        typer.echo("\n".join(table([HEADER, *result.rows()])))
+        typer.echo(as_text([HEADER, *result.rows()]))
         errors = ", ".join(f"{part} {error:.2%}" for part, error in result.weight_errors.items())
         typer.echo(f"\nweights off by: {errors}")
         typer.echo(

@@ -16,7 +16,6 @@ from typer.testing import CliRunner, Result
 import fastvlm_mlx
 from fastvlm_mlx import convert
 from fastvlm_mlx.cli import app
-from fastvlm_mlx.cli.terminal import human_bytes
 from fastvlm_mlx.errors import ImageError
 from fastvlm_mlx.generation.generate import GenerationResult
 from fastvlm_mlx.inputs import images
@@ -344,21 +343,6 @@ def test_without_a_command_the_help_is_shown() -> None:
 def test_nothing_is_coloured_when_piped(converted: str) -> None:
     for arguments in (["--help"], ["generate", PICTURE, "-m", converted, "-v"], ["generate"], ["info", converted]):
         assert "\x1b" not in invoke(*arguments).output
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [
-        (0, "0 B"),
-        (999, "999 B"),
-        (1000, "1 kB"),
-        (245_400_000, "245 MB"),
-        (1_517_792_560, "1.52 GB"),
-        (2e12, "2000 GB"),
-    ],
-)
-def test_sizes_have_three_digits(count: float, text: str) -> None:
-    assert human_bytes(count) == text
 
 
 COMMAND = [sys.executable, "-c", "from fastvlm_mlx.cli import main; main()"]

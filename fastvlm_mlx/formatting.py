@@ -1,0 +1,43 @@
+"""Formats byte counts, lists of names and tables for people to read."""
+
+from collections.abc import Collection, Sequence
+
+
+def readable_bytes(count: float) -> str:
+    """`count` bytes with three digits and a decimal unit: `994 MB`, `1.32 GB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 999.5 or unit == "GB":
+            break
+        count /= 1000
+    return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.3g} {unit}"
+
+
+def names(items: Collection[str], most: int = 5) -> str:
+    """The first `most` names and how many more there are: `a, b and 3 more`; `nothing` if there are none."""
+    shown = ", ".join(list(items)[:most])
+    return f"{shown} and {len(items) - most} more" if len(items) > most else shown or "nothing"
+
+
+def as_text(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
+    """A table with aligned columns; the first row is the header.
+
+    Args:
+        rows: Of equal length.
+        left: How many columns are aligned to the left; the others are aligned to the right.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(f"{cell:{'<' if column < left else '>'}{widths[column]}}" for column, cell in enumerate(row)).rstrip()
+        for row in rows
+    )
+
+
+def as_markdown(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
+    """A table in Markdown; the first row is the header.
+
+    Args:
+        rows: Of equal length.
+        left: How many columns are aligned to the left; the others are aligned to the right.
+    """
+    rule = ["---" if column < left else "---:" for column in range(len(rows[0]))]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:]))

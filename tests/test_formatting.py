@@ -1,0 +1,48 @@
+"""What people read: byte counts, lists of names and tables."""
+
+import pytest
+
+from fastvlm_mlx.formatting import as_markdown, as_text, names, readable_bytes
+
+TABLE = [("part", "bits", "size"), ("decoder", "4.5", "12 MB"), ("vision", "16", "")]
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1 kB"),
+        (245_400_000, "245 MB"),
+        (1_517_792_560, "1.52 GB"),
+        (2e12, "2000 GB"),
+    ],
+)
+def test_sizes_have_three_digits(count: float, text: str) -> None:
+    assert readable_bytes(count) == text
+
+
+@pytest.mark.parametrize(
+    ("items", "text"),
+    [([], "nothing"), (["a"], "a"), (["a", "b", "c"], "a, b, c"), (["a", "b", "c", "d", "e"], "a, b, c and 2 more")],
+)
+def test_a_long_list_of_names_is_cut(items: list[str], text: str) -> None:
+    assert names(items, most=3) == text
+
+
+def test_numbers_of_a_table_are_on_the_right_and_lines_have_no_trailing_space() -> None:
+    assert as_text(TABLE).splitlines() == ["part     bits   size", "decoder   4.5  12 MB", "vision     16"]
+
+
+def test_as_many_columns_as_asked_for_are_on_the_left() -> None:
+    assert as_text(TABLE, left=3).splitlines() == ["part     bits  size", "decoder  4.5   12 MB", "vision   16"]
+    assert as_markdown(TABLE, left=2).splitlines()[1] == "| --- | --- | ---: |"
+
+
+def test_a_table_in_markdown_has_a_rule_under_its_header() -> None:
+    assert as_markdown(TABLE).splitlines() == [
+        "| part | bits | size |",
+        "| --- | ---: | ---: |",
+        "| decoder | 4.5 | 12 MB |",
+        "| vision | 16 |  |",
+    ]
