@@ -19,7 +19,8 @@ from model import FastVLM
 
 from fastvlm_mlx import generate, load
 from fastvlm_mlx.config import IMAGE_TOKEN
-from fastvlm_mlx.jobs.evaluate import ANSWER_TOKENS, Question, read_questions
+from fastvlm_mlx.jobs.evaluate import ANSWER_TOKENS
+from fastvlm_mlx.jobs.questions import Question, read_questions
 
 CHECKPOINT = Path(__file__).parent.parent / "fastvlm_mlx" / "demo_model"
 

@@ -22,7 +22,10 @@ from fastvlm_mlx.checkpoint.load import load, resolve
 from fastvlm_mlx.convert.pipeline import produce
 from fastvlm_mlx.convert.quantize.report import folder_bytes
 from fastvlm_mlx.convert.quantize.scheme import Quantization
-from fastvlm_mlx.jobs.evaluate import EvaluationReport, Predictions, evaluate, read_questions
+from fastvlm_mlx.jobs.evaluate import evaluate
+from fastvlm_mlx.jobs.journal import Predictions
+from fastvlm_mlx.jobs.questions import read_questions
+from fastvlm_mlx.jobs.scores import EvaluationReport
 
 HERE = Path(__file__).parent
 BASELINE = "fp16"

@@ -15,7 +15,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 from fastvlm_mlx import load
-from fastvlm_mlx.jobs.evaluate import evaluate, read_questions
+from fastvlm_mlx.jobs.evaluate import evaluate
+from fastvlm_mlx.jobs.questions import read_questions
 
 RESOLUTIONS = (128, 192, 256, 320)
 HERE = Path(__file__).parent

@@ -7,7 +7,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from fastvlm_mlx.jobs.evaluate import Question, read_questions
+from fastvlm_mlx.jobs.questions import Question, read_questions
 
 GOLDEN = Path(__file__).parent / "golden"
 

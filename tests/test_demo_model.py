@@ -12,7 +12,8 @@ from fastvlm_mlx.checkpoint.load import resolve
 from fastvlm_mlx.config import DEMO, ModelConfig, bundled_checkpoint
 from fastvlm_mlx.convert.source.source import open_source
 from fastvlm_mlx.inputs.processor import FastVLMProcessor
-from fastvlm_mlx.jobs.evaluate import Question, evaluate, read_questions
+from fastvlm_mlx.jobs.evaluate import evaluate
+from fastvlm_mlx.jobs.questions import Question, read_questions
 from fastvlm_mlx.model.fastvlm import FastVLM
 
 FOLDER = Path(__file__).parent.parent / "fastvlm_mlx" / "demo_model"

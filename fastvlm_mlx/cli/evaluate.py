@@ -12,7 +12,8 @@ from fastvlm_mlx.cli.terminal import ByteProgress, LiveLine, note
 from fastvlm_mlx.formatting import as_text
 
 if TYPE_CHECKING:
-    from fastvlm_mlx.jobs.evaluate import BadRow, EvaluationReport, Question
+    from fastvlm_mlx.jobs.questions import BadRow, Question
+    from fastvlm_mlx.jobs.scores import EvaluationReport
 
 
 def evaluate(
@@ -33,7 +34,8 @@ def evaluate(
     Answers are kept in the cache folder as they come, so an interrupted run goes on where it stopped. Rows that cannot
     be asked count as failed and make the exit code 1.
     """
-    from fastvlm_mlx.jobs.evaluate import METRICS, read_questions
+    from fastvlm_mlx.jobs.metrics import METRICS
+    from fastvlm_mlx.jobs.questions import read_questions
 
     if metric not in METRICS:
         raise typer.BadParameter(f"{metric!r} is not one of {', '.join(METRICS)}", param_hint="--metric")
@@ -78,7 +80,8 @@ def _score(
 ) -> "EvaluationReport":
     from fastvlm_mlx import load
     from fastvlm_mlx.checkpoint.load import cache_folder
-    from fastvlm_mlx.jobs.evaluate import Predictions, evaluate
+    from fastvlm_mlx.jobs.evaluate import evaluate
+    from fastvlm_mlx.jobs.journal import Predictions
 
     with ByteProgress() as progress:
         network, processor = load(name, dtype=dtype.value if dtype else None, notify=note, progress=progress)

@@ -10,23 +10,11 @@ import pytest
 from fastvlm_mlx.errors import ConfigError, ImageError
 from fastvlm_mlx.generation.generate import GenerationResult
 from fastvlm_mlx.jobs import evaluate as evaluation
-from fastvlm_mlx.jobs.evaluate import (
-    METRICS,
-    Answer,
-    BadRow,
-    EvaluationReport,
-    Predictions,
-    Question,
-    Share,
-    anls,
-    evaluate,
-    exact_match,
-    normalize,
-    read_questions,
-    relaxed_numeric,
-    sample,
-    vqa_accuracy,
-)
+from fastvlm_mlx.jobs.evaluate import evaluate
+from fastvlm_mlx.jobs.journal import Predictions
+from fastvlm_mlx.jobs.metrics import METRICS, anls, exact_match, normalize, relaxed_numeric, vqa_accuracy
+from fastvlm_mlx.jobs.questions import BadRow, Question, read_questions, sample
+from fastvlm_mlx.jobs.scores import Answer, EvaluationReport, Share
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,136 @@
+"""Scores of a model on a question file: shares with their intervals, and two models compared."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from fastvlm_mlx.errors import ConfigError
+from fastvlm_mlx.jobs.metrics import normalize
+
+Z95 = 1.959964
+"""Half-width of a 95 % interval in standard deviations."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """A mean score over `count` questions with its 95 % Wilson interval."""
+
+    count: int
+    score: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, scores: Sequence[float]) -> "Share":
+        """The share of these scores, which lie between 0 and 1 and are at least one."""
+        n = len(scores)
+        p = sum(scores) / n
+        spread = 1 + Z95**2 / n
+        centre = (p + Z95**2 / (2 * n)) / spread
+        half = Z95 / spread * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n**2))
+        # The score lies within its interval, whatever rounding makes of the ends at 0 and 1.
+        return cls(count=n, score=p, low=min(p, max(0.0, centre - half)), high=max(p, min(1.0, centre + half)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What became of a row: a prediction and its score, or an error and the score 0."""
+
+    line: int
+    kind: str
+    prediction: str | None
+    score: float
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """A model against a baseline on the same questions.
+
+    Attributes:
+        agreement: Share of the questions that both answer alike, whether right or wrong.
+        difference: Mean score of the model minus that of the baseline.
+        low: Lower end of the 95 % interval of `difference`, from the paired differences.
+        high: Its upper end.
+        won: Questions on which the model scores higher.
+        lost: Questions on which it scores lower.
+    """
+
+    agreement: Share
+    difference: float
+    low: float
+    high: float
+    won: int
+    lost: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationReport:
+    """The scores of a model on a question file."""
+
+    metric: str
+    answers: tuple[Answer, ...] = field(repr=False)
+
+    @property
+    def failed(self) -> tuple[Answer, ...]:
+        """The rows without a prediction."""
+        return tuple(answer for answer in self.answers if answer.error is not None)
+
+    @property
+    def total(self) -> Share:
+        """The share over all rows, failed ones counted with 0."""
+        return Share.of([answer.score for answer in self.answers])
+
+    @property
+    def kinds(self) -> dict[str, Share]:
+        """The share per kind, in the file's order."""
+        scores: dict[str, list[float]] = {}
+        for answer in self.answers:
+            scores.setdefault(answer.kind, []).append(answer.score)
+        return {kind: Share.of(values) for kind, values in scores.items()}
+
+    def against(self, baseline: "EvaluationReport") -> Comparison:
+        """This model compared with another one on the same rows.
+
+        Raises:
+            ConfigError: If the reports are about different rows or metrics.
+        """
+        rows = [(answer.line, answer.kind) for answer in self.answers]
+        if self.metric != baseline.metric or rows != [(answer.line, answer.kind) for answer in baseline.answers]:
+            raise ConfigError("two evaluations can be compared only on the same questions and metric")
+        pairs = list(zip(self.answers, baseline.answers, strict=True))
+        differences = [mine.score - theirs.score for mine, theirs in pairs]
+        n = len(pairs)
+        mean = sum(differences) / n
+        half = Z95 * math.sqrt(sum((d - mean) ** 2 for d in differences) / max(1, n - 1) / n)
+        return Comparison(
+            agreement=Share.of([float(_alike(mine, theirs)) for mine, theirs in pairs]),
+            difference=mean,
+            low=mean - half,
+            high=mean + half,
+            won=sum(d > 0 for d in differences),
+            lost=sum(d < 0 for d in differences),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON: `metric`, `total`, `kinds`, `failed`."""
+        return {
+            "metric": self.metric,
+            "total": asdict(self.total),
+            "kinds": {kind: asdict(share) for kind, share in self.kinds.items()},
+            "failed": [{"line": answer.line, "error": answer.error} for answer in self.failed],
+        }
+
+    def table(self) -> list[tuple[str, str, str, str]]:
+        """Rows of text for a table: kind, questions, score and its 95 % interval, both in per cent; the total last."""
+        return [
+            (kind, str(share.count), f"{100 * share.score:.1f}", f"{100 * share.low:.1f} to {100 * share.high:.1f}")
+            for kind, share in [*self.kinds.items(), ("all", self.total)]
+        ]
+
+
+def _alike(a: Answer, b: Answer) -> bool:
+    if a.prediction is None or b.prediction is None:
+        return a.prediction is b.prediction
+    return normalize(a.prediction) == normalize(b.prediction)
