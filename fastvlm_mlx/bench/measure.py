@@ -17,25 +17,23 @@ Every run gets a picture of its own, so that nothing can be answered from a cach
 """
 
 import copy
-import hashlib
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
-from fastvlm_mlx.backend import mx, nn
+from fastvlm_mlx.backend import mx
+from fastvlm_mlx.bench.candidate import Candidate, precision
 from fastvlm_mlx.bench.conditions import peak_resident_bytes
 from fastvlm_mlx.bench.images import Pictures
-from fastvlm_mlx.bench.random_model import full_size, random_model
-from fastvlm_mlx.checkpoint.load import Progress as LoadProgress
-from fastvlm_mlx.checkpoint.load import load_model, resolve, weight_files
+from fastvlm_mlx.bench.statistics import Statistics, Stopwatch
 from fastvlm_mlx.engine.decode import Sampler, SamplingConfig
 from fastvlm_mlx.errors import CheckpointError
 from fastvlm_mlx.generation import generate as generation
@@ -44,56 +42,9 @@ from fastvlm_mlx.inputs.processor import FastVLMProcessor, Resolution
 from fastvlm_mlx.model.fastvlm import FastVLM
 
 STAGES = ("load", "decode", "preprocess", "vision", "projector", "prefill", "first_token")
-PARTS = ("vision_tower", "mm_projector", "language_model")
 
-_T = TypeVar("_T")
 Progress = Callable[[int, int], None]
 """Called with the runs done and all of them, warm-up included."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Statistics:
-    """What a list of samples comes to."""
-
-    n: int
-    median: float
-    mean: float
-    std: float
-    min: float
-    p90: float
-    p95: float
-    max: float
-
-    @classmethod
-    def of(cls, samples: Sequence[float]) -> "Statistics":
-        """The statistics of at least one sample; the standard deviation of one is 0."""
-        values = np.asarray(samples, dtype=np.float64)
-        median, p90, p95 = np.percentile(values, [50, 90, 95]).tolist()
-        return cls(
-            n=len(values),
-            median=median,
-            mean=float(values.mean()),
-            std=float(values.std(ddof=1)) if len(values) > 1 else 0.0,
-            min=float(values.min()),
-            p90=p90,
-            p95=p95,
-            max=float(values.max()),
-        )
-
-
-class Stopwatch:
-    """Seconds by stage; a stage ends when everything that it returns has been evaluated."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    def time(self, stage: str, run: Callable[[], _T]) -> _T:
-        """What `run` returns, evaluated: an array, or any nesting of lists and dicts with arrays in it."""
-        start = time.perf_counter()
-        result = run()
-        mx.eval(result)
-        self.seconds[stage] = time.perf_counter() - start
-        return result
 
 
 @contextmanager
@@ -188,83 +139,8 @@ def time_cold(folder: Path, image: bytes, prompt: str, resolution: Resolution, d
     return seconds
 
 
-@dataclass(frozen=True, kw_only=True)
-class Subject:
-    """A model to measure.
-
-    Attributes:
-        name: What to call it.
-        model: Loaded, all weights read.
-        processor: Its own.
-        folder: Where it is on disk; None for random weights.
-        dtype: What it was asked to load as; None for the default.
-        load_seconds: What loading took, converting not included; None for random weights.
-        sha256: Of the weight files in their order; None for random weights.
-    """
-
-    name: str
-    model: FastVLM
-    processor: FastVLMProcessor
-    folder: Path | None = None
-    dtype: str | None = None
-    load_seconds: float | None = None
-    sha256: str | None = None
-
-    @classmethod
-    def load(
-        cls,
-        name: str,
-        *,
-        dtype: str | None = None,
-        notify: Callable[[str], None] | None = None,
-        progress: LoadProgress | None = None,
-    ) -> "Subject":
-        """The model that `fastvlm_mlx.load` knows by `name`; the errors are its too."""
-        folder = resolve(name, notify=notify, progress=progress)
-        start = time.perf_counter()
-        model = load_model(folder, dtype=dtype)
-        mx.eval(model.parameters())
-        load_seconds = time.perf_counter() - start
-        digest = hashlib.sha256()
-        for file in weight_files(folder):
-            with file.open("rb") as stream:
-                while block := stream.read(1 << 24):
-                    digest.update(block)
-        return cls(
-            name=folder.name if Path(name).is_dir() else name,
-            model=model,
-            processor=FastVLMProcessor.from_folder(folder),
-            folder=folder,
-            dtype=dtype,
-            load_seconds=load_seconds,
-            sha256=digest.hexdigest(),
-        )
-
-    @classmethod
-    def random(cls, size: str, *, dtype: str | None = None) -> "Subject":
-        """The released model of `size` with random weights."""
-        model, processor = random_model(full_size(size, dtype or "float16"))
-        mx.eval(model.parameters())
-        return cls(name=f"{size}, random", model=model, processor=processor)
-
-
-def precision(model: FastVLM) -> dict[str, str]:
-    """What each part computes in: a dtype, or the bits of its quantized layers."""
-    described = {}
-    for part in PARTS:
-        layers = [module for path, module in model.named_modules() if path.startswith(part)]
-        quantized = {
-            f"{layer.bits}-bit {layer.mode}, groups of {layer.group_size}"
-            for layer in layers
-            if isinstance(layer, nn.QuantizedLinear | nn.QuantizedEmbedding)
-        }
-        dtype = str(model.dtype).removeprefix("mlx.core.")
-        described[part] = " and ".join(sorted(quantized)) + f" ({dtype})" if quantized else dtype
-    return described
-
-
 def measure(
-    subject: Subject,
+    candidate: Candidate,
     *,
     pictures: Pictures,
     prompt: str,
@@ -278,7 +154,7 @@ def measure(
     """One row of a report: `tokens`, `memory` in bytes, and `metrics`, each with its unit, statistics and samples.
 
     Args:
-        subject: What to measure.
+        candidate: The model to measure.
         pictures: What to show it.
         prompt: What to ask.
         resolution: As in `stream_generate`.
@@ -288,10 +164,10 @@ def measure(
         cold: Whether to measure the cold TTFT too.
         progress: Told how far it is.
     """
-    model, processor = subject.model, subject.processor
+    model, processor = candidate.model, candidate.processor
     samples: dict[str, list[float]] = {}
-    if subject.load_seconds is not None:
-        samples["load"] = [subject.load_seconds]
+    if candidate.load_seconds is not None:
+        samples["load"] = [candidate.load_seconds]
     mx.reset_peak_memory()
     for run in range(warmup + runs):
         progress(run, warmup + runs)
@@ -304,14 +180,14 @@ def measure(
             taken["decode_rate"] = result.tokens_per_second
         if run < warmup:
             continue
-        if cold and subject.folder:
-            taken["cold_ttft"] = time_cold(subject.folder, whole, prompt, resolution, subject.dtype)
+        if cold and candidate.folder:
+            taken["cold_ttft"] = time_cold(candidate.folder, whole, prompt, resolution, candidate.dtype)
         for name, value in taken.items():
             samples.setdefault(name, []).append(value)
     visual = result.visual_tokens
     return {
-        "model": subject.name,
-        "weights_sha256": subject.sha256,
+        "model": candidate.name,
+        "weights_sha256": candidate.sha256,
         "source": model.config.source,
         "hidden_size": model.config.text_config.hidden_size,
         "precision": precision(model),

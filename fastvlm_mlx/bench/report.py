@@ -1,18 +1,14 @@
 """Reports of measurements: their files, tables and plots, and the comparison of two of them."""
 
-import csv
 import errno
-import io
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from fastvlm_mlx.bench.measure import STAGES
 from fastvlm_mlx.errors import ConfigError
 
 FORMAT_VERSION = 1
@@ -20,9 +16,6 @@ Row = dict[str, Any]
 
 COMPARED = ("wall_ttft", "cold_ttft", "paper_ttft", "decode_rate")
 """The metrics of which a change counts as a regression; stages are parts of these, and noisier."""
-
-PAPER = {896: ("0.5B", 0.166), 3584: ("7B", 0.641)}
-"""Hidden size -> name and TTFT in seconds at 1024 px that arXiv 2412.13303 gives for an M1 MacBook Pro."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,12 +118,14 @@ def read_report(path: Path) -> dict[str, Any]:
     return report
 
 
-def _median(row: Row, metric: str) -> float | None:
+def median(row: Row, metric: str) -> float | None:
+    """Returns the median of a metric; None if the row lacks it."""
     found = row["metrics"].get(metric)
     return None if found is None else found["median"]
 
 
-def _key(row: Row) -> tuple[str, ...]:
+def row_key(row: Row) -> tuple[str, ...]:
+    """Returns what identifies a row: model, precision, requested resolution and pixels."""
     return (row["model"], row["precision"]["language_model"], str(row["resolution"]), str(row["pixels"]))
 
 
@@ -143,12 +138,12 @@ def compare_reports(before: Mapping[str, Any], after: Mapping[str, Any]) -> list
         ConfigError: If no row of the two is the same.
     """
     anonymous = all(len({row["model"] for row in report["rows"]}) == 1 for report in (before, after))
-    first, second = ({_key(row)[anonymous:]: row for row in report["rows"]} for report in (before, after))
+    first, second = ({row_key(row)[anonymous:]: row for row in report["rows"]} for report in (before, after))
     changes = []
     for key in first.keys() & second.keys():
         name = ", ".join((first[key]["model"], *key[-3:-1])) + " px"
         for metric in COMPARED:
-            old, new = _median(first[key], metric), _median(second[key], metric)
+            old, new = median(first[key], metric), median(second[key], metric)
             if old is not None and new is not None:
                 slower = old / new - 1 if metric == "decode_rate" else new / old - 1
                 changes.append(Change(row=name, metric=metric, before=old, after=new, slower=slower))
@@ -165,99 +160,3 @@ def different_conditions(before: Mapping[str, Any], after: Mapping[str, Any]) ->
             values = [report[part].get(name) for report in (before, after)]
             if values[0] != values[1]:
                 yield f"{name}: {values[0]}, {values[1]}"
-
-
-def _milliseconds(row: Row, metric: str) -> str:
-    seconds = _median(row, metric)
-    return "" if seconds is None else f"{1000 * seconds:.1f}" if seconds < 1 else f"{1000 * seconds:.0f}"
-
-
-def table(report: Mapping[str, Any]) -> list[list[str]]:
-    """The medians as text: a head and a line for each row, times in milliseconds; columns that are empty left out."""
-    head = ["model", "precision", "px", "visual", "prompt", "wall TTFT", "p90", "cold TTFT", "paper TTFT"]
-    lines = []
-    for row in report["rows"]:
-        precision = row["precision"]
-        rate = _median(row, "decode_rate")
-        asked = row["resolution"]
-        lines.append(
-            [
-                row["model"],
-                precision["language_model"]
-                if len(set(precision.values())) == 1
-                else "/".join(dict.fromkeys(precision.values())),
-                f"auto: {row['pixels']}" if asked == "auto" else str(row["pixels"]),
-                str(row["tokens"]["visual"]),
-                str(row["tokens"]["prompt"]),
-                _milliseconds(row, "wall_ttft"),
-                f"{1000 * row['metrics']['wall_ttft']['p90']:.1f}",
-                _milliseconds(row, "cold_ttft"),
-                _milliseconds(row, "paper_ttft"),
-                *(_milliseconds(row, stage) for stage in STAGES),
-                "" if rate is None else f"{rate:.1f}",
-                f"{row['memory']['peak_bytes'] / 1e9:.2f}",
-            ]
-        )
-    head += [stage.replace("_", " ") for stage in STAGES] + ["tokens/s", "peak GB"]
-    kept = [column for column in range(len(head)) if any(line[column] for line in lines)]
-    return [[line[column] for column in kept] for line in (head, *lines)]
-
-
-def as_csv(report: Mapping[str, Any]) -> str:
-    """Every sample on a line of its own, ready for a statistics program."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["model", "precision", "resolution", "pixels", "metric", "unit", "run", "value"])
-    for row in report["rows"]:
-        for name, metric in row["metrics"].items():
-            for run, value in enumerate(metric["samples"], start=1):
-                writer.writerow([*_key(row), name, metric["unit"], run, value])
-    return text.getvalue()
-
-
-def check_plot(path: Path) -> None:
-    """Accepts a kind of file that `plot` can draw, before anything is measured for it.
-
-    Raises:
-        ConfigError: If matplotlib is missing, or the ending of `path` is not `.svg`, `.png` or `.pdf`.
-    """
-    if find_spec("matplotlib") is None:
-        raise ConfigError("plots need matplotlib: pip install 'fastvlm-mlx[plot]'")
-    if path.suffix not in (".svg", ".png", ".pdf"):
-        raise ConfigError(f"{path}: plots are written as .svg, .png or .pdf")
-
-
-def plot(report: Mapping[str, Any], path: Path) -> None:
-    """Draws the stages of every row stacked, with its wall TTFT, as SVG, PNG or PDF.
-
-    Raises:
-        ConfigError: As `check_plot` and `write_output`.
-    """
-    check_plot(path)
-    from matplotlib.figure import Figure
-
-    rows = report["rows"]
-    figure = Figure(figsize=(max(6.0, 1.2 * len(rows) + 2), 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    places = list(range(len(rows)))
-    bottom = [0.0] * len(rows)
-    for stage in STAGES[1:]:
-        heights = [1000 * (_median(row, stage) or 0.0) for row in rows]
-        axes.bar(places, heights, 0.6, bottom=bottom, label=stage.replace("_", " "))
-        bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
-    wall = [1000 * (_median(row, "wall_ttft") or 0.0) for row in rows]
-    axes.plot(places, wall, "k_", markersize=24, label="wall TTFT, unstaged")
-    for hidden_size in {row["hidden_size"] for row in rows} & PAPER.keys():
-        name, seconds = PAPER[hidden_size]
-        label = f"published, not measured: {name} at 1024 px on an M1 MacBook Pro (arXiv 2412.13303)"
-        axes.axhline(1000 * seconds, linestyle="--", linewidth=1, color="grey")
-        axes.annotate(label, (-0.3, 1000 * seconds), color="grey", fontsize=7, va="bottom")
-    names = [f"{row['model']}\n{row['resolution']}" for row in rows]
-    axes.set_xticks(places, names, fontsize=8)
-    axes.set_ylabel("ms (medians)")
-    chip = report["conditions"]["chip"]
-    axes.set_title(f"Time to first token on {chip}", fontsize=10)
-    axes.legend(fontsize=7)
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format=path.suffix[1:])
-    write_output(path, drawn.getvalue())

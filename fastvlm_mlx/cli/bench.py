@@ -15,7 +15,7 @@ from fastvlm_mlx.cli.terminal import ByteProgress, LiveLine, note
 from fastvlm_mlx.formatting import as_markdown, as_text
 
 if TYPE_CHECKING:
-    from fastvlm_mlx.bench.measure import Subject
+    from fastvlm_mlx.bench.candidate import Candidate
 
 DEFAULT_MODEL = "apple/FastVLM-0.5B"
 DEFAULT_PROMPT = "Describe the image."
@@ -118,24 +118,24 @@ def bench(
         _print_costs([size.value for size in random_weights or ()], names, sides, markdown)
         return
 
-    from fastvlm_mlx.bench.measure import Subject
+    from fastvlm_mlx.bench.candidate import Candidate
 
     kind = dtype.value if dtype else None
-    subjects = (
-        (Subject.random(size.value, dtype=kind) for size in random_weights)
+    candidates = (
+        (Candidate.random(size.value, dtype=kind) for size in random_weights)
         if random_weights
         else (_load(name, kind) for name in names)
     )
     outputs = Outputs(json_file, csv_file, plot, markdown)
     counts = {"runs": runs, "warmup": warmup, "max_tokens": max_tokens}
-    _measure(subjects, image, prompt, resolutions or [None], outputs, cold=cold, **counts)
+    _measure(candidates, image, prompt, resolutions or [None], outputs, cold=cold, **counts)
 
 
-def _load(name: str, dtype: str | None) -> "Subject":
-    from fastvlm_mlx.bench.measure import Subject
+def _load(name: str, dtype: str | None) -> "Candidate":
+    from fastvlm_mlx.bench.candidate import Candidate
 
     with ByteProgress() as progress:
-        return Subject.load(name, dtype=dtype, notify=note, progress=progress)
+        return Candidate.load(name, dtype=dtype, notify=note, progress=progress)
 
 
 def _print_costs(sizes: list[str], models: list[str], resolutions: list[int], markdown: bool) -> None:
@@ -170,7 +170,7 @@ class Outputs(NamedTuple):
 
 
 def _measure(
-    subjects: "Iterable[Subject]",
+    candidates: "Iterable[Candidate]",
     image: Path | None,
     prompt: str,
     resolutions: Sequence[Any],
@@ -182,15 +182,9 @@ def _measure(
     from fastvlm_mlx.bench.conditions import conditions
     from fastvlm_mlx.bench.images import Pictures
     from fastvlm_mlx.bench.measure import measure
-    from fastvlm_mlx.bench.report import (
-        as_csv,
-        check_output,
-        check_plot,
-        make_report,
-        plot,
-        table,
-        write_output,
-    )
+    from fastvlm_mlx.bench.plot import check_plot, plot
+    from fastvlm_mlx.bench.report import check_output, make_report, write_output
+    from fastvlm_mlx.bench.tables import as_csv, table
 
     if outputs.plot:
         check_plot(outputs.plot)
@@ -200,15 +194,15 @@ def _measure(
     pictures = Pictures(image.read_bytes() if image else None, str(image))
     found, rows = conditions(), []
     with LiveLine() as line:
-        for subject in subjects:
+        for candidate in candidates:
             for resolution in resolutions:
 
-                def show(done: int, total: int, what: str = f"{subject.name}, {resolution or 'native'} px") -> None:
+                def show(done: int, total: int, what: str = f"{candidate.name}, {resolution or 'native'} px") -> None:
                     line.show(f"{what}: run {done + 1} of {total}")
 
                 rows.append(
                     measure(
-                        subject,
+                        candidate,
                         pictures=pictures,
                         prompt=prompt,
                         resolution=resolution,

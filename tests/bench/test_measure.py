@@ -12,11 +12,13 @@ from typer.testing import CliRunner, Result
 import fastvlm_mlx
 from fastvlm_mlx.backend import mx
 from fastvlm_mlx.bench import measure as bench
-from fastvlm_mlx.bench import report
+from fastvlm_mlx.bench import plot, report, statistics
+from fastvlm_mlx.bench.candidate import PARTS, Candidate
 from fastvlm_mlx.bench.conditions import conditions, power
 from fastvlm_mlx.bench.images import Pictures
-from fastvlm_mlx.bench.measure import Statistics, Subject, measure, time_cold, time_generate, time_stages
+from fastvlm_mlx.bench.measure import STAGES, measure, time_cold, time_generate, time_stages
 from fastvlm_mlx.bench.random_model import SIZES, WordTokenizer, full_size, random_model
+from fastvlm_mlx.bench.statistics import Statistics
 from fastvlm_mlx.cli import app
 from fastvlm_mlx.config import ActivationScales, ModelConfig, TextConfig, VisionConfig
 from fastvlm_mlx.errors import CheckpointError, ConfigError, ImageError
@@ -27,7 +29,7 @@ PROMPT = "Describe the image."
 
 
 @pytest.fixture(scope="module")
-def subject() -> Subject:
+def candidate() -> Candidate:
     """A tiny model with random weights."""
     depths = (1, 1, 1, 1, 1)
     config = ModelConfig(
@@ -46,7 +48,7 @@ def subject() -> Subject:
         eos_token_id=(151645,),
     )
     model, processor = random_model(config)
-    return Subject(name="tiny", model=model, processor=processor)
+    return Candidate(name="tiny", model=model, processor=processor)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +68,7 @@ def make_report(wall: float, rate: float = 10.0, **changes: Any) -> dict[str, An
     }
     row = {
         "model": "0.5b",
-        "precision": dict.fromkeys(bench.PARTS, "float16"),
+        "precision": dict.fromkeys(PARTS, "float16"),
         "hidden_size": 896,
         "resolution": 1024,
         "pixels": 1024,
@@ -89,10 +91,10 @@ def invoke(*arguments: str) -> Result:
 
 
 def test_every_timed_stage_is_closed_by_an_evaluation(
-    subject: Subject, picture: bytes, monkeypatch: pytest.MonkeyPatch
+    candidate: Candidate, picture: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[str] = []
-    clock, evaluate = bench.time.perf_counter, mx.eval
+    clock, evaluate = statistics.time.perf_counter, mx.eval
 
     def tick() -> float:
         events.append("clock")
@@ -102,26 +104,26 @@ def test_every_timed_stage_is_closed_by_an_evaluation(
         evaluate(*arrays)
         events.append("evaluation")
 
-    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=tick))
+    monkeypatch.setattr(statistics, "time", SimpleNamespace(perf_counter=tick))
     monkeypatch.setattr(mx, "eval", evaluated)
-    stages = time_stages(subject.model, subject.processor, picture, PROMPT, 64)
-    assert ["load", *stages] == list(bench.STAGES)
+    stages = time_stages(candidate.model, candidate.processor, picture, PROMPT, 64)
+    assert ["load", *stages] == list(STAGES)
     clocks = [place for place, event in enumerate(events) if event == "clock"]
     assert len(clocks) == 2 * len(stages)
     assert all(events[end - 1] == "evaluation" for end in clocks[1::2])
 
 
-def test_staging_leaves_the_model_as_it_was_and_answers_the_same(subject: Subject, picture: bytes) -> None:
-    model = subject.model
+def test_staging_leaves_the_model_as_it_was_and_answers_the_same(candidate: Candidate, picture: bytes) -> None:
+    model = candidate.model
     before = sorted(model)
-    time_stages(model, subject.processor, picture, PROMPT, 64)
+    time_stages(model, candidate.processor, picture, PROMPT, 64)
     assert sorted(model) == before
     assert model.mm_projector is model["mm_projector"]
     assert "encode_image" not in vars(model)
 
 
 def test_the_benchmark_and_generate_run_the_same_function(
-    subject: Subject, picture: bytes, monkeypatch: pytest.MonkeyPatch
+    candidate: Candidate, picture: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`fastvlm generate` calls the public name, as tests/test_cli.py shows; the benchmark the same object."""
     assert fastvlm_mlx.stream_generate is generation.stream_generate
@@ -133,11 +135,11 @@ def test_the_benchmark_and_generate_run_the_same_function(
         yield "last piece"
 
     monkeypatch.setattr(generation, "stream_generate", stream)
-    assert time_generate(subject.model, subject.processor, picture, PROMPT, 128, 5) == "last piece"
+    assert time_generate(candidate.model, candidate.processor, picture, PROMPT, 128, 5) == "last piece"
     assert asked == {"image": picture, "prompt": PROMPT, "resolution": 128, "max_tokens": 5, "eos": ()}
 
 
-def test_a_row_holds_every_metric_with_its_samples_and_no_picture_is_shown_twice(subject: Subject) -> None:
+def test_a_row_holds_every_metric_with_its_samples_and_no_picture_is_shown_twice(candidate: Candidate) -> None:
     shown: list[int] = []
 
     class Recorded(Pictures):
@@ -146,8 +148,8 @@ def test_a_row_holds_every_metric_with_its_samples_and_no_picture_is_shown_twice
             return super().__call__(number)
 
     pictures = Recorded((APPLE / "images" / "square.png").read_bytes())
-    row = measure(subject, pictures=pictures, prompt=PROMPT, resolution=64, runs=2, warmup=1, max_tokens=4)
-    assert set(row["metrics"]) == {*bench.STAGES, "wall_ttft", "paper_ttft", "decode_rate"} - {"load"}
+    row = measure(candidate, pictures=pictures, prompt=PROMPT, resolution=64, runs=2, warmup=1, max_tokens=4)
+    assert set(row["metrics"]) == {*STAGES, "wall_ttft", "paper_ttft", "decode_rate"} - {"load"}
     for metric in row["metrics"].values():
         assert len(metric["samples"]) == metric["n"] == 2
         assert min(metric["samples"]) > 0
@@ -216,7 +218,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(name)
         return SimpleNamespace(name=name)
 
-    monkeypatch.setattr(Subject, "load", load)
+    monkeypatch.setattr(Candidate, "load", load)
     monkeypatch.setattr(bench, "measure", lambda *_, **__: make_report(1.0)["rows"][0])
     return names
 
@@ -341,14 +343,14 @@ def test_what_is_no_report_is_refused(tmp_path: Path, content: str, message: str
 
 def test_a_plot_names_the_extra_that_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"written as \.svg, \.png or \.pdf"):
-        report.plot(make_report(1.0), tmp_path / "plot.txt")
-    monkeypatch.setattr(report, "find_spec", lambda name: None)
+        plot.plot(make_report(1.0), tmp_path / "plot.txt")
+    monkeypatch.setattr(plot, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'fastvlm-mlx\[plot\]'"):
-        report.plot(make_report(1.0), tmp_path / "plot.svg")
+        plot.plot(make_report(1.0), tmp_path / "plot.svg")
 
 
 def test_a_plot_labels_the_papers_figure_as_published(tmp_path: Path) -> None:
-    report.plot(make_report(1.0), tmp_path / "plot.svg")
+    plot.plot(make_report(1.0), tmp_path / "plot.svg")
     assert "published, not measured: 0.5B at 1024 px" in (tmp_path / "plot.svg").read_text()
 
 
@@ -388,9 +390,9 @@ def test_random_models_have_the_shapes_of_the_released_ones(size: str) -> None:
     assert last.replace(str(text.num_hidden_layers - 1), str(text.num_hidden_layers)) not in manifest
 
 
-def test_random_models_stay_finite_and_tell_pictures_apart(subject: Subject) -> None:
-    pixels = subject.processor.prepare_images([Pictures()(0), Pictures()(1)], 128)
-    visual = np.array(subject.model.encode_image(pixels))
+def test_random_models_stay_finite_and_tell_pictures_apart(candidate: Candidate) -> None:
+    pixels = candidate.processor.prepare_images([Pictures()(0), Pictures()(1)], 128)
+    visual = np.array(candidate.model.encode_image(pixels))
     assert np.isfinite(visual).all()
     assert np.abs(visual[0] - visual[1]).max() > 1e-3 * np.abs(visual).max()
 

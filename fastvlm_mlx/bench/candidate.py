@@ -1,0 +1,90 @@
+"""A model to measure, from disk or with random weights."""
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastvlm_mlx.backend import mx, nn
+from fastvlm_mlx.bench.random_model import full_size, random_model
+from fastvlm_mlx.checkpoint.load import Progress, load_model, resolve, weight_files
+from fastvlm_mlx.inputs.processor import FastVLMProcessor
+from fastvlm_mlx.model.fastvlm import FastVLM
+
+PARTS = ("vision_tower", "mm_projector", "language_model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A model to measure.
+
+    Attributes:
+        name: What to call it.
+        model: Loaded, all weights read.
+        processor: Its own.
+        folder: Where it is on disk; None for random weights.
+        dtype: What it was asked to load as; None for the default.
+        load_seconds: What loading took, converting not included; None for random weights.
+        sha256: Of the weight files in their order; None for random weights.
+    """
+
+    name: str
+    model: FastVLM
+    processor: FastVLMProcessor
+    folder: Path | None = None
+    dtype: str | None = None
+    load_seconds: float | None = None
+    sha256: str | None = None
+
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        *,
+        dtype: str | None = None,
+        notify: Callable[[str], None] | None = None,
+        progress: Progress | None = None,
+    ) -> "Candidate":
+        """The model that `fastvlm_mlx.load` knows by `name`; the errors are its too."""
+        folder = resolve(name, notify=notify, progress=progress)
+        start = time.perf_counter()
+        model = load_model(folder, dtype=dtype)
+        mx.eval(model.parameters())
+        load_seconds = time.perf_counter() - start
+        digest = hashlib.sha256()
+        for file in weight_files(folder):
+            with file.open("rb") as stream:
+                while block := stream.read(1 << 24):
+                    digest.update(block)
+        return cls(
+            name=folder.name if Path(name).is_dir() else name,
+            model=model,
+            processor=FastVLMProcessor.from_folder(folder),
+            folder=folder,
+            dtype=dtype,
+            load_seconds=load_seconds,
+            sha256=digest.hexdigest(),
+        )
+
+    @classmethod
+    def random(cls, size: str, *, dtype: str | None = None) -> "Candidate":
+        """The released model of `size` with random weights."""
+        model, processor = random_model(full_size(size, dtype or "float16"))
+        mx.eval(model.parameters())
+        return cls(name=f"{size}, random", model=model, processor=processor)
+
+
+def precision(model: FastVLM) -> dict[str, str]:
+    """What each part computes in: a dtype, or the bits of its quantized layers."""
+    described = {}
+    for part in PARTS:
+        layers = [module for path, module in model.named_modules() if path.startswith(part)]
+        quantized = {
+            f"{layer.bits}-bit {layer.mode}, groups of {layer.group_size}"
+            for layer in layers
+            if isinstance(layer, nn.QuantizedLinear | nn.QuantizedEmbedding)
+        }
+        dtype = str(model.dtype).removeprefix("mlx.core.")
+        described[part] = " and ".join(sorted(quantized)) + f" ({dtype})" if quantized else dtype
+    return described
