@@ -1,0 +1,171 @@
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from fastvlm_mlx.bench import measure as bench
+from fastvlm_mlx.bench import report
+from fastvlm_mlx.bench.candidate import Candidate
+from fastvlm_mlx.cli import app
+from fastvlm_mlx.errors import CheckpointError
+from tests.checkpoints import APPLE
+from tests.reports import make_report
+
+
+def written(folder: Path, name: str, **values: Any) -> str:
+    path = folder / name
+    path.write_text(json.dumps(make_report(**values)))
+    return str(path)
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["bench", *arguments])
+
+
+def test_the_command_measures_a_checkpoint_warm_and_cold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTVLM_CACHE", str(tmp_path / "cache"))
+    files = {name: str(tmp_path / f"report.{name}") for name in ("json", "csv", "svg")}
+    result = invoke(
+        *("-m", str(APPLE / "reparam"), "-r", "auto", "--runs", "1", "--warmup", "0", "-n", "2"),
+        *("--image", str(APPLE / "images" / "square.png"), "--cold", "--markdown"),
+        *("--json", files["json"], "--csv", files["csv"], "--plot", files["svg"]),
+    )
+    assert result.exit_code == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert len(lines) == 3
+    assert all(line.startswith("| ") for line in lines)
+    assert "cold TTFT" in lines[0]
+    assert "auto: 128" in lines[2]
+    found = json.loads(Path(files["json"]).read_text())
+    (row,) = found["rows"]
+    assert (row["resolution"], row["pixels"]) == ("auto", 128)
+    assert len(row["weights_sha256"]) == 64
+    assert row["metrics"]["cold_ttft"]["median"] > row["metrics"]["wall_ttft"]["median"]
+    assert row["metrics"]["load"]["n"] == 1
+    assert found["settings"]["image_sha256"]
+    assert found["conditions"]["chip"]
+    assert str(tmp_path) not in Path(files["json"]).read_text()
+    assert "cold_ttft,s,1," in Path(files["csv"]).read_text()
+    assert "wall TTFT, unstaged" in Path(files["svg"]).read_text()
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The models that the command has loaded; each measurement of one is made up."""
+    names: list[str] = []
+
+    def load(name: str, **_: Any) -> SimpleNamespace:
+        names.append(name)
+        return SimpleNamespace(name=name)
+
+    monkeypatch.setattr(Candidate, "load", load)
+    monkeypatch.setattr(bench, "measure", lambda *_, **__: make_report(1.0)["rows"][0])
+    return names
+
+
+@pytest.mark.parametrize(("option", "name"), [("--json", "x.json"), ("--csv", "x.csv"), ("--plot", "x.svg")])
+def test_a_report_that_cannot_be_written_is_refused_before_the_measurement(
+    tmp_path: Path, measured: list[str], option: str, name: str
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder" / name).mkdir(parents=True)
+    for folder, reason in (
+        ("missing", "No such file or directory"),
+        ("file", "Not a directory"),
+        ("folder", "Is a directory"),
+    ):
+        path = tmp_path / folder / name
+        result = invoke("-m", "demo", option, str(path))
+        assert (result.exit_code, result.stderr) == (1, f"error: {path}: cannot be written ({reason})\n")
+    assert measured == []
+
+
+def test_a_report_stays_until_there_is_a_new_one(
+    tmp_path: Path, measured: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {"--json": "x.json", "--csv": "x.csv", "--plot": "x.svg"}
+    for name in files.values():
+        (tmp_path / name).write_text("earlier")
+    (tmp_path / "linked.json").symlink_to("x.json")
+    files["--json"] = "linked.json"
+    arguments = ["-m", "demo", *(part for option, name in files.items() for part in (option, str(tmp_path / name)))]
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise CheckpointError("damaged")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench, "measure", fail)
+        assert invoke(*arguments).stderr == "error: damaged\n"
+    assert all((tmp_path / name).read_text() == "earlier" for name in files.values())
+    assert invoke(*arguments).exit_code == 0
+    assert measured == ["demo", "demo"]
+    assert not any((tmp_path / name).read_text() == "earlier" for name in files.values())
+    assert (tmp_path / "linked.json").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["linked.json", "x.csv", "x.json", "x.svg"]
+
+
+def test_the_table_is_printed_whatever_becomes_of_the_report(
+    tmp_path: Path, measured: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(report.os, "replace", full)
+    result = invoke("-m", "demo", "--json", str(tmp_path / "x.json"))
+    assert result.exit_code == 1
+    assert "1000" in result.stdout
+    assert result.stderr == f"error: {tmp_path / 'x.json'}: cannot be written (No space left on device)\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_report_may_go_to_a_device(measured: list[str]) -> None:
+    assert invoke("-m", "demo", "--json", os.devnull).exit_code == 0
+    assert Path(os.devnull).is_char_device()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--random-weights", "0.5b", "--model", "x"), "not both"),
+        (("--random-weights", "0.5b", "--cold"), "a cold start needs a model on disk"),
+        (("--cost", "--json", "x.json"), "Invalid value for --json: --cost prints its tables and writes no file"),
+        (("--cost", "--csv", "x.csv"), "Invalid value for --csv: --cost prints its tables and writes no file"),
+        (("--cost", "--plot", "x.svg"), "Invalid value for --plot: --cost prints its tables and writes no file"),
+        (("--resolution", "100"), "neither a positive multiple of 64"),
+        (("compare", "a.json", "b.json", "--threshold", "much"), "'much' is not a percentage"),
+    ],
+)
+def test_wrong_usage_is_refused(arguments: tuple[str, ...], message: str) -> None:
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())
+
+
+def test_comparison_finds_a_regression(tmp_path: Path) -> None:
+    before, after = written(tmp_path, "a.json", wall=1.0), written(tmp_path, "b.json", wall=1.07)
+    result = invoke("compare", before, after)
+    assert result.exit_code == 1
+    assert "slower" in result.stdout
+    assert "1 of 2 metrics are worse by more than 5%" in result.stderr
+    assert invoke("compare", before, after, "--threshold", "10%").exit_code == 0
+    assert invoke("compare", after, before).exit_code == 0
+
+
+def test_comparison_counts_a_lower_decode_rate_as_slower(tmp_path: Path) -> None:
+    before, after = written(tmp_path, "a.json", wall=1.0), written(tmp_path, "b.json", wall=1.0, rate=8.0)
+    result = invoke("compare", before, after)
+    assert result.exit_code == 1
+    assert "-20.0%" in result.stdout
+
+
+@pytest.mark.parametrize(("content", "message"), [("[", "not JSON"), ("{}", "not a report")])
+def test_what_is_no_report_is_refused(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(content)
+    result = invoke("compare", str(path), str(path))
+    assert result.exit_code == 1
+    assert message in result.stderr
