@@ -57,7 +57,7 @@ def run(folder: Path) -> dict[str, Any]:
     return {
         "load_seconds": loaded,
         "held_bytes": held,
-        "ttft_seconds": result.timings["ttft"],
+        "ttft_seconds": result.timings.ttft,
         "tokens_per_second": result.tokens_per_second,
         "peak_bytes": peak(),
         "load_average": os.getloadavg()[0],

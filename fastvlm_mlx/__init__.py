@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastvlm_mlx.checkpoint.load import load as load
+    from fastvlm_mlx.engine.options import GenerationConfig as GenerationConfig
+    from fastvlm_mlx.engine.prefix_cache import PrefixCache as PrefixCache
     from fastvlm_mlx.errors import FastVLMError as FastVLMError
-    from fastvlm_mlx.generation.generate import GenerationResult as GenerationResult
     from fastvlm_mlx.generation.generate import generate as generate
     from fastvlm_mlx.generation.generate import stream_generate as stream_generate
+    from fastvlm_mlx.generation.result import GenerationResult as GenerationResult
+    from fastvlm_mlx.generation.result import Timings as Timings
     from fastvlm_mlx.inputs.processor import FastVLMProcessor as FastVLMProcessor
     from fastvlm_mlx.model.fastvlm import FastVLM as FastVLM
 
@@ -21,7 +24,10 @@ _HOME = {
     "load": "checkpoint.load",
     "generate": "generation.generate",
     "stream_generate": "generation.generate",
-    "GenerationResult": "generation.generate",
+    "GenerationConfig": "engine.options",
+    "GenerationResult": "generation.result",
+    "PrefixCache": "engine.prefix_cache",
+    "Timings": "generation.result",
     "FastVLM": "model.fastvlm",
     "FastVLMProcessor": "inputs.processor",
     "FastVLMError": "errors",
@@ -31,7 +37,10 @@ __all__ = [
     "FastVLM",
     "FastVLMError",
     "FastVLMProcessor",
+    "GenerationConfig",
     "GenerationResult",
+    "PrefixCache",
+    "Timings",
     "__version__",
     "generate",
     "load",

@@ -328,6 +328,11 @@ class ModelConfig:
         if self.dtype not in ("float16", "bfloat16", "float32"):
             raise ConfigError(f"dtype must be float16, bfloat16 or float32, not {self.dtype!r}")
 
+    @property
+    def context_length(self) -> int:
+        """The most positions of a prompt and its answer together."""
+        return min(self.max_length, self.text_config.max_position_embeddings)
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ModelConfig":
         """The configuration in a parsed `config.json` of ours.

@@ -7,11 +7,9 @@ import pytest
 from safetensors.numpy import load_file
 
 from fastvlm_mlx.backend import mx
-from fastvlm_mlx.checkpoint.load import load_model
-from fastvlm_mlx.convert import convert_checkpoint
+from fastvlm_mlx.checkpoint.load import load
 from fastvlm_mlx.generation.generate import generate
 from fastvlm_mlx.inputs.images import pixel_values_float
-from fastvlm_mlx.inputs.processor import FastVLMProcessor
 from tests.checkpoints import GOLDEN, SOURCES
 
 IMAGES = ("landscape", "large", "portrait", "square", "tiny")
@@ -20,12 +18,8 @@ TRANSFORMERS = {"transformers-train": "transformers_train", "transformers": "tra
 
 
 @pytest.fixture(scope="module")
-def converted(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("parity")
-    names = [*APPLE, *TRANSFORMERS, "mlx-vlm"]
-    for name in names:
-        convert_checkpoint(SOURCES[name], folder / name, dtype="float32")
-    return {name: (load_model(folder / name), FastVLMProcessor.from_folder(folder / name)) for name in names}
+def models(converted):
+    return {name: load(converted(name)) for name in (*APPLE, *TRANSFORMERS, "mlx-vlm")}
 
 
 def assert_close(got, expected, what=""):
@@ -49,15 +43,15 @@ def greedy(model, input_ids, pixel_values, count):
 
 @pytest.mark.parametrize("image", IMAGES)
 @pytest.mark.parametrize("name", APPLE)
-def test_every_stage_agrees_with_apples_model(converted, name, image):
-    (model, processor), expected = converted[name], upstream(name)
+def test_every_stage_agrees_with_apples_model(models, name, image):
+    (model, processor), expected = models[name], upstream(name)
     pixels = np.moveaxis(expected[f"{image}.pixel_values"], 0, -1)[None]
     ids = processor.encode("Describe the image.", n_images=1)
     order = np.r_[0:256:2, 1:256:2]
     assert [token if token >= 0 else -200 for token in expected["input_ids"]] == ids
     # Both formulations: the modules, as a GPU runs them, and the one that the CPU runs.
     scale = model.config.vision_config.scales.conv_exp
-    for tower in (model.vision_tower, model._tower):
+    for tower in (model.vision_tower, model.tower):
         features = np.array(tower(mx.array(pixels))).reshape(4, 256) * scale
         assert_close(features, expected[f"{image}.features"][:, order], "features")
     assert_close(model.encode_image(pixels)[0], expected[f"{image}.projected"], "projected")
@@ -68,8 +62,8 @@ def test_every_stage_agrees_with_apples_model(converted, name, image):
 
 
 @pytest.mark.parametrize("image", IMAGES)
-def test_a_picture_and_a_prompt_give_apples_answer(converted, image):
-    model, processor = converted["apple"]
+def test_a_picture_and_a_prompt_give_apples_answer(models, image):
+    model, processor = models["apple"]
     result = generate(
         model,
         processor,
@@ -85,8 +79,8 @@ def test_a_picture_and_a_prompt_give_apples_answer(converted, image):
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
-def test_transformers_checkpoints_agree_with_transformers(converted, name):
-    (model, _), expected = converted[name], upstream(name)
+def test_transformers_checkpoints_agree_with_transformers(models, name):
+    (model, _), expected = models[name], upstream(name)
     pixels = np.moveaxis(expected["pixel_values"], 0, -1)[None]
     image_token = json.loads((SOURCES[name] / "config.json").read_text())["image_token_index"]
     ids = expected["input_ids"].tolist()
@@ -100,16 +94,16 @@ def test_transformers_checkpoints_agree_with_transformers(converted, name):
     assert greedy(model, ids, pixels, len(wanted)) == wanted
 
 
-def test_mlx_vlms_checkpoint_agrees_with_mlx_vlm(converted):
-    (model, processor), expected = converted["mlx-vlm"], upstream("mlx-vlm")
+def test_mlx_vlms_checkpoint_agrees_with_mlx_vlm(models):
+    (model, processor), expected = models["mlx-vlm"], upstream("mlx-vlm")
     pixels = np.moveaxis(upstream("apple")["landscape.pixel_values"], 0, -1)[None]
     ids = processor.encode("Describe the image.", n_images=1)
     assert_close(model.embed(ids, pixels)[0], expected["fp32.inputs_embeds"])
     assert_close(model.prefill(ids, pixels)[0][0], expected["fp32.logits"])
 
 
-def test_bytes_and_floats_are_the_same_picture(converted):
-    model, processor = converted["apple"]
+def test_bytes_and_floats_are_the_same_picture(models):
+    model, processor = models["apple"]
     pixels = processor.prepare_images([GOLDEN / "apple" / "images" / "landscape.png"])
     np.testing.assert_array_equal(
         model.encode_image(pixels),
@@ -118,8 +112,8 @@ def test_bytes_and_floats_are_the_same_picture(converted):
     np.testing.assert_array_equal(pixel_values_float(pixels), np.float32(pixels) / np.float32(255))
 
 
-def test_several_images_are_spliced_in_their_order(converted):
-    model, processor = converted["apple"]
+def test_several_images_are_spliced_in_their_order(models):
+    model, processor = models["apple"]
     pictures = [GOLDEN / "apple" / "images" / f"{name}.png" for name in ("landscape", "portrait")]
     inputs = processor(pictures, "What changed?")
     embedded = np.array(model.embed(**inputs))[0]
@@ -131,8 +125,8 @@ def test_several_images_are_spliced_in_their_order(converted):
     assert_close(embedded[second + 3 : second + 7], expected["portrait.projected"])
 
 
-def test_a_batch_answers_each_question_as_if_alone(converted):
-    model, processor = converted["apple"]
+def test_a_batch_answers_each_question_as_if_alone(models):
+    model, processor = models["apple"]
     folder = GOLDEN / "apple" / "images"
     questions = [
         ([folder / "landscape.png"], "Describe the image."),
@@ -150,8 +144,8 @@ def test_a_batch_answers_each_question_as_if_alone(converted):
 
 
 @pytest.mark.parametrize("resolution", [64, 192, 256])
-def test_any_multiple_of_64_works(converted, resolution):
-    model, processor = converted["apple"]
+def test_any_multiple_of_64_works(models, resolution):
+    model, processor = models["apple"]
     picture = GOLDEN / "apple" / "images" / "large.png"
     result = generate(model, processor, image=picture, resolution=resolution, max_tokens=2)
     assert result.visual_tokens == (resolution // 64) ** 2

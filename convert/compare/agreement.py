@@ -210,7 +210,7 @@ def _evaluated(value: mx.array) -> Array:
     return np.array(value.astype(mx.float32))
 
 
-def _prompts(model: FastVLM, probes: Probes, visual: mx.array) -> tuple[mx.array, mx.array | None]:
+def _prompts(model: FastVLM, probes: Probes, visual: mx.array) -> tuple[mx.array, list[int] | None]:
     """Embeddings (B, L, D), padded on the left, and the padding of each row if there is any."""
     embed = embedding_stage(model).run
     rows = [
@@ -220,7 +220,7 @@ def _prompts(model: FastVLM, probes: Probes, visual: mx.array) -> tuple[mx.array
     length = max(len(row) for row in rows)
     padding = [length - len(row) for row in rows]
     padded = [mx.pad(row, [(left, 0), (0, 0)]) for row, left in zip(rows, padding, strict=True)]
-    return mx.stack(padded), mx.array(padding) if any(padding) else None
+    return mx.stack(padded), padding if any(padding) else None
 
 
 def _answer_logits(model: FastVLM, probes: Probes, visual: mx.array, answers: npt.NDArray[np.int32]) -> Array:

@@ -25,7 +25,7 @@ from fastvlm_mlx.convert.write.card import card
 from fastvlm_mlx.convert.write.destination import partial_folder, vacant
 from fastvlm_mlx.errors import ConversionError
 from fastvlm_mlx.inputs.processor import FastVLMProcessor
-from fastvlm_mlx.model.quantized import column_slices
+from fastvlm_mlx.model.cpu.quantized import column_slices
 from fastvlm_mlx.threads import cpu_threads
 
 _CHUNK = 2**22

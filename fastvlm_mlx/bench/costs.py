@@ -12,7 +12,7 @@ from fastvlm_mlx.backend import mx
 from fastvlm_mlx.bench.graph import Function, Kernel, count_launches, kernels
 from fastvlm_mlx.config import ModelConfig
 from fastvlm_mlx.model.fastvlm import FastVLM
-from fastvlm_mlx.model.language import KVCache
+from fastvlm_mlx.model.kv_cache import KVCache
 from fastvlm_mlx.model.quantized import quantize_layers
 
 TEXT_POSITIONS = 24

@@ -16,13 +16,11 @@ What is measured, and where the clock starts and stops:
 Every run gets a picture of its own, so that nothing can be answered from a cache. Each sample is kept.
 """
 
-import copy
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,27 +32,20 @@ from fastvlm_mlx.bench.candidate import Candidate, precision
 from fastvlm_mlx.bench.conditions import peak_resident_bytes
 from fastvlm_mlx.bench.images import Pictures
 from fastvlm_mlx.bench.statistics import Statistics, Stopwatch
-from fastvlm_mlx.engine.decode import Sampler, SamplingConfig
+from fastvlm_mlx.engine.options import GenerationConfig
+from fastvlm_mlx.engine.prefix_cache import PrefixCache
 from fastvlm_mlx.errors import CheckpointError
-from fastvlm_mlx.generation import generate as generation
+from fastvlm_mlx.generation.generate import stream_generate
+from fastvlm_mlx.generation.result import GenerationResult
 from fastvlm_mlx.inputs.images import load_image
 from fastvlm_mlx.inputs.processor import FastVLMProcessor, Resolution
 from fastvlm_mlx.model.fastvlm import FastVLM
+from fastvlm_mlx.streams import turn
 
 STAGES = ("load", "decode", "preprocess", "vision", "projector", "prefill", "first_token")
 
 Progress = Callable[[int, int], None]
 """Called with the runs done and all of them, warm-up included."""
-
-
-@contextmanager
-def _replaced(model: FastVLM, name: str, function: Callable[..., Any]) -> Iterator[None]:
-    """Lets `function` stand for the attribute `name` of `model` meanwhile; the module tree stays as it is."""
-    object.__setattr__(model, name, function)
-    try:
-        yield
-    finally:
-        object.__delattr__(model, name)
 
 
 def time_stages(
@@ -64,18 +55,10 @@ def time_stages(
     watch = Stopwatch()
     picture = watch.time("decode", lambda: load_image(image))
     inputs = watch.time("preprocess", lambda: processor(picture, prompt, resolution=resolution))
-    with _replaced(model, "mm_projector", lambda features: features):
-        features = watch.time("vision", lambda: model.encode_image(inputs["pixel_values"]))
-    visual = watch.time("projector", lambda: model.mm_projector(features))
-
-    def prefill() -> tuple[mx.array, list[Any]]:
-        logits, cache = model.prefill(inputs["input_ids"], inputs["pixel_values"])
-        return logits, [layer.state for layer in cache]
-
-    with _replaced(model, "encode_image", lambda _: visual):
-        logits, _ = watch.time("prefill", prefill)
-    sampler = Sampler(SamplingConfig(), [[]])
-    watch.time("first_token", lambda: np.asarray(sampler(logits)))
+    features = watch.time("vision", lambda: model.vision_features(inputs["pixel_values"]))
+    visual_tokens = watch.time("projector", lambda: model.project(features))
+    logits = watch.time("prefill", lambda: model.prefill(inputs["input_ids"], visual_tokens=visual_tokens)[0])
+    watch.time("first_token", lambda: np.asarray(mx.argmax(logits, axis=-1)))
     return watch.seconds
 
 
@@ -84,23 +67,35 @@ def time_paper(model: FastVLM, processor: FastVLMProcessor, image: bytes, resolu
     pixel_values = processor.prepare_images([image], resolution)
     watch = Stopwatch()
 
-    def run() -> tuple[mx.array, list[Any]]:
-        cache = model.language_model.make_cache()
-        logits = model.language_model.prefill(model.encode_image(pixel_values), cache)
-        return logits, [layer.state for layer in cache]
+    def run() -> mx.array:
+        with turn():
+            cache = model.language_model.make_cache()
+            logits = model.language_model.prefill(model.encode_image(pixel_values), cache)
+            mx.eval(logits, [layer.state for layer in cache])
+        return logits
 
     watch.time("paper", run)
     return watch.seconds["paper"]
 
 
 def time_generate(
-    model: FastVLM, processor: FastVLMProcessor, image: bytes, prompt: str, resolution: Resolution, max_tokens: int
-) -> generation.GenerationResult:
+    model: FastVLM,
+    processor: FastVLMProcessor,
+    image: bytes,
+    prompt: str,
+    resolution: Resolution,
+    max_tokens: int,
+    prefix_cache: PrefixCache | None = None,
+) -> GenerationResult:
     """The last piece of an answer of exactly `max_tokens`, with its timings and counts."""
-    endless = copy.copy(processor)
-    endless.eos_token_ids = ()
-    stream = generation.stream_generate(
-        model, endless, image=image, prompt=prompt, resolution=resolution, max_tokens=max_tokens
+    stream = stream_generate(
+        model,
+        processor,
+        image=image,
+        prompt=prompt,
+        resolution=resolution,
+        config=GenerationConfig(max_tokens=max_tokens, ignore_eos=True),
+        prefix_cache=prefix_cache,
     )
     *_, last = stream
     return last
@@ -175,7 +170,7 @@ def measure(
         taken = time_stages(model, processor, staged, prompt, resolution)
         taken["paper_ttft"] = time_paper(model, processor, paper, resolution)
         result = time_generate(model, processor, whole, prompt, resolution, max_tokens)
-        taken["wall_ttft"] = result.timings["ttft"]
+        taken["wall_ttft"] = result.timings.ttft
         if result.generated_tokens > 1:
             taken["decode_rate"] = result.tokens_per_second
         if run < warmup:

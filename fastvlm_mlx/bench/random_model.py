@@ -11,7 +11,9 @@ from fastvlm_mlx.backend import compute_dtype, mx
 from fastvlm_mlx.config import ActivationScales, ModelConfig, TextConfig, VisionConfig
 from fastvlm_mlx.inputs.processor import FastVLMProcessor
 from fastvlm_mlx.inputs.tokenizer import END_OF_TEXT, IM_END, IM_START, Tokenizer
+from fastvlm_mlx.model.device import prepare
 from fastvlm_mlx.model.fastvlm import FastVLM
+from fastvlm_mlx.streams import turn
 
 _POOL = 1_048_573
 """Random numbers that all weights are cut from; a prime, so that no two rows of a matrix are equal."""
@@ -99,7 +101,9 @@ def random_model(config: ModelConfig, *, seed: int = 0) -> tuple[FastVLM, FastVL
         repeated = mx.tile(pool, (start + like.size) // _POOL + 1)[start : start + like.size]
         return repeated.reshape(like.shape) * mx.array(fan_in**-0.5, dtype)
 
-    model = FastVLM(config)
-    model.update(tree_map_with_path(fill, model.parameters()))
-    model.eval()
+    with turn():
+        model = FastVLM(config)
+        model.update(tree_map_with_path(fill, model.parameters()))
+        model.eval()
+        prepare(model)
     return model, FastVLMProcessor(WordTokenizer(), config)

@@ -19,8 +19,10 @@ from fastvlm_mlx.config import ALIASES, DEMO, ModelConfig, bundled_checkpoint
 from fastvlm_mlx.errors import CheckpointError, ConfigError
 from fastvlm_mlx.formatting import names
 from fastvlm_mlx.inputs.processor import FastVLMProcessor
+from fastvlm_mlx.model.device import prepare
 from fastvlm_mlx.model.fastvlm import FastVLM
-from fastvlm_mlx.model.quantized import quantize_layers, suit_device
+from fastvlm_mlx.model.quantized import quantize_layers
+from fastvlm_mlx.streams import load_stream, turn, worker_streams
 
 CACHE_VARIABLE = "FASTVLM_CACHE"
 _READERS = 2
@@ -128,7 +130,8 @@ def load(
     processor = FastVLMProcessor.from_folder(folder)
     if device() == "cpu" and not lazy:
         processor.tokenizer.start()
-        mx.eval(model.parameters())
+        with turn():
+            mx.eval(model.parameters())
     return model, processor
 
 
@@ -150,24 +153,24 @@ def load_model(folder: Path, *, dtype: str | None = None, lazy: bool = False) ->
     config = ModelConfig.from_path(folder)
     if dtype not in (None, "float16", "bfloat16", "float32"):
         raise ConfigError(f"dtype must be float16, bfloat16 or float32, not {dtype!r}")
-    model = FastVLM(config)
-    target = getattr(mx, dtype) if dtype else compute_dtype(config.dtype)
-    streams = [mx.new_stream(mx.cpu) for _ in range(_READERS)] if device() == "cpu" else [None]
-    weights = _dealt([read_weights(folder, stream) for stream in streams], streams, target)
-    if config.quantization:
-        quantize_layers(model, config.quantization, weights)
-    _check(folder, weights, {name: value.shape for name, value in _flat(model.parameters())})
-    model.update(tree_unflatten(list(weights.items())))
-    if config.quantization:
-        suit_device(model, "language_model", target)
-    model.eval()
-    if device() == "cpu" and not lazy:
-        mx.eval(model.parameters())
+    with turn():
+        model = FastVLM(config)
+        target = getattr(mx, dtype) if dtype else compute_dtype(config.dtype)
+        streams = worker_streams(_READERS) if device() == "cpu" else [load_stream()]
+        weights = _cast_on_streams([read_weights(folder, stream) for stream in streams], streams, target)
+        if config.quantization:
+            quantize_layers(model, config.quantization, weights)
+        _check(folder, weights, {name: value.shape for name, value in _flat(model.parameters())})
+        model.update(tree_unflatten(list(weights.items())))
+        model.eval()
+        prepare(model)
+        if device() == "cpu" and not lazy:
+            mx.eval(model.parameters())
     return model
 
 
-def _dealt(
-    readings: list[dict[str, mx.array]], streams: Sequence[mx.Stream | None], dtype: mx.Dtype
+def _cast_on_streams(
+    readings: list[dict[str, mx.array]], streams: Sequence[mx.Stream], dtype: mx.Dtype
 ) -> dict[str, mx.array]:
     """Every tensor from one of several readings of the same files, each about the same bytes, cast on its stream."""
     weights, sizes = {}, [0] * len(readings)

@@ -3,6 +3,7 @@
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -62,9 +63,19 @@ def generate(
         raise typer.BadParameter("give an image, or a question with --prompt", param_hint="IMAGE")
     pictures, question = _read_stdin(images or [], DEFAULT_PROMPT if prompt is None else prompt)
 
-    from fastvlm_mlx import load, stream_generate
+    from fastvlm_mlx import GenerationConfig, load, stream_generate
     from fastvlm_mlx.inputs.images import load_image
 
+    config = GenerationConfig(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        min_p=min_p,
+        top_k=top_k,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=stop or (),
+    )
     with ThreadPoolExecutor() as pool:  # the pictures are decoded while the weights are read
         opening = [pool.submit(load_image, picture) for picture in pictures]
 
@@ -84,17 +95,10 @@ def generate(
         processor,
         image=opened or None,
         prompt=question,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-        stop=tuple(stop or ()),
         system=system,
         resolution=resolution,
-        last_images=True,
+        config=config,
+        free_tower=True,
     )
     pieces: list[GenerationResult] = []
     for piece in stream:
@@ -135,7 +139,7 @@ def _statistics(result: "GenerationResult") -> dict[str, Any]:
         "visual_tokens": result.visual_tokens,
         "generated_tokens": result.generated_tokens,
         "finish_reason": result.finish_reason,
-        "timings": result.timings,
+        "timings": asdict(result.timings),
         "tokens_per_second": result.tokens_per_second,
         "peak_memory_bytes": mx.get_peak_memory(),
     }
@@ -147,6 +151,6 @@ def _summarize(result: "GenerationResult") -> None:
 
     note(f"prompt: {result.prompt_tokens} tokens, {result.visual_tokens} of them visual")
     note(f"answer: {result.generated_tokens} tokens, ended by {result.finish_reason}")
-    timings = ", ".join(f"{stage} {seconds:.3f} s" for stage, seconds in result.timings.items())
+    timings = ", ".join(f"{stage} {seconds:.3f} s" for stage, seconds in asdict(result.timings).items())
     note(f"time:   {timings}; {result.tokens_per_second:.1f} tokens/s")
     note(f"memory: {readable_bytes(mx.get_peak_memory())} at the peak")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+from fastvlm_mlx.engine.prefix_cache import PrefixCache
 from fastvlm_mlx.errors import ConfigError, FastVLMError
 from fastvlm_mlx.generation.generate import generate
 from fastvlm_mlx.inputs.processor import FastVLMProcessor, Resolution
@@ -52,7 +53,7 @@ def evaluate(
     rows = questions if limit is None else sample(questions, limit)
     if not rows:
         raise ConfigError("there are no questions to evaluate")
-    answers = []
+    answers, prefix_cache = [], PrefixCache()
     for done, row in enumerate(rows):
         if progress:
             progress(done, len(rows))
@@ -63,7 +64,13 @@ def evaluate(
             prediction = predictions.get(row) if predictions else None
             if prediction is None:
                 result = generate(
-                    model, processor, image=row.image, prompt=row.question, max_tokens=max_tokens, resolution=resolution
+                    model,
+                    processor,
+                    image=row.image,
+                    prompt=row.question,
+                    resolution=resolution,
+                    max_tokens=max_tokens,
+                    prefix_cache=prefix_cache,
                 )
                 prediction = result.text
                 if predictions:

@@ -1,26 +1,54 @@
 """FastVLM: vision tower, projector and decoder, with the visual tokens spliced into the prompt.
 
 Shapes: B batch, R resolution in pixels, N = (R/64)² visual tokens per image, T token ids (an image is one), L positions
-    (an image is N), D hidden size, V vocabulary.
+    (an image is N), C channels of the tower, D hidden size, V vocabulary.
 """
 
-from collections.abc import Callable
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from fastvlm_mlx.backend import device, mx, nn
 from fastvlm_mlx.config import IMAGE_TOKEN, ModelConfig
-from fastvlm_mlx.engine.decode import Sampler, SamplingConfig, decode
-from fastvlm_mlx.engine.prefix_cache import PrefixCache
 from fastvlm_mlx.errors import ConfigError, PromptError
 from fastvlm_mlx.model.activations import gelu
-from fastvlm_mlx.model.cpu.vision import CPUTower
-from fastvlm_mlx.model.language import KVCache, Qwen2
+from fastvlm_mlx.model.kv_cache import KVCache
+from fastvlm_mlx.model.language import Qwen2
 from fastvlm_mlx.model.vision import FastViTHD
+from fastvlm_mlx.streams import turn
+
+if TYPE_CHECKING:
+    from fastvlm_mlx.engine.options import GenerationConfig
 
 TokenIds = npt.ArrayLike | mx.array
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def _in_turn(method: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Lets any thread call `method`: evaluates its results, unless the caller holds a turn and goes on with them."""
+
+    @functools.wraps(method)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        with turn() as outermost:
+            result = method(*args, **kwargs)
+            if outermost:
+                _evaluate(result)
+            return result
+
+    return call
+
+
+def _evaluate(result: Any) -> None:
+    if isinstance(result, tuple):
+        logits, cache = result
+        mx.eval(logits, [layer.state for layer in cache])
+    else:
+        mx.eval(result)
 
 
 class GELU(nn.Module):
@@ -31,7 +59,7 @@ class GELU(nn.Module):
 
 
 class MultimodalProjector(list[nn.Module]):
-    """LLaVA's `mlp2x_gelu`: features (B, N, C) -> visual tokens (B, N, D). A list, for the names `0` and `2`."""
+    """LLaVA's `mlp2x_gelu`: features (B, N, C) -> visual tokens (B, N, D). A list, for upstream's names `0` and `2`."""
 
     def __init__(self, features: int, hidden_size: int) -> None:
         super().__init__([nn.Linear(features, hidden_size), GELU(), nn.Linear(hidden_size, hidden_size)])
@@ -43,10 +71,14 @@ class MultimodalProjector(list[nn.Module]):
 
 
 class FastVLM(nn.Module):
-    """The whole model.
+    """The whole model: arrays and functions, without a state of its own.
+
+    Any thread may call its methods. A method that returns arrays evaluates them, except within a
+    `fastvlm_mlx.streams.turn()`, where they stay part of a larger graph.
 
     Attributes:
-        prefixes: What earlier prompts left behind for `stream_generate`.
+        config: The architecture.
+        tower: How the vision tower runs on this device, from `prepare`; None runs its modules as they are.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -55,8 +87,7 @@ class FastVLM(nn.Module):
         self.vision_tower = FastViTHD(config.vision_config)
         self.mm_projector = MultimodalProjector(config.vision_config.hidden_size, config.text_config.hidden_size)
         self.language_model = Qwen2(config.text_config)
-        self.prefixes = PrefixCache()
-        self._arranged: Callable[[mx.array], mx.array] | None = None
+        self.tower: Callable[..., mx.array] | None = None
 
     @classmethod
     def from_pretrained(cls, name: str, *, dtype: str | None = None, revision: str | None = None) -> "FastVLM":
@@ -71,17 +102,17 @@ class FastVLM(nn.Module):
         dtype: mx.Dtype = self.language_model.model.norm.weight.dtype
         return dtype
 
-    def encode_image(
-        self, pixel_values: npt.ArrayLike | mx.array, meanwhile: Callable[[], None] | None = None
+    @_in_turn
+    def vision_features(
+        self, pixel_values: npt.ArrayLike | mx.array, on_submit: Callable[[], None] | None = None
     ) -> mx.array:
-        """Visual tokens (B, N, D) of pixel values (B, R, R, 3), float in [0, 1] or uint8.
+        """Features (B, R/64, R/64, C) of pixel values (B, R, R, 3), float in [0, 1] or uint8.
 
-        A CPU evaluates the tower here, and calls `meanwhile` when all is ready for that, so that a thread which is
-        started there has Python for itself.
+        A CPU evaluates the tower here, and calls `on_submit` once its work is queued: a thread started there can use
+        the GIL while MLX computes.
 
         Raises:
-            ConfigError: If the shape is another, or a side is not a multiple of 64.
-            RuntimeError: After `free_vision_tower`.
+            ConfigError: If the shape is another, a side is not a multiple of 64, or the tower was freed.
         """
         pixels = pixel_values if isinstance(pixel_values, mx.array) else mx.array(np.asarray(pixel_values))
         if (
@@ -92,36 +123,39 @@ class FastVLM(nn.Module):
             or 0 in pixels.shape
         ):
             raise ConfigError(f"pixel_values must be (B, R, R, 3) with R a multiple of 64, not {pixels.shape}")
+        if "stem" not in self.vision_tower:
+            raise ConfigError("the vision tower was freed; load the model again to show it another image")
         if pixels.dtype == mx.uint8:
             pixels = pixels.astype(mx.float32) / 255
-        tower, pixels = self._tower, pixels.astype(self.dtype)
-        features = tower(pixels, meanwhile) if isinstance(tower, CPUTower) else tower(pixels)
+        pixels = pixels.astype(self.dtype)
+        return self.vision_tower(pixels) if self.tower is None else self.tower(pixels, on_submit)
+
+    @_in_turn
+    def project(self, features: mx.array) -> mx.array:
+        """Visual tokens (B, N, D) of the tower's features (B, R/64, R/64, C)."""
         return self.mm_projector(features.reshape(features.shape[0], -1, features.shape[-1]))
 
-    @property
-    def _tower(self) -> Callable[[mx.array], mx.array]:
-        """The tower in the form that suits the device: compiled on a GPU, rearranged on a CPU; made on first use."""
-        if "stem" not in self.vision_tower:
-            raise RuntimeError("the vision tower was freed; load the model again to show it another image")
-        if self._arranged is None:
-            # Before compiling, or every call would read the weights again.
-            mx.eval(self.vision_tower.parameters())
-            if device() == "gpu":
-                self._arranged = mx.compile(self.vision_tower)
-            else:
-                self._arranged = CPUTower(self.vision_tower) if self.dtype == mx.float32 else self.vision_tower
-        return self._arranged
+    @_in_turn
+    def encode_image(
+        self, pixel_values: npt.ArrayLike | mx.array, on_submit: Callable[[], None] | None = None
+    ) -> mx.array:
+        """Visual tokens (B, N, D) of pixel values; arguments and errors are those of `vision_features`."""
+        return self.project(self.vision_features(pixel_values, on_submit))
 
     def free_vision_tower(self) -> None:
-        """Gives the tower's memory back, when the last image has been encoded."""
-        self._arranged = None
-        self.vision_tower.clear()
+        """Releases the tower's memory, when the last image has been encoded."""
+        with turn():
+            self.tower = None
+            self.vision_tower.clear()
 
+    @_in_turn
     def embed(
         self,
         input_ids: TokenIds,
         pixel_values: npt.ArrayLike | mx.array | None = None,
         attention_mask: npt.ArrayLike | mx.array | None = None,
+        *,
+        visual_tokens: mx.array | None = None,
     ) -> mx.array:
         """Input embeddings (B, L, D), each image's visual tokens in the place of its `IMAGE_TOKEN`.
 
@@ -131,37 +165,37 @@ class FastVLM(nn.Module):
             input_ids: (B, T) token ids, or (T,) for one row.
             pixel_values: (images, R, R, 3), in the order of their places in `input_ids`, row by row.
             attention_mask: (B, T), False where `input_ids` is padding.
+            visual_tokens: (images, N, D) from `encode_image`, where that has been called already.
 
         Raises:
-            PromptError: If the images and their places differ in number.
+            PromptError: If a token id is outside the vocabulary, or the images and their places differ in number.
         """
-        return self._embed(_rows(input_ids, attention_mask), pixel_values)[0]
+        return self._embed(self.rows(input_ids, attention_mask), pixel_values, visual_tokens)[0]
 
     def _embed(
         self,
-        rows: list[npt.NDArray[np.int32]],
+        rows: Sequence[npt.NDArray[np.int32]],
         pixel_values: npt.ArrayLike | mx.array | None,
-        visual_tokens: mx.array | None = None,
+        visual_tokens: mx.array | None,
         *,
-        last_images: bool = False,
+        free_tower: bool = False,
     ) -> tuple[mx.array, list[int]]:
         """Embeddings (B, L, D) of rows of token ids, and how many positions of each row are padding."""
-        given = pixel_values if visual_tokens is None else visual_tokens
-        images = 0 if given is None else len(given)  # type: ignore[arg-type]
+        shown = pixel_values if visual_tokens is None else visual_tokens
+        images = 0 if shown is None else len(shown)  # type: ignore[arg-type]
         places = sum(int((row == IMAGE_TOKEN).sum()) for row in rows)
         if images != places:
             raise PromptError(f"the prompt has {places} place(s) for an image but {images} image(s) were given")
         if visual_tokens is None and pixel_values is not None:
             visual_tokens = self.encode_image(pixel_values)
         visual = iter(visual_tokens if visual_tokens is not None else ())
-        if last_images and device() == "cpu":
-            # A GPU runs one graph without a stop, and its memory is not what counts.
+        if free_tower and device() == "cpu":
+            # On a GPU the tower is part of one graph, so nothing could be freed yet.
             self.free_vision_tower()
         embedded = []
         for row in rows:
-            bounds = np.flatnonzero(row == IMAGE_TOKEN)
             parts = []
-            for number, text in enumerate(np.split(row, bounds)):
+            for number, text in enumerate(np.split(row, np.flatnonzero(row == IMAGE_TOKEN))):
                 if number:
                     parts.append(next(visual))
                     text = text[1:]
@@ -174,6 +208,7 @@ class FastVLM(nn.Module):
             [mx.pad(row, [(left, 0), (0, 0)]) for row, left in zip(embedded, padding, strict=True)]
         ), padding
 
+    @_in_turn
     def prefill(
         self,
         input_ids: TokenIds,
@@ -182,22 +217,25 @@ class FastVLM(nn.Module):
         cache: list[KVCache] | None = None,
         *,
         visual_tokens: mx.array | None = None,
-        last_images: bool = False,
+        free_tower: bool = False,
     ) -> tuple[mx.array, list[KVCache]]:
-        """Logits (B, V) of the last position and the filled cache: pixels to logits as one graph, not yet evaluated.
+        """Logits (B, V) of the last position and the filled cache: from pixels to logits as one graph.
 
         Args:
             input_ids: As in `embed`, without the tokens that `cache` holds already.
             pixel_values: As in `embed`.
             attention_mask: As in `embed`.
             cache: What came before, for one row; by default nothing.
-            visual_tokens: (images, N, D) from `encode_image`, where that has been called already.
-            last_images: Whether no other images will follow: a CPU then frees the vision tower before the decoder runs.
+            visual_tokens: As in `embed`.
+            free_tower: Whether no other images will follow: a CPU then frees the vision tower before the decoder runs.
+
+        Raises:
+            PromptError: If a token id is outside the vocabulary, or the images and their places differ in number.
         """
-        rows = _rows(input_ids, attention_mask)
-        embeddings, padding = self._embed(rows, pixel_values, visual_tokens, last_images=last_images)
+        rows = self.rows(input_ids, attention_mask)
+        embeddings, padding = self._embed(rows, pixel_values, visual_tokens, free_tower=free_tower)
         if cache is None:
-            cache = self.language_model.make_cache(mx.array(padding) if any(padding) else None)
+            cache = self.language_model.make_cache(padding if any(padding) else None)
         return self.language_model.prefill(embeddings, cache), cache
 
     def generate(
@@ -206,35 +244,44 @@ class FastVLM(nn.Module):
         pixel_values: npt.ArrayLike | mx.array | None = None,
         attention_mask: npt.ArrayLike | mx.array | None = None,
         *,
-        max_tokens: int = 256,
-        **sampling: Any,
+        config: "GenerationConfig | Sequence[GenerationConfig] | None" = None,
+        **options: Any,
     ) -> list[list[int]]:
-        """The new token ids of each row, without the end token; `sampling` are the arguments of `SamplingConfig`."""
-        rows = _rows(input_ids, attention_mask)
-        logits, cache = self.prefill(input_ids, pixel_values, attention_mask)
-        sampler = Sampler(SamplingConfig(**sampling), [row[row >= 0].tolist() for row in rows])
-        answers: list[list[int]] = [[] for _ in rows]
-        open_rows = set(range(len(rows)))
-        for tokens in decode(self.language_model, logits, cache, sampler, max_tokens):
-            for index, token in enumerate(np.asarray(tokens).tolist()):
-                if index in open_rows and token in self.config.eos_token_id:
-                    open_rows.discard(index)
-                elif index in open_rows:
-                    answers[index].append(token)
-            if not open_rows:
-                break
-        return answers
+        """The new token ids of each row, without the end token; see `fastvlm_mlx.engine.batch.generate_rows`.
 
+        Args:
+            input_ids: As in `embed`.
+            pixel_values: As in `embed`.
+            attention_mask: As in `embed`.
+            config: How to choose tokens: for all rows, or one for each.
+            options: Fields of `GenerationConfig` that differ from `config`, such as `max_tokens=64`.
+        """
+        from fastvlm_mlx.engine.batch import generate_rows
 
-def _rows(input_ids: TokenIds, attention_mask: npt.ArrayLike | mx.array | None) -> list[npt.NDArray[np.int32]]:
-    """The token ids of each row without its padding."""
-    ids = np.atleast_2d(np.asarray(input_ids, dtype=np.int32))
-    if attention_mask is None:
-        rows = list(ids)
-    else:
-        rows = [
-            row[kept] for row, kept in zip(ids, np.atleast_2d(np.asarray(attention_mask)).astype(bool), strict=True)
-        ]
-    if any(len(row) == 0 for row in rows):
-        raise PromptError("input_ids has a row without tokens")
-    return rows
+        return generate_rows(self, input_ids, pixel_values, attention_mask, config=config, **options)
+
+    def rows(
+        self, input_ids: TokenIds, attention_mask: npt.ArrayLike | mx.array | None = None
+    ) -> list[npt.NDArray[np.int32]]:
+        """The token ids of each row without its padding.
+
+        Raises:
+            PromptError: If a row has no tokens, or an id is neither in the vocabulary nor `IMAGE_TOKEN`.
+        """
+        ids = np.atleast_2d(np.asarray(input_ids, dtype=np.int64))
+        if attention_mask is None:
+            rows = list(ids)
+        else:
+            masks = np.atleast_2d(np.asarray(attention_mask)).astype(bool)
+            rows = [row[mask] for row, mask in zip(ids, masks, strict=True)]
+        if any(len(row) == 0 for row in rows):
+            raise PromptError("input_ids has a row without tokens")
+        vocabulary = self.config.text_config.vocab_size
+        for row in rows:
+            wrong = row[((row < 0) | (row >= vocabulary)) & (row != IMAGE_TOKEN)]
+            if len(wrong):
+                raise PromptError(
+                    f"token id {wrong[0]} is outside the vocabulary of {vocabulary}; only {IMAGE_TOKEN}, an image's "
+                    "place, may be"
+                )
+        return [row.astype(np.int32) for row in rows]

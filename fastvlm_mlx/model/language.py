@@ -1,106 +1,34 @@
-"""Qwen2, the decoder of FastVLM, and its KV cache.
+"""Qwen2, the decoder of FastVLM.
 
-Its own, and not mlx-lm's, because importing any part of mlx-lm costs more than answering a question does; it keeps
-mlx-lm's calling convention, and a test holds it against mlx-lm's.
+Implemented here because importing mlx-lm takes longer than an answer. It is called as mlx-lm's models are, and a test
+compares it with mlx-lm's.
 
 Shapes: B batch, L positions of this call, S positions of the cache, D hidden size, V vocabulary.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastvlm_mlx.backend import device, mx, nn
 from fastvlm_mlx.config import TextConfig
-from fastvlm_mlx.model.activations import exp_below, swiglu
-
-
-class KVCache:
-    """Keys and values of one layer, (B, heads, S, head_dim), grown in steps; for a batch also the padding to its left.
-
-    Attributes:
-        offset: Positions held.
-        left_padding: (B,) leading positions of each row that nothing may attend to; None when there are none.
-    """
-
-    step = 256
-
-    def __init__(self, left_padding: mx.array | None = None) -> None:
-        self.keys: mx.array | None = None
-        self.values: mx.array | None = None
-        self.offset = 0
-        self.left_padding = left_padding
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """All keys and values so far, after appending those of L new positions, (B, heads, L, head_dim) each."""
-        before, self.offset = self.offset, self.offset + keys.shape[2]
-        if self.keys is None or self.values is None:
-            self.keys, self.values = keys, values
-            return keys, values
-        self.keys = self._append(self.keys, keys, before)
-        self.values = self._append(self.values, values, before)
-        return self.keys[..., : self.offset, :], self.values[..., : self.offset, :]
-
-    def _append(self, held: mx.array, new: mx.array, before: int) -> mx.array:
-        if self.offset > held.shape[2]:
-            batch, heads, _, head_dim = held.shape
-            room = -(-(self.offset - before) // self.step) * self.step
-            held = mx.concatenate([held[..., :before, :], mx.zeros((batch, heads, room, head_dim), held.dtype)], axis=2)
-        held[..., before : self.offset, :] = new
-        return held
-
-    def make_mask(self, length: int, **_: Any) -> mx.array | str | None:
-        """What `length` new positions may attend to, as `scaled_dot_product_attention` takes it."""
-        if self.left_padding is None:
-            return None if length == 1 else "causal"
-        keys = mx.arange(self.offset + length)
-        queries = keys[self.offset :, None]
-        # A padding position sees itself, so that no row of the softmax is empty.
-        return (queries == keys) | (queries >= keys) & (keys >= self.left_padding[:, None, None, None])
-
-    @property
-    def state(self) -> tuple[mx.array | None, mx.array | None]:
-        """Keys and values, for `mx.eval`."""
-        return self.keys, self.values
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return 0 if self.keys is None or self.values is None else self.keys.nbytes + self.values.nbytes
-
-    def snapshot(self, length: int | None = None) -> "KVCache":
-        """A cache of the first `length` positions, by default all, that grows on its own; a copy only once it does."""
-        copy = KVCache(self.left_padding)
-        copy.offset = self.offset if length is None else length
-        if self.keys is not None and self.values is not None:
-            copy.keys, copy.values = self.keys[..., : copy.offset, :], self.values[..., : copy.offset, :]
-        return copy
+from fastvlm_mlx.model.activations import swiglu
+from fastvlm_mlx.model.cpu.attention import attention as cpu_attention
+from fastvlm_mlx.model.kv_cache import KVCache
 
 
 def attention(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | str | None) -> mx.array:
-    """Scaled dot-product attention (B, heads, L, head_dim); `keys` and `values` (B, kv_heads, S, head_dim) are shared.
+    """Scaled dot-product attention (B, heads, L, head_dim), in the form that suits the device.
 
     Args:
         queries: (B, heads, L, head_dim).
-        keys: As above.
-        values: As above.
+        keys: (B, kv_heads, S, head_dim); each head serves several of the queries'.
+        values: (B, kv_heads, S, head_dim).
         mask: True where a query may attend, (B, 1, L, S) or broadcastable; or `causal`; or None.
     """
     scale = queries.shape[-1] ** -0.5
     if device() == "cpu" and queries.dtype == mx.float32 and queries.shape[2] > 1:
-        return _cpu_attention(queries * scale, keys, values, mask)
+        return cpu_attention(queries * scale, keys, values, mask)
     return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
-
-
-def _cpu_attention(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | str | None) -> mx.array:
-    """The same with a softmax that MLX's CPU backend runs seven times faster than its own."""
-    (batch, heads, length, head_dim), (kv_heads, total) = queries.shape, keys.shape[1:3]
-    grouped = queries.reshape(batch, kv_heads, -1, head_dim)
-    scores = (grouped @ keys.swapaxes(2, 3)).reshape(batch, heads, length, total)
-    if mask is not None:
-        allowed = mx.tri(length, total, total - length, dtype=mx.bool_) if isinstance(mask, str) else mask
-        scores = scores + mx.where(allowed, 0.0, mx.finfo(mx.float32).min / 2)
-    weights = exp_below(scores, scores.max(axis=-1, keepdims=True))
-    weighted = weights.reshape(batch, kv_heads, -1, total) @ values
-    return weighted.reshape(batch, heads, length, head_dim) / weights.sum(axis=-1, keepdims=True)
 
 
 class Attention(nn.Module):
@@ -214,7 +142,7 @@ class Qwen2(nn.Module):
         """The transformer blocks."""
         return self.model.layers
 
-    def make_cache(self, left_padding: mx.array | None = None) -> list[KVCache]:
+    def make_cache(self, left_padding: Sequence[int] | None = None) -> list[KVCache]:
         """An empty cache, one `KVCache` per layer."""
         return [KVCache(left_padding) for _ in self.layers]
 

@@ -1,3 +1,4 @@
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +14,8 @@ from fastvlm_mlx.bench.images import Pictures
 from fastvlm_mlx.bench.measure import STAGES, measure, time_cold, time_generate, time_stages
 from fastvlm_mlx.bench.random_model import random_model
 from fastvlm_mlx.config import ActivationScales, ModelConfig, TextConfig, VisionConfig
+from fastvlm_mlx.engine.options import GenerationConfig
 from fastvlm_mlx.errors import CheckpointError
-from fastvlm_mlx.generation import generate as generation
 from tests.checkpoints import APPLE
 
 PROMPT = "Describe the image."
@@ -84,17 +85,19 @@ def test_the_benchmark_and_generate_run_the_same_function(
     candidate: Candidate, picture: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`fastvlm generate` calls the public name, as tests/test_cli.py shows; the benchmark the same object."""
-    assert fastvlm_mlx.stream_generate is generation.stream_generate
+    module = sys.modules[time_generate.__module__]
+    assert fastvlm_mlx.stream_generate is module.stream_generate
     asked: dict[str, Any] = {}
 
     def stream(model: object, processor: Any, **options: Any) -> Any:
-        asked.update(options, eos=processor.eos_token_ids)
+        asked.update(options)
         yield "piece"
         yield "last piece"
 
-    monkeypatch.setattr(generation, "stream_generate", stream)
+    monkeypatch.setattr(module, "stream_generate", stream)
     assert time_generate(candidate.model, candidate.processor, picture, PROMPT, 128, 5) == "last piece"
-    assert asked == {"image": picture, "prompt": PROMPT, "resolution": 128, "max_tokens": 5, "eos": ()}
+    config = GenerationConfig(max_tokens=5, ignore_eos=True)
+    assert asked == {"image": picture, "prompt": PROMPT, "resolution": 128, "config": config, "prefix_cache": None}
 
 
 def test_a_row_holds_every_metric_with_its_samples_and_no_picture_is_shown_twice(candidate: Candidate) -> None:

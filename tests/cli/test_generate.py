@@ -16,8 +16,9 @@ from typer.testing import CliRunner, Result
 import fastvlm_mlx
 from fastvlm_mlx import convert
 from fastvlm_mlx.cli import app
+from fastvlm_mlx.engine.options import GenerationConfig
 from fastvlm_mlx.errors import ImageError
-from fastvlm_mlx.generation.generate import GenerationResult
+from fastvlm_mlx.generation.result import GenerationResult, Timings
 from fastvlm_mlx.inputs import images
 from tests.checkpoints import APPLE, GOLDEN
 from tests.pictures import stored_with
@@ -71,7 +72,7 @@ class FakeRuntime:
                 visual_tokens=4,
                 generated_tokens=count,
                 finish_reason="stop" if last else None,
-                timings={"ttft": 0.5, "decode": 1.0, "total": 1.5},
+                timings=Timings(preprocess=0.1, ttft=0.5, decode=1.0, total=1.5),
             )
 
 
@@ -107,20 +108,23 @@ def test_every_option_reaches_the_runtime(runtime: FakeRuntime) -> None:
     assert runtime.loaded["name"] == "folder"
     assert runtime.loaded["dtype"] == "float32"
     assert runtime.loaded["lazy"] is True
+    config = GenerationConfig(
+        max_tokens=7,
+        temperature=0.7,
+        top_p=0.9,
+        top_k=40,
+        min_p=0.05,
+        repetition_penalty=1.1,
+        seed=3,
+        stop=("END", "\n\n"),
+    )
     assert runtime.asked == {
         "image": ["a.png", "b.png"],
         "prompt": "What changed?",
-        "max_tokens": 7,
-        "temperature": 0.7,
-        "top_p": 0.9,
-        "top_k": 40,
-        "min_p": 0.05,
-        "repetition_penalty": 1.1,
-        "seed": 3,
         "system": "Be brief.",
-        "stop": ("END", "\n\n"),
         "resolution": 512,
-        "last_images": True,
+        "config": config,
+        "free_tower": True,
     }
 
 
@@ -130,7 +134,7 @@ def test_options_come_from_the_environment(runtime: FakeRuntime, monkeypatch: py
     monkeypatch.setenv("FASTVLM_MAX_TOKENS", "9")
     assert invoke("generate", PICTURE).exit_code == 0
     assert runtime.loaded["name"] == "7b"
-    assert (runtime.asked["resolution"], runtime.asked["max_tokens"]) == ("auto", 9)
+    assert (runtime.asked["resolution"], runtime.asked["config"].max_tokens) == ("auto", 9)
 
 
 def test_json_is_one_object_with_the_whole_answer(runtime: FakeRuntime) -> None:

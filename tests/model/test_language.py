@@ -88,7 +88,7 @@ def test_left_padded_rows_equal_rows_by_themselves(decoder):
     rows = [TOKENS[:, :11], TOKENS[:, 3:9]]
     embeddings = [decoder.model.embed_tokens(row) for row in rows]
     batch = mx.concatenate([embeddings[0], mx.pad(embeddings[1], ((0, 0), (5, 0), (0, 0)))])
-    cache = decoder.make_cache(mx.array([0, 5]))
+    cache = decoder.make_cache([0, 5])
     logits = decoder.prefill(batch, cache)
     after = decoder(mx.array([[7], [7]]), cache=cache)[:, -1]
     for index, row in enumerate(rows):
@@ -97,10 +97,10 @@ def test_left_padded_rows_equal_rows_by_themselves(decoder):
         np.testing.assert_allclose(after[index], decoder(longer)[0, -1], **ROUNDING)
 
 
-def test_snapshot_is_not_disturbed_by_what_follows(decoder):
+def test_a_prefix_is_not_disturbed_by_what_follows(decoder):
     cache = decoder.make_cache()
     decoder(TOKENS, cache=cache)
-    kept = [layer.snapshot() for layer in cache]
-    first = decoder(mx.array([[1]]), cache=[layer.snapshot() for layer in kept])
+    kept = [layer.prefix(layer.offset) for layer in cache]
+    first = decoder(mx.array([[1]]), cache=[layer.prefix(layer.offset) for layer in kept])
     decoder(mx.array([[50, 51]]), cache=cache)
     np.testing.assert_array_equal(decoder(mx.array([[1]]), cache=kept), first)

@@ -6,13 +6,9 @@ import pytest
 from fastvlm_mlx.backend import mx, nn
 from fastvlm_mlx.config import LayerQuantization, QuantizationConfig
 from fastvlm_mlx.errors import ConfigError
-from fastvlm_mlx.model.quantized import (
-    DENSE_ROWS,
-    CPUQuantizedEmbedding,
-    CPUQuantizedLinear,
-    quantize_layers,
-    suit_device,
-)
+from fastvlm_mlx.model.cpu.quantized import DENSE_ROWS, CPUQuantizedEmbedding, CPUQuantizedLinear
+from fastvlm_mlx.model.device import replace_quantized_layers
+from fastvlm_mlx.model.quantized import quantize_layers
 
 SETTINGS = [
     *(("affine", bits, group_size) for bits in (2, 3, 4, 5, 6, 8) for group_size in (32, 64, 128)),
@@ -30,9 +26,9 @@ def test_unpacking_gives_the_plain_product(mode: str, bits: int, group_size: int
     linear = nn.Linear(256, 40).to_quantized(group_size, bits, mode)
     embedding = nn.Embedding(50, 256).to_quantized(group_size, bits, mode)
     pairs = [
-        (CPUQuantizedLinear(linear)(x), linear(x)),
-        (CPUQuantizedEmbedding(embedding).as_linear(x), embedding.as_linear(x)),
-        (CPUQuantizedEmbedding(embedding)(mx.array([[3, 49]])), embedding(mx.array([[3, 49]]))),
+        (CPUQuantizedLinear.from_quantized(linear)(x), linear(x)),
+        (CPUQuantizedEmbedding.from_quantized(embedding).as_linear(x), embedding.as_linear(x)),
+        (CPUQuantizedEmbedding.from_quantized(embedding)(mx.array([[3, 49]])), embedding(mx.array([[3, 49]]))),
     ]
     for unpacked, packed in pairs:
         # 256 float32 products summed in another order
@@ -41,10 +37,10 @@ def test_unpacking_gives_the_plain_product(mode: str, bits: int, group_size: int
 
 
 def test_large_layers_are_unpacked_by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastvlm_mlx.model.quantized._BLOCK", 256 * 16)
+    monkeypatch.setattr("fastvlm_mlx.model.cpu.quantized._BLOCK", 256 * 16)
     layer = nn.Linear(256, 40, bias=False).to_quantized(64, 4)
     x = mx.random.normal((8, 256))
-    np.testing.assert_allclose(np.array(CPUQuantizedLinear(layer)(x)), np.array(layer(x)), atol=1e-5)
+    np.testing.assert_allclose(np.array(CPUQuantizedLinear.from_quantized(layer)(x)), np.array(layer(x)), atol=1e-5)
 
 
 def eight_bits(group_size: int) -> QuantizationConfig:
@@ -58,17 +54,13 @@ class Two(nn.Module):
         self.decoder = [nn.Embedding(5, 64), nn.Linear(64, 8, bias=False)]
 
 
-def test_on_a_cpu_only_the_decoder_stays_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_cpu_only_the_decoder_stays_packed() -> None:
     model = Two()
     quantize_layers(model, eight_bits(32), ["tower.scales", "decoder.0.scales", "decoder.1.scales"])
     packed = model.tower
     x = mx.random.normal((5, 64))
     expected = packed(x)
-    monkeypatch.setattr("fastvlm_mlx.model.quantized.device", lambda: "gpu")
-    suit_device(model, "decoder", mx.float32)
-    assert model.tower is packed
-    monkeypatch.setattr("fastvlm_mlx.model.quantized.device", lambda: "cpu")
-    suit_device(model, "decoder", mx.float32)
+    replace_quantized_layers(model, "decoder", mx.float32)
     assert [type(layer) for layer in (model.tower, *model.decoder)] == [
         nn.Linear,
         CPUQuantizedEmbedding,
@@ -94,4 +86,4 @@ def test_dealing_the_outputs_to_threads_changes_no_bit(mode: str, bits: int, gro
     layer = nn.QuantizedLinear.from_linear(linear, group_size, bits, mode=mode)
     x = mx.random.normal((rows, 512))
     plain = layer(x)
-    assert mx.array_equal(CPUQuantizedLinear(layer)(x), plain)
+    assert mx.array_equal(CPUQuantizedLinear.from_quantized(layer)(x), plain)

@@ -11,13 +11,12 @@ What differs from `FastViTHD.__call__`, each for a measured reason:
   linear reads all channels.
 """
 
-import contextlib
 import math
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable
 
-from fastvlm_mlx.backend import blas_threads, mx, nn
+from fastvlm_mlx.backend import mx, nn
 from fastvlm_mlx.model.activations import exp_below, gelu
+from fastvlm_mlx.model.cpu.streams import Parts, Streams
 from fastvlm_mlx.model.vision import (
     Attention,
     AttentionBlock,
@@ -31,47 +30,6 @@ from fastvlm_mlx.model.vision import (
     Stage,
 )
 from fastvlm_mlx.threads import cpu_threads
-
-Parts = list[mx.array]
-
-
-class Streams:
-    """As many CPU streams as there are cores to use, and how work is dealt to them."""
-
-    def __init__(self, count: int) -> None:
-        self._streams = [mx.new_stream(mx.cpu) for _ in range(count)]
-
-    def each(self, run: Callable[..., Any], *parts: Iterable[Any]) -> list[Any]:
-        """`run` on the first element of every list of `parts`, on the second, …, each on its own stream."""
-        results = []
-        for stream, *arguments in zip(self._streams, *parts, strict=True):
-            with mx.stream(stream):
-                results.append(run(*arguments))
-        return results
-
-    def next(self) -> contextlib.AbstractContextManager[Any]:
-        """The streams in turn, for work that is not in parts."""
-        self._streams.append(self._streams.pop(0))
-        return mx.stream(self._streams[0])
-
-    def split(self, array: mx.array) -> Parts:
-        """Equal parts of the first axis, one per stream, without a copy."""
-        return list(mx.split(array, len(self._streams)))
-
-
-def dense_weight(linear: nn.Module) -> mx.array:
-    """The weight (out, in) of a linear in floating point, dequantized if need be."""
-    if not isinstance(linear, nn.QuantizedLinear):
-        weight: mx.array = linear.weight
-        return weight
-    return mx.dequantize(
-        linear.weight,
-        linear.scales,
-        linear.get("biases"),
-        group_size=linear.group_size,
-        bits=linear.bits,
-        mode=linear.mode,
-    )
 
 
 def _tile(width: int) -> int:
@@ -112,15 +70,13 @@ class BandedConv:
         self.kernel = weight[..., 0]
         self.bias = None if bias is None else bias[:, None, None]
         self.stride = stride
-        self._tile = 0
-        self._bands: Parts = []
+        self._bands: dict[int, Parts] = {}
 
     def _bands_for(self, tile: int) -> Parts:
-        if tile != self._tile:
+        if tile not in self._bands:
             rows = range(self.kernel.shape[1])
-            self._bands = [band_matrices(self.kernel[:, row], tile, self.stride) for row in rows]
-            self._tile = tile
-        return self._bands
+            self._bands[tile] = [band_matrices(self.kernel[:, row], tile, self.stride) for row in rows]
+        return self._bands[tile]
 
     def __call__(self, windows: mx.array, height: int, width: int) -> mx.array:
         """(C, height, width) from `windows_of` the input."""
@@ -134,7 +90,7 @@ class BandedConv:
         return y.reshape(-1, height, width)
 
 
-class Depthwise:
+class CPUDepthwiseConv:
     """`DepthwiseConv` on parts."""
 
     def __init__(self, conv: DepthwiseConv, streams: Streams) -> None:
@@ -151,7 +107,7 @@ class Depthwise:
         return self._streams.each(run, self._convs, x)
 
 
-class DoublingDepthwise:
+class CPUDoublingDepthwiseConv:
     """`DoublingDepthwiseConv` on parts: the even filters' parts, then the odd ones'."""
 
     def __init__(self, conv: DoublingDepthwiseConv, streams: Streams) -> None:
@@ -183,7 +139,7 @@ class LinearGELU:
 
     def __init__(self, linear: nn.Module, scale: float, streams: Streams) -> None:
         self._streams, self._scale = streams, scale
-        self._weights, self._biases = streams.split(dense_weight(linear)), streams.split(linear.bias[:, None])
+        self._weights, self._biases = streams.split(linear.weight), streams.split(linear.bias[:, None])
 
     def __call__(self, x: Parts) -> Parts:
         size, whole = x[0].shape[1:], _whole(x)
@@ -199,19 +155,14 @@ def _residual(x: mx.array, bias: mx.array, *branches: mx.array) -> mx.array:
     return sum(branches, x + bias)
 
 
-class FFN:
+class CPUConvFFN:
     """`x + ConvFFN(x)`: each stream runs a part of the hidden units, whose contributions are then added up."""
 
     def __init__(self, ffn: ConvFFN, streams: Streams) -> None:
         self._streams, self._scale = streams, ffn.scale
-        self._conv = Depthwise(ffn.conv, streams)
-        self._fc1, self._bias1 = streams.split(dense_weight(ffn.fc1)), streams.split(ffn.fc1.bias[:, None])
-        # Stored by hidden unit, a part of them is contiguous, which MLX's matrix product would otherwise have to copy.
-        with streams.next():
-            by_hidden = mx.contiguous(dense_weight(ffn.fc2).T)
-        if not isinstance(ffn.fc2, nn.QuantizedLinear):
-            ffn.fc2.weight = by_hidden.T
-        self._fc2, self._bias2 = streams.split(by_hidden), streams.split(ffn.fc2.bias[:, None, None])
+        self._conv = CPUDepthwiseConv(ffn.conv, streams)
+        self._fc1, self._bias1 = streams.split(ffn.fc1.weight), streams.split(ffn.fc1.bias[:, None])
+        self._fc2, self._bias2 = streams.split(ffn.fc2.weight.T), streams.split(ffn.fc2.bias[:, None, None])
 
     def __call__(self, x: Parts) -> Parts:
         whole, size = _whole(self._conv(x)), x[0].shape[1:]
@@ -226,13 +177,13 @@ class FFN:
         return self._streams.each(_residual, x, self._bias2, *sums)
 
 
-class SelfAttention:
+class CPUAttention:
     """`x + Attention(norm(x))`: each stream runs a part of the heads, then a part of the projection's outputs."""
 
     def __init__(self, norm: nn.LayerNorm, attention: Attention, streams: Streams) -> None:
         self._streams, self._norm, self._head_dim = streams, norm, attention.head_dim
-        self._qkv = [streams.split(weight) for weight in mx.split(dense_weight(attention.qkv), 3)]
-        self._proj = streams.split(dense_weight(attention.proj))
+        self._qkv = [streams.split(weight) for weight in mx.split(attention.qkv.weight, 3)]
+        self._proj = streams.split(attention.proj.weight)
         self._bias = streams.split(attention.proj.bias[:, None, None])
 
     def __call__(self, x: Parts) -> Parts:
@@ -254,7 +205,7 @@ class SelfAttention:
         return self._streams.each(project, x, self._proj, self._bias)
 
 
-class Stem:
+class CPUStem:
     """The three layers before stage 0: an image (H, W, 3) to parts (C/P, H/4, W/4)."""
 
     def __init__(self, tower: FastViTHD, streams: Streams) -> None:
@@ -262,7 +213,7 @@ class Stem:
         self._streams, self._scales = streams, tower.stem_scales
         self._first = streams.split(first.weight.reshape(first.weight.shape[0], -1))
         self._bias = streams.split(first.bias[:, None])
-        self._second = Depthwise(second, streams)
+        self._second = CPUDepthwiseConv(second, streams)
         self._third = LinearGELU(third, tower.stem_scales[2], streams)
 
     def __call__(self, image: mx.array) -> Parts:
@@ -278,23 +229,23 @@ class Stem:
         return self._third(self._streams.each(lambda part: gelu(part, self._scales[1]), x))
 
 
-class Downsample:
+class CPUPatchEmbed:
     """`PatchEmbed` on parts."""
 
     def __init__(self, patch_embed: PatchEmbed, streams: Streams) -> None:
         self._scale = patch_embed.scales[0]
-        self._conv = DoublingDepthwise(patch_embed.conv, streams)
+        self._conv = CPUDoublingDepthwiseConv(patch_embed.conv, streams)
         self._proj = LinearGELU(patch_embed.proj, patch_embed.scales[1], streams)
 
     def __call__(self, x: Parts) -> Parts:
         return self._proj(self._conv(x, lambda part: gelu(part, self._scale)))
 
 
-class Head:
+class CPUConvExp:
     """`ConvExp` on parts: to features (H, W, C)."""
 
     def __init__(self, conv_exp: ConvExp, streams: Streams) -> None:
-        self._conv = DoublingDepthwise(conv_exp.conv, streams)
+        self._conv = CPUDoublingDepthwiseConv(conv_exp.conv, streams)
         self._se, self._scale = conv_exp.se, conv_exp.scale
 
     def __call__(self, x: Parts) -> mx.array:
@@ -305,25 +256,36 @@ class Head:
 def _stage_layers(stage: Stage, streams: Streams) -> list[Callable[[Parts], Parts]]:
     layers: list[Callable[[Parts], Parts]] = []
     if "downsample" in stage:
-        layers.append(Downsample(stage.downsample, streams))
+        layers.append(CPUPatchEmbed(stage.downsample, streams))
     if "cpe" in stage:
-        layers.append(Depthwise(stage.cpe, streams))
+        layers.append(CPUDepthwiseConv(stage.cpe, streams))
     for block in stage.blocks:
         if isinstance(block, RepMixerBlock):
-            layers += [Depthwise(block.token_mixer, streams), FFN(block.conv_ffn, streams)]
+            layers += [CPUDepthwiseConv(block.token_mixer, streams), CPUConvFFN(block.conv_ffn, streams)]
         elif isinstance(block, AttentionBlock):
-            layers += [SelfAttention(block.norm, block.token_mixer, streams), FFN(block.conv_ffn, streams)]
+            layers += [CPUAttention(block.norm, block.token_mixer, streams), CPUConvFFN(block.conv_ffn, streams)]
     return layers
 
 
-class CPUTower:
-    """A `FastViTHD` arranged for the CPU: pixel values (B, H, W, 3) -> features (B, H/64, W/64, C), evaluated.
+def store_by_hidden_unit(tower: FastViTHD) -> None:
+    """Lays out the second linear of each ConvFFN by its inputs, in place.
 
-    `meanwhile` is called before it waits for them.
+    A part of the hidden units is then contiguous, which MLX's matrix product would otherwise have to copy.
+    """
+    streams = Streams(cpu_threads())
+    for stage in tower.stages:
+        for block in stage.blocks:
+            with streams.next():
+                block.conv_ffn.fc2.weight = mx.contiguous(block.conv_ffn.fc2.weight.T).T
+
+
+class CPUTower:
+    """A `FastViTHD` arranged for the CPU: pixel values (B, H, W, 3) -> features (B, H/64, W/64, C).
 
     Args:
-        tower: Shares its weights; the second linear of each ConvFFN is laid out anew, in place.
-        threads: At most so many, by default one per core up to four; as many as the narrowest layer can be dealt to.
+        tower: Shares its weights, which are not quantized; faster after `store_by_hidden_unit`.
+        threads: At most so many, by default one per core up to four; as many as the narrowest layer can be divided
+            among.
     """
 
     def __init__(self, tower: FastViTHD, threads: int | None = None) -> None:
@@ -331,20 +293,15 @@ class CPUTower:
         heads = attention.proj.bias.size // attention.head_dim
         parts = math.gcd(heads, tower.stem[0].bias.size)
         streams = Streams(max(n for n in range(1, (threads or cpu_threads()) + 1) if parts % n == 0))
-        self._stem = Stem(tower, streams)
+        self._stem = CPUStem(tower, streams)
         self._layers = [layer for stage in tower.stages for layer in _stage_layers(stage, streams)]
-        self._head = Head(tower.conv_exp, streams)
+        self._conv_exp = CPUConvExp(tower.conv_exp, streams)
 
-    def __call__(self, x: mx.array, meanwhile: Callable[[], None] | None = None) -> mx.array:
-        with blas_threads(1):
-            features = mx.stack([self._forward(image) for image in x])
-            if meanwhile:
-                meanwhile()
-            mx.eval(features)
-        return features
+    def __call__(self, x: mx.array) -> mx.array:
+        return mx.stack([self._forward(image) for image in x])
 
     def _forward(self, image: mx.array) -> mx.array:
         x = self._stem(image)
         for layer in self._layers:
             x = layer(x)
-        return self._head(x)
+        return self._conv_exp(x)

@@ -1,0 +1,88 @@
+"""From logits to token ids, on the device. Shapes: B rows, V vocabulary."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from fastvlm_mlx.backend import mx
+from fastvlm_mlx.engine.options import GenerationConfig
+
+_COLDEST = 1e-5
+"""Temperatures below this take the most probable token: their inverse would leave float32."""
+
+
+class Sampler:
+    """Chooses the tokens of one row, with settings, a random key and a memory of its own.
+
+    Args:
+        config: How to choose.
+        prompt_ids: The text token ids of the row's prompt, which a repetition penalty counts as seen.
+    """
+
+    def __init__(self, config: GenerationConfig, prompt_ids: Sequence[int] = ()) -> None:
+        self._config = config
+        self._prompt_ids = list(prompt_ids)
+        self._seen: mx.array | None = None
+        self._key: mx.array | None = None
+        if not self.is_greedy:
+            seed = config.seed if config.seed is not None else int(np.random.default_rng().integers(2**63))
+            self._key = mx.random.key(seed)
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether it takes the most probable token."""
+        return self._config.temperature < _COLDEST
+
+    @property
+    def is_argmax(self) -> bool:
+        """Whether it does nothing else, so that many rows can be chosen from at once."""
+        return self.is_greedy and self._config.repetition_penalty == 1.0
+
+    def __call__(self, logits: mx.array) -> mx.array:
+        """The next token id (1,) from logits (1, V)."""
+        if self._config.repetition_penalty != 1.0:
+            logits = self._penalized(logits)
+        if self._key is None:
+            token = mx.argmax(logits, axis=-1)
+        else:
+            self._key, key = mx.random.split(self._key)
+            token = mx.random.categorical(self.logprobs(logits) * (1 / self._config.temperature), key=key)
+        if self._seen is not None:
+            self._seen = mx.put_along_axis(self._seen, token[:, None], mx.array(True), axis=-1)
+        return token
+
+    def _penalized(self, logits: mx.array) -> mx.array:
+        if self._seen is None:
+            seen = np.zeros(logits.shape, dtype=np.bool_)
+            seen[:, self._prompt_ids] = True
+            self._seen = mx.array(seen)
+        penalty = self._config.repetition_penalty
+        return mx.where(self._seen, mx.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+    def logprobs(self, logits: mx.array) -> mx.array:
+        """Log-probabilities (1, V) in float32 before the temperature, -inf for the tokens that are filtered out."""
+        config = self._config
+        logits = logits.astype(mx.float32)
+        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        if config.top_p < 1.0:
+            order = mx.argsort(-logprobs, axis=-1)
+            ranked = mx.take_along_axis(mx.exp(logprobs), order, axis=-1)
+            beyond = mx.cumsum(ranked, axis=-1) - ranked >= config.top_p
+            logprobs = mx.where(mx.put_along_axis(mx.zeros_like(beyond), order, beyond, axis=-1), -mx.inf, logprobs)
+        if config.min_p > 0.0:
+            floor = logprobs.max(axis=-1, keepdims=True) + math.log(config.min_p)
+            logprobs = mx.where(logprobs < floor, -mx.inf, logprobs)
+        if 0 < config.top_k < logprobs.shape[-1]:
+            floor = mx.min(mx.topk(logprobs, config.top_k, axis=-1), axis=-1, keepdims=True)
+            logprobs = mx.where(logprobs < floor, -mx.inf, logprobs)
+        return logprobs
+
+
+def sample(logits: mx.array, samplers: Sequence[Sampler]) -> mx.array:
+    """The next token ids (B,) from logits (B, V): each row by its own sampler, whatever its neighbours do."""
+    if all(sampler.is_argmax for sampler in samplers):
+        return mx.argmax(logits, axis=-1)
+    if len(samplers) == 1:
+        return samplers[0](logits)
+    return mx.concatenate([sampler(logits[row : row + 1]) for row, sampler in enumerate(samplers)])

@@ -1,0 +1,51 @@
+"""Answers, and the statistics that they carry."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timings:
+    """Seconds that the parts of an answer took.
+
+    Attributes:
+        preprocess: From images and prompt to arrays.
+        ttft: From the call to the first token on the host, `preprocess` included.
+        decode: From the first token to the latest.
+        total: From the call to the latest token.
+    """
+
+    preprocess: float
+    ttft: float
+    decode: float
+    total: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationResult:
+    """An answer, or one piece of it as it is streamed.
+
+    Attributes:
+        text: The answer's text; of a piece, what is new since the piece before.
+        token_ids: The ids generated, without the end token; of a piece, those since the piece before. Text that a stop
+            string cut off still has its ids here.
+        prompt_tokens: Positions of the prompt; an image counts as its visual tokens.
+        visual_tokens: How many of those are images.
+        reused_tokens: How many of those came from a `PrefixCache`.
+        generated_tokens: Tokens generated so far, the end token included.
+        finish_reason: `stop` (an end token or a stop string), `length`, or None while streaming.
+        timings: Seconds so far.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    prompt_tokens: int
+    visual_tokens: int
+    reused_tokens: int = 0
+    generated_tokens: int
+    finish_reason: str | None
+    timings: Timings
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decoding speed without the first token; 0 before there is a second one."""
+        return (self.generated_tokens - 1) / self.timings.decode if self.generated_tokens > 1 else 0.0

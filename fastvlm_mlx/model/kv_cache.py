@@ -1,0 +1,87 @@
+"""Keys and values of the positions that one layer of the decoder has seen.
+
+Shapes: B batch, L positions of a call, S positions held.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastvlm_mlx.backend import mx
+
+
+class KVCache:
+    """Keys and values of one layer, (B, heads, S, head_dim), and of a batch also the padding to the left of each row.
+
+    Several positions at once, a prompt, take exactly their own room, so that what is kept of a prompt holds nothing
+    else. Single ones, an answer, are written into room that grows in steps.
+
+    Attributes:
+        offset: S, the positions held.
+        left_padding: Leading positions of each row that nothing may attend to; None when there are none.
+    """
+
+    step = 256
+
+    def __init__(self, left_padding: Sequence[int] | None = None) -> None:
+        self.keys: mx.array | None = None
+        self.values: mx.array | None = None
+        self.offset = 0
+        self.left_padding = left_padding
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """All keys and values so far, after appending those of L new positions, (B, heads, L, head_dim) each."""
+        before, self.offset = self.offset, self.offset + keys.shape[2]
+        if self.keys is None or self.values is None:
+            self.keys, self.values = keys, values
+            return keys, values
+        self.keys = self._append(self.keys, keys, before)
+        self.values = self._append(self.values, values, before)
+        return self.keys[..., : self.offset, :], self.values[..., : self.offset, :]
+
+    def _append(self, held: mx.array, new: mx.array, before: int) -> mx.array:
+        if self.offset > held.shape[2]:
+            if self.offset - before > 1:
+                return mx.concatenate([held[..., :before, :], new], axis=2)
+            batch, heads, _, head_dim = held.shape
+            room = mx.zeros((batch, heads, self.step, head_dim), held.dtype)
+            held = mx.concatenate([held[..., :before, :], room], axis=2)
+        held[..., before : self.offset, :] = new
+        return held
+
+    def make_mask(self, length: int, **_: Any) -> mx.array | str | None:
+        """What `length` new positions may attend to, as `scaled_dot_product_attention` takes it."""
+        if self.left_padding is None:
+            return None if length == 1 else "causal"
+        keys = mx.arange(self.offset + length)
+        queries = keys[self.offset :, None]
+        padding = mx.array(list(self.left_padding))[:, None, None, None]
+        # A padding position sees itself, so that no row of the softmax is empty.
+        return (queries == keys) | (queries >= keys) & (keys >= padding)
+
+    def filter(self, rows: Sequence[int]) -> None:
+        """Keeps only these rows of the batch, in this order."""
+        if self.keys is not None and self.values is not None:
+            kept = mx.array(list(rows))
+            self.keys, self.values = self.keys[kept], self.values[kept]
+        if self.left_padding is not None:
+            self.left_padding = [self.left_padding[row] for row in rows]
+
+    def prefix(self, length: int) -> "KVCache":
+        """A cache of the first `length` positions that grows on its own; it shares their memory until it does."""
+        copy = KVCache(self.left_padding)
+        copy.offset = length
+        if self.keys is not None and self.values is not None:
+            whole = length == self.keys.shape[2]
+            copy.keys = self.keys if whole else self.keys[..., :length, :]
+            copy.values = self.values if whole else self.values[..., :length, :]
+        return copy
+
+    @property
+    def state(self) -> tuple[mx.array | None, mx.array | None]:
+        """Keys and values, for `mx.eval`."""
+        return self.keys, self.values
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return 0 if self.keys is None or self.values is None else self.keys.nbytes + self.values.nbytes

@@ -1,0 +1,153 @@
+"""The streams that MLX's work is submitted to, and the turns that threads take at them.
+
+MLX binds an ordinary stream to the thread that made it: what one thread has built, another cannot evaluate. The streams
+here are of the kind that every thread may use, one thread at a time. So whatever builds a graph, submits it or reads
+weights does that within a `turn()`; only waiting for a result needs none. A CPU stream is a thread of the operating
+system that never ends, so all models share the streams made here.
+"""
+
+import atexit
+import functools
+import threading
+import time
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastvlm_mlx.backend import device, mx
+
+_EXIT_PATIENCE = 10.0
+"""Seconds that the end of the process waits for threads that are inside MLX."""
+
+
+class Turn:
+    """A lock that its holder may take again; inside it, MLX's default stream is the one that all threads share."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._depth = 0
+        self._stream: Any = None
+
+    def __enter__(self) -> bool:
+        """Whether this is the outermost turn of the thread."""
+        self._lock.acquire()
+        try:
+            if self._depth == 0:
+                _clear_streams_at_thread_end()
+                self._stream = mx.stream(_main_stream(device()))
+                self._stream.__enter__()
+            self._depth += 1
+        except BaseException:
+            self._lock.release()
+            raise
+        return self._depth == 1
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._depth -= 1
+            if self._depth == 0:
+                self._stream.__exit__(kind, error, trace)
+        finally:
+            self._lock.release()
+
+    def close(self, patience: float) -> None:
+        """Takes the last turn, waiting `patience` seconds for it at most."""
+        self._lock.acquire(timeout=patience)
+
+
+_TURN = Turn()
+
+
+def turn() -> Turn:
+    """The right to build and submit graphs, held by one thread at a time.
+
+    Never hold it across a `yield`, and keep what it protects short: the other threads wait.
+    """
+    return _TURN
+
+
+@functools.cache
+def _main_stream(kind: str) -> mx.Stream:
+    return mx.new_thread_unsafe_stream(mx.gpu if kind == "gpu" else mx.cpu)
+
+
+_WORKERS: list[mx.Stream] = []
+
+
+def worker_streams(count: int) -> list[mx.Stream]:
+    """`count` CPU streams that work is divided among, always the same ones; for use within a turn."""
+    while len(_WORKERS) < count:
+        _WORKERS.append(mx.new_thread_unsafe_stream(mx.cpu))
+    return _WORKERS[:count]
+
+
+def load_stream() -> mx.Stream:
+    """The stream that reads files when their tensors are first used; for use within a turn."""
+    return _main_stream("cpu" if mx.metal.is_available() else device())
+
+
+class _Readers:
+    """Counts the threads that wait for values."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.count = 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self.count += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self.count -= 1
+
+
+_READERS = _Readers()
+
+
+def read(array: mx.array) -> NDArray[Any]:
+    """Waits for an array that was submitted and returns its values; other threads may take their turns meanwhile."""
+    with _READERS:
+        return np.asarray(array)
+
+
+@atexit.register
+def _wait_for_other_threads() -> None:
+    """Lets daemon threads finish what they do inside MLX, and begin nothing more.
+
+    A thread that returns from MLX after the interpreter has ended aborts the process.
+    """
+    deadline = time.monotonic() + _EXIT_PATIENCE
+    _TURN.close(_EXIT_PATIENCE)
+    while _READERS.count and time.monotonic() < deadline:
+        time.sleep(0.001)
+
+
+class _ThreadEnd:
+    """Frees what MLX keeps for a thread when the thread's local variables go.
+
+    MLX would do so as the very last act of the thread, when Python before 3.13 no longer waits for it; a process that
+    ends at that moment aborts ("terminate called without an active exception").
+    """
+
+    def __del__(self) -> None:
+        mx.clear_streams()
+
+
+_LOCAL = threading.local()
+
+
+def _clear_streams_at_thread_end() -> None:
+    # In the thread that used MLX first, clearing would end the GPU's shared streams, too.
+    if threading.get_ident() != _first_thread() and not hasattr(_LOCAL, "end"):
+        _LOCAL.end = _ThreadEnd()
+
+
+@functools.cache
+def _first_thread() -> int:
+    mx.default_stream(mx.cpu)
+    return threading.get_ident()

@@ -1,0 +1,34 @@
+"""Fixtures that several folders share."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fastvlm_mlx.checkpoint.load import load
+from fastvlm_mlx.convert import convert_checkpoint
+from fastvlm_mlx.inputs.processor import FastVLMProcessor
+from fastvlm_mlx.model.fastvlm import FastVLM
+from tests.checkpoints import SOURCES
+
+Converted = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Converted:
+    """`converted(name, dtype="float32")`: the folder of a golden checkpoint, converted once and only to be read."""
+    folders: dict[tuple[str, str], Path] = {}
+
+    def convert(name: str, dtype: str = "float32") -> Path:
+        if (name, dtype) not in folders:
+            folders[name, dtype] = folder = tmp_path_factory.mktemp("converted") / f"{name}-{dtype}"
+            convert_checkpoint(SOURCES[name], folder, dtype=dtype, dequantize=True)
+        return folders[name, dtype]
+
+    return convert
+
+
+@pytest.fixture(scope="session")
+def loaded(converted: Converted) -> tuple[FastVLM, FastVLMProcessor]:
+    """The golden checkpoint of Apple's layout in float32, loaded once."""
+    return load(converted("apple"))

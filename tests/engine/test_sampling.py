@@ -1,0 +1,61 @@
+"""From logits to tokens, each row by itself."""
+
+import numpy as np
+import pytest
+
+from fastvlm_mlx.backend import mx
+from fastvlm_mlx.engine.options import GenerationConfig
+from fastvlm_mlx.engine.sampling import Sampler, sample
+
+LOGITS = mx.array([[1.0, 3.0, 2.0, 0.0, -1.0, 2.5]])
+
+
+def kept(**settings):
+    """The tokens that can still be drawn."""
+    sampler = Sampler(GenerationConfig(temperature=1.0, seed=0, **settings))
+    return set(np.flatnonzero(np.isfinite(np.array(sampler.logprobs(LOGITS))[0])).tolist())
+
+
+def test_filters_keep_what_their_definitions_say():
+    probabilities = np.exp(np.array(LOGITS[0])) / np.exp(np.array(LOGITS[0])).sum()
+    assert kept() == set(range(6))
+    assert kept(top_k=2) == {1, 5}
+    assert kept(min_p=float(probabilities[2] / probabilities[1]) * 0.99) == {1, 5, 2}
+    assert kept(top_p=float(probabilities[1]) * 0.5) == {1}
+    assert kept(top_p=float(probabilities[1]) * 1.01) == {1, 5}
+    assert kept(top_p=0.999999) == set(range(6))
+
+
+def test_samples_follow_the_tempered_distribution():
+    sampler = Sampler(GenerationConfig(temperature=0.7, seed=3))
+    tokens = np.array(mx.concatenate([sampler(LOGITS) for _ in range(4000)]))
+    weights = np.exp(np.array(LOGITS[0]) / 0.7)
+    # Four standard deviations of a proportion over 4,000 draws are 0.032.
+    np.testing.assert_allclose(np.bincount(tokens, minlength=6) / 4000, weights / weights.sum(), atol=0.032)
+
+
+def test_a_repetition_penalty_counts_prompt_and_answer():
+    sampler = Sampler(GenerationConfig(repetition_penalty=2.0), [1])
+    assert [int(sampler(LOGITS).item()) for _ in range(3)] == [5, 2, 1]
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-320])
+def test_a_temperature_near_zero_takes_the_most_probable_token(temperature):
+    assert Sampler(GenerationConfig(temperature=temperature, seed=1))(LOGITS).item() == 1
+
+
+def test_a_row_draws_what_it_draws_alone():
+    rng = np.random.default_rng(0)
+    configs = [
+        GenerationConfig(),
+        GenerationConfig(temperature=1.0, seed=5),
+        GenerationConfig(temperature=0.8, top_k=20, repetition_penalty=1.3, seed=5),
+        GenerationConfig(temperature=1.5, top_p=0.9, seed=6),
+        GenerationConfig(repetition_penalty=1.5),
+    ]
+    steps = [mx.array(rng.normal(0, 3, (len(configs), 50)), mx.float32) for _ in range(12)]
+    together = [Sampler(config, [1, 2]) for config in configs]
+    batch = np.stack([np.array(sample(logits, together)) for logits in steps])
+    for row, config in enumerate(configs):
+        alone = Sampler(config, [1, 2])
+        assert [sample(logits[row : row + 1], [alone]).item() for logits in steps] == batch[:, row].tolist()

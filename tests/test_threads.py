@@ -1,0 +1,101 @@
+"""Any thread may use a model, several at once, with and without a shared prefix cache."""
+
+import asyncio
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from fastvlm_mlx import PrefixCache, generate, load, stream_generate
+from tests.checkpoints import APPLE
+
+IMAGES = [APPLE / "images" / f"{name}.png" for name in ("landscape", "portrait", "square")]
+QUESTIONS = [
+    {"image": image, "prompt": prompt, "max_tokens": 6, **more}
+    for image in (*IMAGES, None)
+    for prompt in ("What is it?", "Where?")
+    for more in ({}, {"resolution": 192}, {"temperature": 1.0, "seed": 5})
+]
+
+
+@pytest.fixture(scope="module")
+def expected(loaded):
+    return [generate(*loaded, **question).token_ids for question in QUESTIONS]
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["alone", "prefix cache"])
+@pytest.mark.parametrize("lazy", [False, True], ids=["read", "lazy"])
+def test_threads_get_the_answers_that_one_thread_gets(converted, expected, shared, lazy):
+    """At two resolutions, sampled and greedy, with and without images."""
+    model, processor = load(converted("apple"), lazy=lazy)
+    cache = PrefixCache() if shared else None
+    order = np.random.default_rng(0).permutation(np.repeat(np.arange(len(QUESTIONS)), 3)).tolist()
+
+    def ask(number):
+        return generate(model, processor, **QUESTIONS[number], prefix_cache=cache).token_ids
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(ask, order)) == [expected[number] for number in order]
+
+
+def test_a_stream_may_go_on_in_another_thread(loaded, expected):
+    stream = stream_generate(*loaded, **QUESTIONS[0])
+    pieces = [next(stream)]
+    with ThreadPoolExecutor(1) as pool:
+        pieces += pool.submit(list, stream).result()
+    assert tuple(token for piece in pieces for token in piece.token_ids) == expected[0]
+
+
+def test_arrays_of_one_thread_can_be_used_by_another(loaded):
+    model, processor = loaded
+    inputs = processor(IMAGES[0], "What is it?")
+    here = np.array(model.prefill(**inputs)[0])
+    with ThreadPoolExecutor(1) as pool:
+        visual_tokens = pool.submit(model.encode_image, inputs["pixel_values"]).result()
+        logits, _ = pool.submit(model.prefill, **inputs).result()
+    np.testing.assert_array_equal(np.array(logits), here)
+    np.testing.assert_array_equal(np.array(model.prefill(inputs["input_ids"], visual_tokens=visual_tokens)[0]), here)
+
+
+def test_asyncio_may_ask_in_threads(loaded, expected):
+    async def ask_all():
+        return await asyncio.gather(*(asyncio.to_thread(generate, *loaded, **question) for question in QUESTIONS[:6]))
+
+    assert [answer.token_ids for answer in asyncio.run(ask_all())] == expected[:6]
+
+
+def test_loading_and_asking_leaves_no_thread_behind(converted):
+    def ask():
+        return generate(*load(converted("apple")), **QUESTIONS[0])
+
+    def threads():
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) for line in status if line.startswith("Threads:"))
+
+    if not sys.platform.startswith("linux"):
+        pytest.skip("reads /proc")
+    ask()
+    before = threads()
+    for _ in range(10):
+        worker = threading.Thread(target=ask)
+        worker.start()
+        worker.join()
+    assert threads() <= before + 1
+
+
+def test_a_process_whose_threads_used_a_model_ends_well(converted):
+    """MLX aborts at exit in a third of the cases where a thread is left to clear its streams itself."""
+    code = f"""
+from concurrent.futures import ThreadPoolExecutor
+from fastvlm_mlx import generate, load
+model, processor = load({str(converted("apple"))!r})
+with ThreadPoolExecutor(3) as pool:
+    done = [pool.submit(generate, model, processor, image={str(IMAGES[0])!r}, max_tokens=2) for _ in range(3)]
+print(len({{future.result().text for future in done}}))
+"""
+    for _ in range(4):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
