@@ -8,11 +8,17 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 .DEFAULT_GOAL := help
 .PHONY: setup demo test lint fmt bench bench-peers dist help
 
-# Installs again whenever the dependencies change; every target that needs the environment depends on it.
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+# Installs again whenever pyproject.toml changes; every target that needs the environment depends on it.
+# pip reads dependency groups from 25.1 on, and an environment made by uv has no pip. The warning that is left out is
+# about folders in the working directory, which tests/test_packaging.py checks.
 $(VENV)/.installed: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Python 3.10 or newer is needed; none was found on PATH" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip
+	$(PIP) 'pip>=25.1'
+	PYTHONWARNINGS='ignore:Editable installation' $(PIP) --group dev --editable .
 	@touch $@
 
 setup: $(VENV)/.installed ## create .venv with the package and its development tools
@@ -47,7 +53,7 @@ bench-peers: setup ## compare with mlx-vlm and transformers (makes their environ
 	$(BIN)/python benchmarks/peers.py $(ARGS)
 
 dist: setup ## build the sdist and the wheel into dist/
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check build
+	$(PIP) build
 	$(BIN)/python -m build
 
 help: ## show this list
