@@ -46,7 +46,7 @@ from fastvlm_mlx.bench.tables import table as stage_table
 from fastvlm_mlx.formatting import as_markdown
 
 HERE = Path(__file__).resolve().parent
-README = HERE.parent / "README.md"
+README = HERE / "README.md"
 RESULTS = HERE / "results"
 BEGIN, END = "<!-- bench-peers:begin -->", "<!-- bench-peers:end -->"
 DEFAULT_WORK = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "fastvlm-mlx-peers"
