@@ -1,23 +1,19 @@
-"""The machine that MLX runs on: what `fastvlm info` shows and every measurement is recorded with."""
+"""The machine: its chip and memory, and the CPU threads to use on it."""
 
 import os
 import platform
-import subprocess
 from dataclasses import dataclass
-from importlib.metadata import version
-
-from fastvlm_mlx.backend import device, mx
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What decides how fast a model runs.
+    """What decides how fast a model runs; `fastvlm info` shows it and every measurement records it.
 
     Attributes:
         device: MLX's default device, `gpu` or `cpu`.
-        chip: The name of the GPU, or of the processor where MLX runs on it.
+        chip: The name of the GPU, or of the processor if MLX runs on it.
         cores: Logical processor cores.
-        memory: Bytes of the machine's memory; the GPU's own where it has some.
+        memory: Bytes of memory: the GPU's own if it has any, else the machine's.
         system: Operating system, its version and the architecture.
         python: Version.
         mlx: Version.
@@ -32,8 +28,21 @@ class Machine:
     mlx: str
 
 
+def cpu_threads() -> int:
+    """Number of CPU threads to use: the cores of this process, up to four.
+
+    MLX's CPU streams and the resizing of images share their work among as many.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 4)
+
+
 def describe() -> Machine:
-    """This machine."""
+    """Describes this machine."""
+    from importlib.metadata import version
+
+    from fastvlm_mlx.backend import device, mx
+
     info = mx.device_info()
     return Machine(
         device=device(),
@@ -53,9 +62,11 @@ def _system() -> str:
 
 
 def _chip(device_name: str) -> str:
-    """The chip's name as its maker writes it; Metal's own name for it will do where there is no other."""
+    """The name that the chip's maker uses, or Metal's name if that cannot be found."""
     if platform.system() != "Darwin":
         return device_name
+    import subprocess
+
     brand = subprocess.run(
         ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, check=False
     )

@@ -25,8 +25,8 @@ from fastvlm_mlx.convert.write.card import card
 from fastvlm_mlx.convert.write.destination import partial_folder, vacant
 from fastvlm_mlx.errors import ConversionError
 from fastvlm_mlx.inputs.processor import FastVLMProcessor
+from fastvlm_mlx.machine import cpu_threads
 from fastvlm_mlx.model.cpu.quantized import column_slices
-from fastvlm_mlx.threads import cpu_threads
 
 _CHUNK = 2**22
 """Weights quantized at a time on each stream."""

@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias, Union
 import numpy as np
 
 from fastvlm_mlx.errors import ConfigError, ImageError
-from fastvlm_mlx.threads import cpu_threads
+from fastvlm_mlx.machine import cpu_threads
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

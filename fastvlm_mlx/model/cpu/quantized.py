@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from fastvlm_mlx.backend import mx, nn
+from fastvlm_mlx.machine import cpu_threads
 from fastvlm_mlx.streams import worker_streams
-from fastvlm_mlx.threads import cpu_threads
 
 DENSE_ROWS = 4
 """From so many rows on, unpacking a layer costs less than multiplying with it packed."""

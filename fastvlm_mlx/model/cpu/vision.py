@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable
 
 from fastvlm_mlx.backend import mx, nn
+from fastvlm_mlx.machine import cpu_threads
 from fastvlm_mlx.model.activations import exp_below, gelu
 from fastvlm_mlx.model.cpu.streams import Parts, Streams
 from fastvlm_mlx.model.vision import (
@@ -29,7 +30,6 @@ from fastvlm_mlx.model.vision import (
     RepMixerBlock,
     Stage,
 )
-from fastvlm_mlx.threads import cpu_threads
 
 
 def _tile(width: int) -> int:
