@@ -18,6 +18,18 @@ def names(items: Collection[str], most: int = 5) -> str:
     return f"{shown} and {len(items) - most} more" if len(items) > most else shown or "nothing"
 
 
+def printable(text: object, length: int = 80) -> str:
+    """Formats a name for a message: one line of at most `length` characters.
+
+    The middle of a longer name is left out; characters that cannot be printed are escaped.
+    """
+    text = str(text)
+    if len(text) > 2 * length:
+        text = text[:length] + text[-length:]
+    text = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    return text if len(text) <= length else f"{text[: length // 2]}…{text[len(text) - (length - 1) // 2 :]}"
+
+
 def as_text(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
     """A table with aligned columns; the first row is the header.
 

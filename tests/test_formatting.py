@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastvlm_mlx.formatting import as_markdown, as_text, names, readable_bytes
+from fastvlm_mlx.formatting import as_markdown, as_text, names, printable, readable_bytes
 
 TABLE = [("part", "bits", "size"), ("decoder", "4.5", "12 MB"), ("vision", "16", "")]
 
@@ -46,3 +46,13 @@ def test_a_table_in_markdown_has_a_rule_under_its_header() -> None:
         "| decoder | 4.5 | 12 MB |",
         "| vision | 16 |  |",
     ]
+
+
+def test_names_in_messages_are_short_and_printable():
+    assert printable("photo.jpg") == "photo.jpg"
+    assert printable("a\x1b[31m\n\ud83d") == r"a\x1b[31m\n\ud83d"
+    assert printable("x" * 80) == "x" * 80
+    for name in ("start" + "x" * 1000 + "end", "start" + "\x1b" * 30 + "end", "start" + "x" * 70 + "é" * 10 + "end"):
+        assert len(printable(name)) == 80
+        assert printable(name).startswith("start")
+        assert printable(name).endswith("end")

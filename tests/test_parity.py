@@ -9,7 +9,6 @@ from safetensors.numpy import load_file
 from fastvlm_mlx.backend import mx
 from fastvlm_mlx.checkpoint.load import load
 from fastvlm_mlx.generation.generate import generate
-from fastvlm_mlx.inputs.images import pixel_values_float
 from tests.checkpoints import GOLDEN, SOURCES
 
 IMAGES = ("landscape", "large", "portrait", "square", "tiny")
@@ -109,7 +108,6 @@ def test_bytes_and_floats_are_the_same_picture(models):
         model.encode_image(pixels),
         model.encode_image(np.moveaxis(upstream("apple")["landscape.pixel_values"], 0, -1)[None]),
     )
-    np.testing.assert_array_equal(pixel_values_float(pixels), np.float32(pixels) / np.float32(255))
 
 
 def test_several_images_are_spliced_in_their_order(models):

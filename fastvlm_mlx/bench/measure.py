@@ -37,8 +37,8 @@ from fastvlm_mlx.engine.prefix_cache import PrefixCache
 from fastvlm_mlx.errors import CheckpointError
 from fastvlm_mlx.generation.generate import stream_generate
 from fastvlm_mlx.generation.result import GenerationResult
-from fastvlm_mlx.inputs.images import load_image
-from fastvlm_mlx.inputs.processor import FastVLMProcessor, Resolution
+from fastvlm_mlx.inputs.images import Resolution, load_image
+from fastvlm_mlx.inputs.processor import FastVLMProcessor
 from fastvlm_mlx.model.fastvlm import FastVLM
 from fastvlm_mlx.streams import turn
 

@@ -13,9 +13,10 @@ from fastvlm_mlx.engine.options import GenerationConfig, GenerationOptions
 from fastvlm_mlx.engine.prefix_cache import PrefixCache
 from fastvlm_mlx.generation.result import GenerationResult, Timings
 from fastvlm_mlx.generation.stop import StopStrings
-from fastvlm_mlx.inputs.images import ImageSource
-from fastvlm_mlx.inputs.processor import FastVLMProcessor, Resolution
+from fastvlm_mlx.inputs.images import Resolution
+from fastvlm_mlx.inputs.processor import FastVLMProcessor
 from fastvlm_mlx.inputs.prompts import Prompt
+from fastvlm_mlx.inputs.sources import Allow, ImageSource
 from fastvlm_mlx.model.fastvlm import FastVLM
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def stream_generate(
     prompt: Prompt = DEFAULT_PROMPT,
     system: str | None = None,
     resolution: Resolution = None,
+    allow: Allow | None = None,
     config: GenerationConfig | None = None,
     prefix_cache: PrefixCache | None = None,
     free_tower: bool = False,
@@ -49,6 +51,7 @@ def stream_generate(
         prompt: A question, or a conversation as messages in the OpenAI shape.
         system: Replaces the default system text.
         resolution: Side in pixels that images are resized to: a multiple of 64, `auto`, or None for the model's own.
+        allow: What images may refer to; see `fastvlm_mlx.inputs.prompts.conversation` for the default.
         config: How to choose tokens, and where to stop.
         prefix_cache: Keys and values of earlier prompts: continues from the longest common beginning, and adds this
             prompt.
@@ -62,20 +65,20 @@ def stream_generate(
     """
     start = time.perf_counter()
     config = GenerationConfig.of(config, dict(options))
-    conversations, pixel_values = processor.prepare(image, prompt, resolution=resolution, system=system)
+    inputs = processor.prepare(image, prompt, resolution=resolution, system=system, allow=allow)
     prepared = time.perf_counter()
     decoder = RowDecoder(
         model,
         config,
-        pixel_values,
+        inputs.pixel_values,
         prefix_cache=prefix_cache,
         free_tower=free_tower,
-        on_submit=processor.tokenizer.start,
+        on_submit=inputs.start,
     )
     submitted = time.perf_counter()
-    input_ids = processor.tokenize(conversations, pixel_values)["input_ids"][0].tolist()
+    input_ids = inputs.input_ids  # tokenized here, while a GPU runs the tower
     preprocess = time.perf_counter() - submitted + prepared - start
-    return _pieces(processor, decoder, input_ids, pixel_values.shape[1], config, start, preprocess)
+    return _pieces(processor, decoder, input_ids, inputs.resolution, config, start, preprocess)
 
 
 def _pieces(
@@ -95,7 +98,7 @@ def _pieces(
         text="",
         token_ids=(),
         prompt_tokens=prompt_tokens,
-        visual_tokens=input_ids.count(IMAGE_TOKEN) * processor.visual_tokens(resolution),
+        visual_tokens=input_ids.count(IMAGE_TOKEN) * processor.num_visual_tokens(resolution),
         generated_tokens=0,
         finish_reason=None,
         timings=Timings(preprocess=preprocess, ttft=0.0, decode=0.0, total=0.0),
@@ -132,6 +135,7 @@ def generate(
     prompt: Prompt = DEFAULT_PROMPT,
     system: str | None = None,
     resolution: Resolution = None,
+    allow: Allow | None = None,
     config: GenerationConfig | None = None,
     prefix_cache: PrefixCache | None = None,
     free_tower: bool = False,
@@ -146,6 +150,7 @@ def generate(
             prompt=prompt,
             system=system,
             resolution=resolution,
+            allow=allow,
             config=config,
             prefix_cache=prefix_cache,
             free_tower=free_tower,

@@ -1,49 +1,36 @@
-"""Pictures: any source -> RGB -> square of R×R pixels, exactly as Apple's preprocessing makes it."""
+"""Images: any source -> upright RGB -> a square of R×R pixels, equal to Apple's preprocessing to the bit."""
 
 from __future__ import annotations
 
-import base64
-import binascii
 import io
-import os
 import struct
-import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias, Union
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
 from fastvlm_mlx.errors import ConfigError, ImageError
+from fastvlm_mlx.formatting import printable
+from fastvlm_mlx.inputs.sources import DOWNLOAD_TIMEOUT, Allow, Encoded, ImageSource, read
 from fastvlm_mlx.machine import cpu_threads
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL.Image import Image
 
-ImageSource: TypeAlias = Union[
-    str, "os.PathLike[str]", bytes, bytearray, memoryview, "IO[bytes]", "Image", "NDArray[Any]"
-]
-"""A path, an http(s) or `data:` URL, encoded bytes, an open binary file, a PIL image or an array.
-
-Arrays are uint8 or floats in [0, 1] of shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4).
-"""
+Resolution: TypeAlias = int | Literal["auto"] | None
+"""A multiple of 64; `auto`, the smallest one that keeps the details; or None, the one that the weights are tuned at."""
 
 MAX_PIXELS = 178_956_970
-"""Pictures with more pixels are refused; a 16-bit RGB file of that size decodes to 1 GiB."""
+"""Images with more pixels are refused; a 16-bit RGB file of that size decodes to 1 GiB."""
 MAX_SIDE = 65_535
-MAX_FILE_BYTES = 1 << 30
-MAX_DOWNLOAD_BYTES = 64 << 20
-DOWNLOAD_TIMEOUT = 20.0
-"""Seconds within which a URL has to be fetched completely."""
-
 MIN_AUTO_RESOLUTION = 256
 MAX_RESOLUTION = 4096
 """The largest resolution in pixels: 4096 visual tokens, half of the context."""
 _RESOLUTION_STEP = 64
 
-# The formats that are tried, those that need no plugin search first. EPS is left out: Pillow starts Ghostscript for it.
+# The formats to try, those that need no plugin search first. EPS is left out: Pillow starts Ghostscript for it.
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "ICO", "TGA", "JPEG2000", "QOI", "AVIF")
 # What Pillow's decoders raise on damaged data, each its own.
 _DECODER_ERRORS = (
@@ -51,41 +38,46 @@ _DECODER_ERRORS = (
     struct.error,
 )
 _HEIC = (b"ftypheic", b"ftypheix", b"ftypmif1")
+# These decoders scale integer samples to 16 bits; elsewhere, their range is unknown.
+_SIXTEEN_BIT_FORMATS = ("PNG", "PPM")
 _BAND_PIXELS = 1 << 24
 
 
-def load_image(source: ImageSource, *, timeout: float = DOWNLOAD_TIMEOUT, copy: bool = True) -> Image:
-    """The picture in RGB, upright (EXIF orientation applied); alpha is dropped, as Apple does.
+def load_image(
+    source: ImageSource, *, allow: Allow = Allow.ALL, timeout: float = DOWNLOAD_TIMEOUT, copy: bool = True
+) -> Image:
+    """Loads an image in RGB, upright (EXIF orientation applied), without alpha, which Apple drops, too.
 
-    Of an animation it is the first frame; 16-bit samples keep their high byte. Loading the result once more
-    changes nothing.
+    An animation gives its first frame; 16-bit samples keep their high byte. Loading the result once more changes
+    nothing. A PIL image is turned as its own EXIF data say, even if it was edited since it was opened: Pillow hands
+    these data on, and only `PIL.ImageOps.exif_transpose` removes the orientation from them.
 
     Args:
         source: See `ImageSource`. A URL is fetched.
+        allow: What `source` may refer to.
         timeout: Seconds for fetching a URL.
-        copy: Whether to copy a PIL image that is RGB and upright already. Without, it is returned itself.
+        copy: Whether to copy a PIL image that is RGB and upright already. If not, it is returned itself.
 
     Raises:
-        ImageError: If the source cannot be read or is not a picture.
+        ImageError: If the source is not allowed, cannot be read or is not an image.
     """
     from PIL import Image
 
     if isinstance(source, Image.Image):
-        picture = _to_rgb(source, getattr(source, "filename", "") or "PIL image")
-        return picture.copy() if copy and picture is source else picture
-    if isinstance(source, np.ndarray):
+        image = _to_rgb(source, printable(getattr(source, "filename", "") or "PIL image"))
+        return image.copy() if copy and image is source else image
+    if hasattr(source, "__array__"):  # NumPy's or MLX's
         return Image.fromarray(_array_to_rgb(source))
-    data, name = _read(source, timeout)
-    return _decode(data, name)
+    return _decode(read(source, allow=allow, timeout=timeout))
 
 
 def preprocess(image: Image, resolution: int) -> NDArray[np.uint8]:
-    """The picture centred on a black square and resized to (R, R, 3), bicubic with antialiasing.
+    """Centres an image on a black square and resizes it to (R, R, 3), bicubic with antialiasing.
 
     Bit-equal to padding first and resizing then (`expand2square` and CLIPImageProcessor in apple/ml-fastvlm). Pillow
-    filters rows first, columns second and rounds to 8 bits in between. Doing the two passes one by one, the first in
-    bands of rows and the second in bands of columns, lets threads share them, and avoids the padded square, which takes
-    1.6 GB for a picture of 20000×10.
+    filters rows first, columns second, and rounds to 8 bits in between. Here each pass runs by itself, in bands: rows
+    first, then columns. So threads share the work, and the padded square is never made; for an image of 20000×10 it
+    would take 1.6 GB.
     """
     from PIL import Image
 
@@ -96,7 +88,7 @@ def preprocess(image: Image, resolution: int) -> NDArray[np.uint8]:
     pixels = np.empty((resolution, resolution, 3), dtype=np.uint8)
 
     def filter_rows(start: int, end: int) -> None:
-        band = image.crop((-left, start, side - left, end))  # black where the picture is not
+        band = image.crop((-left, start, side - left, end))  # black outside the image
         narrow.paste(band.resize((resolution, end - start), Image.Resampling.BICUBIC), (0, top + start))
 
     def filter_columns(start: int, end: int) -> None:
@@ -111,21 +103,16 @@ def preprocess(image: Image, resolution: int) -> NDArray[np.uint8]:
 
 
 def _bands(length: int, side: int) -> list[tuple[int, int]]:
-    """Where to cut `length` rows (or columns) of `side` pixels: a band for each thread, more where those are large."""
-    most = max(1, min(-(-length // cpu_threads()), _BAND_PIXELS // side))
-    return [(start, min(start + most, length)) for start in range(0, length, most)]
-
-
-def pixel_values_float(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """The pixels in [0, 1]: Apple's `pixel_values` to the bit, with the channels last."""
-    return pixels.astype(np.float32) / np.float32(255)
+    """Cuts `length` rows (or columns) of `side` pixels into a band for each thread, or more if those are large."""
+    step = max(1, min(-(-length // cpu_threads()), _BAND_PIXELS // side))
+    return [(start, min(start + step, length)) for start in range(0, length, step)]
 
 
 def check_resolution(resolution: int) -> int:
-    """The resolution itself.
+    """Returns the resolution if the tower can run at it.
 
     Raises:
-        ConfigError: If the tower cannot run at it.
+        ConfigError: If it cannot.
     """
     if isinstance(resolution, bool) or not isinstance(resolution, int):
         raise ConfigError(f"resolution must be a whole number of pixels or 'auto', not {resolution!r}")
@@ -139,13 +126,13 @@ def check_resolution(resolution: int) -> int:
 
 
 def auto_resolution(size: tuple[int, int], native: int) -> int:
-    """The smallest resolution that shows a picture of `size` (W, H) without reducing it, from 256 up to `native`."""
+    """The smallest resolution that does not reduce an image of `size` (W, H), from 256 up to `native`."""
     steps = -(-max(size) // _RESOLUTION_STEP)
     return min(max(steps * _RESOLUTION_STEP, MIN_AUTO_RESOLUTION), native)
 
 
-def choose_resolution(images: list[Image], resolution: int | Literal["auto"] | None, native: int) -> int:
-    """The resolution that all of `images` are shown at: as asked, `native` by default, or automatic.
+def choose_resolution(images: list[Image], resolution: Resolution, native: int) -> int:
+    """The one resolution of all `images`: `native` for None, for `auto` what the largest image needs.
 
     Raises:
         ConfigError: If the tower cannot run at it.
@@ -155,101 +142,10 @@ def choose_resolution(images: list[Image], resolution: int | Literal["auto"] | N
     return check_resolution(native if resolution is None else resolution)
 
 
-def _read(source: object, timeout: float) -> tuple[bytes, str]:
-    """The encoded bytes of a picture and what to call it in messages."""
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        return bytes(source), f"image of {len(source)} bytes"
-    if isinstance(source, str) and source.lower().startswith(("http://", "https://")):
-        return _fetch(source, timeout), source
-    if isinstance(source, str) and source[:5].lower() == "data:":
-        return _read_data_url(source), f"{source[:40]}…"
-    if isinstance(source, (str, os.PathLike)):
-        return _read_file(os.fspath(source)), os.fspath(source)
-    if callable(read := getattr(source, "read", None)):
-        name = str(getattr(source, "name", "image file"))
-        try:
-            return _read_limited(read, MAX_FILE_BYTES, name), name
-        except OSError as err:
-            raise ImageError(f"{name}: cannot be read ({err.strerror or err})") from err
-    raise ImageError(
-        f"an image must be a path, URL, bytes, binary file, PIL image or array, not {type(source).__name__}"
-    )
-
-
-def _read_file(path: str) -> bytes:
-    if "://" in path:
-        raise ImageError(f"{path}: only http://, https:// and data: URLs can be fetched")
-    try:
-        with Path(path).expanduser().open("rb") as file:
-            return _read_limited(file.read, MAX_FILE_BYTES, path)
-    except FileNotFoundError as err:
-        raise ImageError(f"{path}: no such file") from err
-    except IsADirectoryError as err:
-        raise ImageError(f"{path}: is a folder, not an image; name the files in it") from err
-    except (OSError, ValueError, RuntimeError) as err:
-        raise ImageError(f"{path!r}: cannot be opened ({getattr(err, 'strerror', None) or err})") from err
-
-
-def _read_limited(read: Any, limit: int, name: str, deadline: float = float("inf")) -> bytes:
-    """Everything that `read(size)` gives, unless it is more than `limit` bytes or lasts beyond `deadline`."""
-    buffer = io.BytesIO()
-    while chunk := read(1 << 20):
-        if isinstance(chunk, str):
-            raise ImageError(f"{name}: opened as text; open it in binary mode ('rb')")
-        buffer.write(chunk)
-        if buffer.tell() > limit:
-            raise ImageError(f"{name}: larger than {limit >> 20} MiB, the most that is read")
-        if time.monotonic() > deadline:
-            raise TimeoutError("timed out")
-    return buffer.getvalue()
-
-
-def _read_data_url(url: str) -> bytes:
-    from urllib.parse import unquote_to_bytes
-
-    header, comma, payload = url.partition(",")
-    if not comma:
-        raise ImageError(f"{url[:40]!r}: a data: URL has the form data:image/png;base64,…")
-    data = unquote_to_bytes(payload)
-    if not header.lower().endswith(";base64"):
-        return data
-    try:
-        return base64.b64decode(b"".join(data.split()), validate=True)
-    except binascii.Error as err:
-        raise ImageError(f"{header},…: not valid base64 ({err})") from err
-
-
-def _fetch(url: str, timeout: float) -> bytes:
-    from http.client import HTTPException
-    from urllib.error import HTTPError, URLError
-    from urllib.parse import quote
-    from urllib.request import Request, urlopen
-
-    deadline = time.monotonic() + timeout
-    try:
-        request = Request(quote(url, safe="%/:=&?~#+!$,;'@()*[]"), headers={"User-Agent": "fastvlm-mlx"})
-        with urlopen(request, timeout=timeout) as response:
-            # read1 returns what has arrived, so that a server that trickles cannot outlast the deadline.
-            data = _read_limited(response.read1, MAX_DOWNLOAD_BYTES, url, deadline)
-            expected = int(response.headers.get("Content-Length", len(data)))
-            kind = response.headers.get_content_type()
-    except HTTPError as err:
-        raise ImageError(f"{url}: the server answered {err.code} {err.reason}") from err
-    except (URLError, HTTPException, OSError, ValueError) as err:
-        reason = getattr(err, "reason", None) or err
-        if isinstance(reason, TimeoutError):
-            raise ImageError(f"{url}: not fetched within {timeout:g} s") from err
-        raise ImageError(f"{url}: cannot be fetched ({reason})") from err
-    if expected != len(data):
-        raise ImageError(f"{url}: the connection broke after {len(data)} of {expected} bytes; try again")
-    if kind.startswith("text/"):
-        raise ImageError(f"{url}: is a {kind} page, not an image; use the address of the picture itself")
-    return data
-
-
-def _decode(data: bytes, name: str) -> Image:
+def _decode(encoded: Encoded) -> Image:
     from PIL import Image
 
+    data, name, media_type = encoded
     if not data:
         raise ImageError(f"{name}: is empty (0 bytes)")
     with warnings.catch_warnings():
@@ -259,6 +155,10 @@ def _decode(data: bytes, name: str) -> Image:
         except Image.DecompressionBombError as err:
             raise ImageError(f"{name}: has more than {MAX_PIXELS:,} pixels, the most that is read; reduce it") from err
         except _DECODER_ERRORS as err:
+            if media_type.startswith("text/"):
+                raise ImageError(
+                    f"{name}: is a {media_type} page, not an image; use the address of the image itself"
+                ) from err
             hint = (
                 "HEIC is not supported; save it as JPEG" if data[4:12] in _HEIC else "it is damaged or something else"
             )
@@ -267,7 +167,7 @@ def _decode(data: bytes, name: str) -> Image:
 
 
 def _to_rgb(image: Image, name: str) -> Image:
-    """The picture in RGB and upright; itself if it is so already."""
+    """Converts an image to RGB and turns it upright; returns it itself if it is both."""
     from PIL import Image
 
     width, height = image.size
@@ -279,12 +179,13 @@ def _to_rgb(image: Image, name: str) -> Image:
         raise ImageError(f"{name}: is {width}×{height}; a side may have at most {MAX_SIDE:,} pixels; cut or reduce it")
     try:
         image.load()
-        if image.mode == "F":
-            raise ImageError(f"{name}: holds floating-point samples of unknown range; save it with 8 bits per channel")
+        if image.mode == "F" or (image.mode == "I" and image.format not in _SIXTEEN_BIT_FORMATS):
+            samples = "floating-point" if image.mode == "F" else "32-bit"
+            raise ImageError(f"{name}: holds {samples} samples of unknown range; save it with 8 bits per channel")
         if image.mode.startswith("I"):
-            # The high byte, which is what Pillow keeps of 16-bit RGB; its own conversion would clip to white.
-            samples = np.asarray(image).clip(0, 65_535) >> 8
-            rgb = Image.fromarray(samples.astype(np.uint8)).convert("RGB")
+            # The high byte, which Pillow keeps of 16-bit RGB, too; its own conversion would clip to white.
+            high = np.asarray(image).clip(0, 65_535) >> 8
+            rgb = Image.fromarray(high.astype(np.uint8)).convert("RGB")
         else:
             rgb = image if image.mode == "RGB" else image.convert("RGB")
     except _DECODER_ERRORS as err:
@@ -295,9 +196,9 @@ def _to_rgb(image: Image, name: str) -> Image:
 
 
 def _upright(rgb: Image, original: Image) -> Image:
-    """`rgb` turned as the EXIF orientation of `original` says; damaged EXIF data count as none.
+    """Turns `rgb` as the EXIF orientation of `original` says; damaged EXIF data count as none.
 
-    What was turned has no metadata, so that nobody turns it again.
+    A turned image has no metadata, so that it is not turned again.
     """
     from PIL import ExifTags
     from PIL.Image import Transpose
@@ -318,12 +219,16 @@ def _upright(rgb: Image, original: Image) -> Image:
     if turn is None:
         return rgb
     turned = rgb.transpose(turn)
-    turned.info = {}  # Pillow finds the orientation in here, as EXIF or as XMP
+    turned.info = {}  # Pillow looks for the orientation here, as EXIF or as XMP
     return turned
 
 
-def _array_to_rgb(array: NDArray[Any]) -> NDArray[np.uint8]:
-    """The array as (H, W, 3) uint8."""
+def _array_to_rgb(source: Any) -> NDArray[np.uint8]:
+    """Converts an array to (H, W, 3), uint8."""
+    try:
+        array = np.asarray(source)
+    except (TypeError, ValueError, RuntimeError) as err:  # MLX's bfloat16, for one
+        raise ImageError(f"an array cannot be read ({err}); convert it to uint8 or float32") from err
     if array.ndim == 2:
         array = array[..., None]
     if array.ndim != 3 or array.shape[2] not in (1, 3, 4) or not array.size:

@@ -1,29 +1,29 @@
-"""FastVLMProcessor: pictures and conversations -> pixel values and token ids, and token ids -> text."""
+"""Turns images and conversations into model inputs, and token ids into text."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fastvlm_mlx.config import IMAGE_TOKEN, ModelConfig
 from fastvlm_mlx.errors import PromptError
-from fastvlm_mlx.inputs.images import ImageSource, choose_resolution, load_image, preprocess
-from fastvlm_mlx.inputs.prompts import CHAT_TEMPLATE, Mark, Prompt, Turn, conversation, render
+from fastvlm_mlx.inputs.images import Resolution, choose_resolution, load_image, preprocess
+from fastvlm_mlx.inputs.prompts import CHAT_TEMPLATE, ImageReference, Mark, Prompt, Turn, conversation, render
+from fastvlm_mlx.inputs.sources import Allow, ImageSource
 from fastvlm_mlx.inputs.tokenizer import END_OF_TEXT, IM_END, IM_START, StreamingDetokenizer, Tokenizer
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-Resolution: TypeAlias = int | Literal["auto"] | None
-"""A multiple of 64, the resolution that suits the pictures, or the one that the weights are tuned at."""
-
 
 class FastVLMProcessor:
-    """What stands between a user and the model, both ways.
+    """Turns images and conversations into model inputs, and token ids into text.
 
     Args:
         tokenizer: Of the checkpoint.
@@ -34,7 +34,7 @@ class FastVLMProcessor:
         self.tokenizer = tokenizer
         self.image_size = config.vision_config.image_size
         self.patch_size = config.vision_config.patch_size
-        self.context_length = min(config.max_length, config.text_config.max_position_embeddings)
+        self.context_length = config.context_length
         self.eos_token_ids = config.eos_token_id
 
     @classmethod
@@ -61,52 +61,31 @@ class FastVLMProcessor:
         *,
         resolution: Resolution = None,
         system: str | None = None,
+        allow: Allow | None = None,
     ) -> dict[str, NDArray[Any]]:
-        """What `FastVLM.generate` and `FastVLM.embed` take as keywords.
+        """The arrays that `FastVLM.generate` and `FastVLM.embed` take as keywords.
 
-        `input_ids` (B, T), int32, with `IMAGE_TOKEN` where an image goes; `pixel_values` (images, R, R, 3), uint8, row
-        by row, absent without images; `attention_mask` (B, T), False where a row is padded on its left, absent when
-        none is.
+        `input_ids` (B, T), int32, with `IMAGE_TOKEN` in the place of each image; `pixel_values` (images, R, R, 3),
+        uint8, row by row, absent without images; `attention_mask` (B, T), False where a row is padded on its left,
+        absent if no row is.
 
         Args:
-            images: For one prompt, an image or several. For a list of prompts, a list of as many entries, each an
-                image, a list of images or None.
+            images: For one prompt, an image or several. For a list of prompts, a list of the same length whose entries
+                are each an image, a list of images or None.
             prompts: A prompt (a string, or messages), or a list of prompts.
             resolution: In pixels, the same for all images.
             system: Replaces the default system text.
+            allow: What images may refer to; see `conversation` for the default.
 
         Raises:
-            ImageError: If an image cannot be read.
+            ImageError: If an image is not allowed or cannot be read.
             PromptError: If a prompt is empty, malformed or too long, or the numbers of images and prompts differ.
             ConfigError: If the model cannot run at `resolution`.
         """
-        return self.tokenize(*self.prepare(images, prompts, resolution=resolution, system=system))
-
-    def prepare(
-        self,
-        images: ImageSource | Sequence[ImageSource | Sequence[ImageSource] | None] | None,
-        prompts: Prompt | Sequence[Prompt],
-        *,
-        resolution: Resolution = None,
-        system: str | None = None,
-    ) -> tuple[list[tuple[Turn, ...]], NDArray[np.uint8]]:
-        """The first half of a call, which needs no tokenizer: a conversation for each prompt, and all pixel values.
-
-        Pixel values are (images, R, R, 3), uint8, also when there are no images. Arguments and errors are those of a
-        call, but for prompts that are too long.
-        """
-        conversations = [conversation(*pair, system) for pair in _pair(images, prompts)]
-        sources = [image for turns in conversations for turn in turns for image in turn.images]
-        return conversations, self.prepare_images([image for image in sources if image is not None], resolution)
-
-    def tokenize(
-        self, conversations: list[tuple[Turn, ...]], pixel_values: NDArray[np.uint8]
-    ) -> dict[str, NDArray[Any]]:
-        """The second half of a call: what it returns, from what `prepare` returned.
-
-        Raises:
-            PromptError: If a prompt is too long.
-        """
+        conversations = [
+            conversation(prompt, sources, system, allow=allow) for prompt, sources in _pairs(images, prompts)
+        ]
+        pixel_values = self._preprocess([image for turns in conversations for image in _images(turns)], resolution)
         rows = [self.encode_turns(turns) for turns in conversations]
         for row in rows:
             self.check_length(row, pixel_values.shape[1])
@@ -121,26 +100,48 @@ class FastVLMProcessor:
         inputs["input_ids"] = np.array(rows, dtype=np.int32)
         return inputs
 
-    def prepare_images(self, images: Sequence[ImageSource], resolution: Resolution = None) -> NDArray[np.uint8]:
+    def prepare(
+        self,
+        images: ImageSource | Sequence[ImageSource] | None,
+        prompt: Prompt,
+        *,
+        resolution: Resolution = None,
+        system: str | None = None,
+        allow: Allow | None = None,
+    ) -> Inputs:
+        """The inputs of one prompt, without waiting for the tokenizer.
+
+        Arguments and errors are those of a call with one prompt; a prompt that is too long is noticed when its
+        `input_ids` are used.
+        """
+        turns = conversation(prompt, _as_list(images), system, allow=allow)
+        return Inputs(processor=self, turns=turns, pixel_values=self._preprocess(_images(turns), resolution))
+
+    def prepare_images(
+        self, images: Sequence[ImageSource], resolution: Resolution = None, *, allow: Allow = Allow.ALL
+    ) -> NDArray[np.uint8]:
         """Pixel values (images, R, R, 3).
 
         Raises:
-            ImageError: If an image cannot be read.
+            ImageError: If an image is not allowed or cannot be read.
             ConfigError: If the model cannot run at `resolution`.
         """
-        pictures = [load_image(image, copy=False) for image in images]
-        side = choose_resolution(pictures, resolution, self.image_size)
-        if not pictures:
+        return self._preprocess([ImageReference(source=image, allow=allow) for image in images], resolution)
+
+    def _preprocess(self, references: Sequence[ImageReference], resolution: Resolution) -> NDArray[np.uint8]:
+        images = [load_image(image.source, allow=image.allow, copy=False) for image in references]
+        side = choose_resolution(images, resolution, self.image_size)
+        if not images:
             return np.zeros((0, side, side, 3), dtype=np.uint8)
-        return np.stack([preprocess(picture, side) for picture in pictures])
+        return np.stack([preprocess(image, side) for image in images])
 
     def encode(self, prompt: Prompt, n_images: int = 0, system: str | None = None) -> list[int]:
-        """Token ids of a prompt in which `n_images` images are shown, each as one `IMAGE_TOKEN`.
+        """Token ids of a prompt with `n_images` images, each one `IMAGE_TOKEN`.
 
         Raises:
             PromptError: If the prompt is empty or malformed.
         """
-        return self.encode_turns(conversation(prompt, [None] * n_images, system))
+        return self.encode_turns(conversation(prompt, [b""] * n_images, system))
 
     def encode_turns(self, turns: Sequence[Turn]) -> list[int]:
         """Token ids of a conversation."""
@@ -154,21 +155,21 @@ class FastVLMProcessor:
             ids += [marks[piece]] if isinstance(piece, Mark) else self.tokenizer.encode(piece)
         return ids
 
-    def visual_tokens(self, resolution: int) -> int:
-        """N, the positions that an image takes."""
+    def num_visual_tokens(self, resolution: int) -> int:
+        """N, the number of positions that an image takes."""
         return (resolution // self.patch_size) ** 2
 
     def positions(self, input_ids: Sequence[int], resolution: int) -> int:
-        """L, the positions that a prompt takes."""
-        return len(input_ids) + input_ids.count(IMAGE_TOKEN) * (self.visual_tokens(resolution) - 1)
+        """L, the number of positions that a prompt takes."""
+        return len(input_ids) + input_ids.count(IMAGE_TOKEN) * (self.num_visual_tokens(resolution) - 1)
 
     def check_length(self, input_ids: Sequence[int], resolution: int) -> None:
-        """Accepts a prompt that leaves room for an answer.
+        """Checks that a prompt leaves room for an answer.
 
         Raises:
             PromptError: If it does not.
         """
-        positions, visual = self.positions(input_ids, resolution), self.visual_tokens(resolution)
+        positions, visual = self.positions(input_ids, resolution), self.num_visual_tokens(resolution)
         if positions >= self.context_length:
             images = input_ids.count(IMAGE_TOKEN)
             raise PromptError(
@@ -235,24 +236,72 @@ class FastVLMProcessor:
         (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
 
 
-def _pair(images: Any, prompts: Any) -> list[tuple[Prompt, Sequence[ImageSource]]]:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Inputs:
+    """The inputs of one prompt: pixel values at once, token ids when they are first used.
+
+    Building the tokenizer takes half a second, so the vision tower is started before `input_ids` are used:
+
+    >>> inputs = processor.prepare("photo.jpg", "Describe the image.")
+    >>> visual_tokens = model.encode_image(inputs.pixel_values)
+    >>> mx.async_eval(visual_tokens)
+    >>> inputs.start()
+    >>> inputs.input_ids
+
+    Attributes:
+        processor: Made them.
+        turns: The conversation.
+        pixel_values: (images, R, R, 3), uint8; without images, there are 0.
+    """
+
+    processor: FastVLMProcessor
+    turns: tuple[Turn, ...]
+    pixel_values: NDArray[np.uint8]
+
+    @property
+    def resolution(self) -> int:
+        """R, the side of each image in pixels."""
+        return int(self.pixel_values.shape[1])
+
+    def start(self) -> None:
+        """Starts to build the tokenizer in the background."""
+        self.processor.tokenizer.start()
+
+    @cached_property
+    def input_ids(self) -> list[int]:
+        """T token ids, with `IMAGE_TOKEN` in the place of each image.
+
+        Raises:
+            PromptError: If the prompt is too long.
+            CheckpointError: If the tokenizer is damaged.
+        """
+        ids = self.processor.encode_turns(self.turns)
+        self.processor.check_length(ids, self.resolution)
+        return ids
+
+
+def _images(turns: Sequence[Turn]) -> list[ImageReference]:
+    return [image for turn in turns for image in turn.images if image is not None]
+
+
+def _pairs(images: Any, prompts: Any) -> list[tuple[Prompt, Sequence[ImageSource]]]:
     """Each prompt with its images."""
     if isinstance(prompts, str) or not isinstance(prompts, Sequence) or _is_messages(prompts):
-        return [(prompts, _listed(images))]
-    entries = [None] * len(prompts) if images is None else _listed(images)
+        return [(prompts, _as_list(images))]
+    entries = [None] * len(prompts) if images is None else _as_list(images)
     if len(entries) != len(prompts):
         raise PromptError(
             f"{len(entries)} image(s) for {len(prompts)} prompt(s); give as many, and a list of images where a prompt "
             "has several"
         )
-    return [(prompt, _listed(entry)) for prompt, entry in zip(prompts, entries, strict=True)]
+    return [(prompt, _as_list(entry)) for prompt, entry in zip(prompts, entries, strict=True)]
 
 
 def _is_messages(prompts: Sequence[Any]) -> bool:
     return not prompts or isinstance(prompts[0], Mapping)
 
 
-def _listed(images: Any) -> list[Any]:
+def _as_list(images: Any) -> list[Any]:
     if images is None:
         return []
     return list(images) if isinstance(images, (list, tuple)) else [images]

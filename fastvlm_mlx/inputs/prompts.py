@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from fastvlm_mlx.errors import PromptError
-
-if TYPE_CHECKING:
-    from fastvlm_mlx.inputs.images import ImageSource
+from fastvlm_mlx.inputs.sources import Allow, ImageSource
 
 Message: TypeAlias = Mapping[str, Any]
 """`{"role": …, "content": …}`; the content is a string or a list of parts.
 
 A part is `{"type": "text", "text": …}`, `{"type": "image_url", "image_url": {"url": …}}` or
-`{"type": "image", "image": ImageSource}`; `{"type": "image"}` alone is the place of an image that is given separately.
+`{"type": "image", "image": ImageSource}`; `url`, `path` or `base64` may stand for `image`, as in transformers.
+`{"type": "image"}` alone is the place of an image that is given separately.
 """
 Prompt: TypeAlias = str | Sequence[Message]
 
@@ -51,37 +50,60 @@ class Mark(Enum):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImageReference:
+    """An image that has yet to be read.
+
+    Attributes:
+        source: Where it comes from.
+        allow: What `source` may refer to.
+    """
+
+    source: ImageSource
+    allow: Allow
+
+
+@dataclass(frozen=True, kw_only=True)
 class Turn:
     """One turn of a conversation.
 
     Attributes:
         role: `system`, `user` or `assistant`.
-        text: What is said.
-        images: What is shown before it; None is the place of an image that is known only by number.
+        text: Its text.
+        images: The images before the text; None is the place of an image that is given separately.
     """
 
     role: str
     text: str
-    images: tuple[ImageSource | None, ...] = ()
+    images: tuple[ImageReference | None, ...] = ()
 
 
 def conversation(
-    prompt: Prompt, images: Sequence[ImageSource | None] = (), system: str | None = None
+    prompt: Prompt,
+    images: Sequence[ImageSource] = (),
+    system: str | None = None,
+    *,
+    allow: Allow | None = None,
 ) -> tuple[Turn, ...]:
     """The turns of a question: a system turn first, a user turn last.
 
     Args:
-        prompt: What is asked, or the messages so far.
-        images: Shown with a string `prompt`; with messages, they fill the `{"type": "image"}` parts in order.
+        prompt: The question, or the messages so far.
+        images: The images of a string `prompt`. With messages, they fill the `{"type": "image"}` parts in order, or
+            belong to the first user message if the messages have no image parts at all.
         system: Replaces the default system text.
+        allow: What images may refer to. By default, `images` may refer to anything, and so may objects in messages,
+            such as a `pathlib.Path`; a *string* in messages, which may come from anywhere, must be a `data:` URL or a
+            URL of a host on the public internet (`Allow.PUBLIC`).
 
     Raises:
         PromptError: If there is nothing to answer, or a message has an unknown form.
     """
+    references = [ImageReference(source=image, allow=allow or Allow.ALL) for image in images]
     if isinstance(prompt, str):
-        turns = [Turn(role="user", text=_checked(prompt, "the prompt"), images=tuple(images))]
+        turns = [Turn(role="user", text=_checked(prompt, "the prompt"), images=tuple(references))]
     elif isinstance(prompt, Sequence) and prompt:
-        turns = _place([_turn(message, f"message {number}") for number, message in enumerate(prompt, 1)], images)
+        turns = [_turn(message, f"message {number}", allow) for number, message in enumerate(prompt, 1)]
+        turns = _place(turns, references)
     else:
         found = "an empty one" if isinstance(prompt, Sequence) else type(prompt).__name__
         raise PromptError(f"a prompt must be a string or a list of messages, not {found}")
@@ -95,7 +117,7 @@ def conversation(
 
 
 def render(turns: Sequence[Turn]) -> Iterator[str | Mark]:
-    """The ChatML of a conversation up to where the answer starts; each piece of text is tokenized by itself."""
+    """The ChatML of a conversation up to where the answer starts, in pieces of text that are tokenized one by one."""
     for turn in turns:
         yield Mark.IM_START
         yield f"{turn.role}\n" if turn.images else f"{turn.role}\n{turn.text}"
@@ -108,39 +130,58 @@ def render(turns: Sequence[Turn]) -> Iterator[str | Mark]:
     yield "assistant\n"
 
 
-def _turn(message: object, where: str) -> Turn:
+def _turn(message: object, where: str, allow: Allow | None) -> Turn:
     if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
         raise PromptError(f'{where} must have the form {{"role": …, "content": …}}, not {message!r:.80}')
     role, content = message["role"], message["content"]
     if role not in ROLES:
-        raise PromptError(f"{where} has the unknown role {role!r}; known are {', '.join(ROLES)}")
+        raise PromptError(f"{where} has the unknown role {role!r:.80}; known are {', '.join(ROLES)}")
     where = f"{where} ({role})"
     if isinstance(content, str):
         return Turn(role=role, text=_checked(content, where))
     if not isinstance(content, Sequence):
         raise PromptError(f"{where}: the content must be a string or a list of parts, not {type(content).__name__}")
-    texts, images = [], []
+    texts: list[str] = []
+    sources: list[Any] = []
     for part in content:
         match part:
             case {"type": "text", "text": text}:
                 texts.append(_checked(text, where))
             case {"type": "image_url", "image_url": {"url": str(url)} | str(url)}:
-                images.append(url)
-            case {"type": "image"}:
-                images.append(part.get("image"))
+                sources.append(url)
+            case {"type": "image", "base64": str(data)}:
+                sources.append(f"data:;base64,{data}")
+            case (
+                {"type": "image", "image": source}
+                | {"type": "image", "url": source}
+                | {"type": "image", "path": source}
+            ):
+                sources.append(source)
+            case {"type": "image", **others} if not others:
+                sources.append(None)
             case _:
                 raise PromptError(
                     f"{where} has an unknown part {part!r:.80}; known are "
                     '{"type": "text", "text": …}, {"type": "image_url", "image_url": {"url": …}}, '
                     '{"type": "image", "image": …}'
                 )
-    if images and role != "user":
+    if sources and role != "user":
         raise PromptError(f"{where}: images can only be shown in user messages")
-    return Turn(role=role, text="\n".join(texts), images=tuple(images))
+    images = tuple(None if source is None else _reference(source, allow) for source in sources)
+    return Turn(role=role, text="\n".join(texts), images=images)
 
 
-def _place(turns: list[Turn], images: Sequence[ImageSource | None]) -> list[Turn]:
-    """The turns with `images` in the places of those that were left open."""
+def _reference(source: ImageSource, allow: Allow | None) -> ImageReference:
+    """The image of a message; by default, a string is trusted less than an object, which only a program can make."""
+    default = Allow.PUBLIC if isinstance(source, str) else Allow.ALL
+    return ImageReference(source=source, allow=default if allow is None else allow)
+
+
+def _place(turns: list[Turn], images: Sequence[ImageReference]) -> list[Turn]:
+    """Puts `images` into the open places, or before the first user text if no turn has images."""
+    if images and not any(turn.images for turn in turns):
+        first = next((turn for turn in turns if turn.role == "user"), None)
+        return [replace(turn, images=tuple(images)) if turn is first else turn for turn in turns]
     places = sum(image is None for turn in turns for image in turn.images)
     if places != len(images):
         raise PromptError(
@@ -163,7 +204,7 @@ def _check_order(turns: Sequence[Turn]) -> None:
 
 
 def _checked(text: object, where: str) -> str:
-    """The text, which is known to be encodable."""
+    """Returns the text if it can be encoded."""
     if not isinstance(text, str):
         raise PromptError(f"{where} must be text, not {type(text).__name__}")
     try:

@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from fastvlm_mlx.engine.prefix_cache import PrefixCache
 from fastvlm_mlx.errors import ConfigError, FastVLMError
 from fastvlm_mlx.generation.generate import generate
-from fastvlm_mlx.inputs.processor import FastVLMProcessor, Resolution
+from fastvlm_mlx.inputs.images import Resolution
+from fastvlm_mlx.inputs.processor import FastVLMProcessor
 from fastvlm_mlx.jobs.journal import Predictions
 from fastvlm_mlx.jobs.metrics import METRICS
 from fastvlm_mlx.jobs.questions import MALFORMED, BadRow, Question, sample

@@ -1,11 +1,8 @@
 """What is not a usable picture is refused with its name and what to do."""
 
 import contextlib
-import http.server
 import io
 import struct
-import threading
-import time
 import zlib
 
 import numpy as np
@@ -13,7 +10,6 @@ import pytest
 from PIL import Image
 
 from fastvlm_mlx.errors import ImageError
-from fastvlm_mlx.inputs import images
 from fastvlm_mlx.inputs.images import load_image
 
 
@@ -55,7 +51,8 @@ BAD_FILES = {
     "bomb": (png_header(30_000, 30_000), "has more than 178,956,970 pixels, the most that is read; reduce it"),
     "smaller bomb": (png_header(12_000, 15_000), "has more than 178,956,970 pixels, the most that is read"),
     "too long": (png_header(70_000, 10), "is 70000×10; a side may have at most 65,535 pixels"),
-    "float tiff": (None, "floating-point samples of unknown range"),
+    "float tiff": ("F", "floating-point samples of unknown range"),
+    "32-bit tiff": ("I", "32-bit samples of unknown range"),
 }
 
 
@@ -63,8 +60,8 @@ BAD_FILES = {
 def test_bad_file_is_refused_by_name(case, tmp_path):
     data, message = BAD_FILES[case]
     path = tmp_path / f"{case}.png"
-    if data is None:
-        Image.new("F", (2, 2), 0.5).save(path, "TIFF")
+    if isinstance(data, str):
+        Image.new(data, (2, 2), 1).save(path, "TIFF")
     else:
         path.write_bytes(data)
     before = path.read_bytes()
@@ -111,6 +108,7 @@ def test_flipped_bytes_never_raise_anything_else():
         (3, "not int"),
         (["a.png"], "not list"),
         (Image.new("1", (20_000, 9_000)), r"has more than 178,956,970 pixels, the most that is read \(20000×9000\)"),
+        (Image.fromarray(np.full((2, 2), 200, np.int32)), "PIL image: holds 32-bit samples of unknown range"),
         (Image.new("RGB", (0, 5)), r"PIL image: has no pixels \(0×5\)"),
         (np.zeros((3, 8, 8), np.uint8), r"shape \(H, W\).*not \(3, 8, 8\)"),
         (np.zeros((1, 8, 8, 3), np.uint8), r"not \(1, 8, 8, 3\)"),
@@ -132,110 +130,3 @@ def test_bad_source_is_refused(source, message):
 def test_a_folder_is_not_an_image(tmp_path):
     with pytest.raises(ImageError, match="is a folder, not an image; name the files in it"):
         load_image(tmp_path)
-
-
-def test_a_file_beyond_the_limit_is_not_read_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(images, "MAX_FILE_BYTES", 1 << 20)
-    path = tmp_path / "huge.png"
-    path.write_bytes(bytes((2 << 20) + 1))
-    with pytest.raises(ImageError, match=r"huge\.png: larger than 1 MiB"):
-        load_image(path)
-
-
-class Server(http.server.BaseHTTPRequestHandler):
-    """Answers by path, well and badly."""
-
-    def do_GET(self):
-        picture = encoded()
-        if self.path == "/missing.png":
-            self.send_error(404)
-        elif self.path == "/slow.png":
-            time.sleep(1)
-        elif self.path == "/to-file":
-            self.send_response(302)
-            self.send_header("Location", "file:///etc/hostname")
-            self.end_headers()
-        elif self.path == "/cut.png":
-            self.answer(picture[:1000], length=len(picture))
-        elif self.path == "/trickle.png":
-            self.answer(b"", length=len(picture))
-            with contextlib.suppress(OSError):
-                for byte in picture:
-                    self.wfile.write(bytes([byte]))
-                    time.sleep(0.05)
-        elif self.path == "/garbage":
-            self.wfile.write(b"not http\r\n\r\n")
-        elif self.path == "/length":
-            self.send_response(200)
-            self.send_header("Content-Length", "many")
-            self.end_headers()
-        elif self.path == "/page":
-            self.answer(b"<html>a page about pictures</html>", kind="text/html")
-        elif self.path == "/large.png":
-            self.answer(bytes(3 << 20))
-        elif self.path == "/ein%20bild.png?size=%C3%BC":
-            self.answer(picture)
-
-    def answer(self, body: bytes, *, length: int | None = None, kind: str = "image/png") -> None:
-        self.send_response(200)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(body) if length is None else length))
-        self.end_headers()
-        with contextlib.suppress(OSError):
-            self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@pytest.fixture(scope="module")
-def server():
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as running:
-        thread = threading.Thread(target=running.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{running.server_port}"
-        running.shutdown()
-        thread.join()
-
-
-@pytest.fixture(autouse=True)
-def _no_proxy(monkeypatch):
-    monkeypatch.setenv("no_proxy", "*")
-
-
-def test_a_url_is_fetched(server):
-    assert load_image(f"{server}/ein bild.png?size=ü").size == (40, 30)
-
-
-@pytest.mark.parametrize(
-    ("path", "message"),
-    [
-        ("missing.png", "the server answered 404 Not Found"),
-        ("slow.png", "not fetched within 0.5 s"),
-        ("trickle.png", "not fetched within 0.5 s"),
-        ("to-file", "the server answered 302"),
-        ("cut.png", r"the connection broke after 1000 of \d+ bytes; try again"),
-        ("garbage", "cannot be fetched"),
-        ("length", "cannot be fetched .*many"),
-        ("page", "is a text/html page, not an image; use the address of the picture itself"),
-        ("large.png", "larger than 2 MiB"),
-    ],
-)
-def test_bad_answer_is_refused_with_its_address(server, path, message, monkeypatch):
-    monkeypatch.setattr(images, "MAX_DOWNLOAD_BYTES", 2 << 20)
-    with pytest.raises(ImageError, match=f"{server}/{path}: {message}"):
-        load_image(f"{server}/{path}", timeout=0.5)
-
-
-@pytest.mark.parametrize(
-    ("url", "message"),
-    [
-        ("http://127.0.0.1:9/a.png", "cannot be fetched .*refused"),
-        ("http://", "cannot be fetched"),
-        ("http://[::1/a.png", "cannot be fetched"),
-        ("http://127.0.0.1:port/a.png", "cannot be fetched"),
-    ],
-)
-def test_bad_url_is_refused(url, message):
-    with pytest.raises(ImageError, match=message):
-        load_image(url, timeout=2)

@@ -42,6 +42,8 @@ def user(content: object) -> dict[str, object]:
         ([user([{"type": "image_url"}])], "unknown part"),
         ([user([{"type": "image_url", "image_url": {"url": 3}}])], "unknown part"),
         ([user([{"text": "Hi"}])], "unknown part"),
+        ([user([{"type": "image", "source": "a.png"}])], "unknown part"),
+        ([user([{"type": "image", "base64": b"data"}])], "unknown part"),
         (
             [user("Hi"), {"role": "assistant", "content": "Yes"}],
             "the last message must be the user's, not the assistant's",
@@ -60,7 +62,7 @@ def test_bad_prompt_is_refused(prompt, message):
 
 def test_an_image_without_a_place_is_refused():
     with pytest.raises(PromptError, match=r'1 image\(s\) for 0 \{"type": "image"\} part\(s\) in the messages'):
-        conversation([user("Hi")], ["a.png"])
+        conversation([user([IMAGE, {"type": "text", "text": "Hi"}])], ["a.png"])
 
 
 def test_two_system_texts_are_refused():

@@ -8,9 +8,10 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from fastvlm_mlx.errors import ConfigError
+from fastvlm_mlx.backend import mx
+from fastvlm_mlx.errors import ConfigError, ImageError
 from fastvlm_mlx.inputs import images
-from fastvlm_mlx.inputs.images import auto_resolution, check_resolution, load_image, pixel_values_float, preprocess
+from fastvlm_mlx.inputs.images import auto_resolution, check_resolution, load_image, preprocess
 from tests.checkpoints import GOLDEN
 from tests.pictures import stored_with
 
@@ -27,6 +28,11 @@ def noise(width: int, height: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
+def in_unit_interval(pixels: np.ndarray) -> np.ndarray:
+    """What Apple's processor computes of the bytes."""
+    return pixels.astype(np.float32) / np.float32(255)
+
+
 def padded_first(image: Image.Image, resolution: int) -> np.ndarray:
     """Apple's order of steps: the whole square is made, then resized."""
     side = max(image.size)
@@ -39,7 +45,7 @@ def padded_first(image: Image.Image, resolution: int) -> np.ndarray:
 def test_pixel_values_are_apples_to_the_bit(name):
     expected = load_file(GOLDEN / "apple" / "expected.safetensors")[f"{name}.pixel_values"]
     pixels = preprocess(load_image(GOLDEN / "apple" / "images" / f"{name}.png"), 128)
-    np.testing.assert_array_equal(pixel_values_float(pixels), expected.transpose(1, 2, 0), strict=True)
+    np.testing.assert_array_equal(in_unit_interval(pixels), expected.transpose(1, 2, 0), strict=True)
 
 
 @pytest.mark.parametrize("golden", ["apple_untied", "apple_hot"])
@@ -48,7 +54,7 @@ def test_bytes_scale_to_the_floats_that_apple_computes(golden, name):
     # These goldens come without their pictures; their values are multiples of 1/255, so the bytes can be told.
     expected = load_file(GOLDEN / golden / "expected.safetensors")[f"{name}.pixel_values"]
     pixels = np.rint(expected * 255).astype(np.uint8)
-    np.testing.assert_array_equal(pixel_values_float(pixels), expected, strict=True)
+    np.testing.assert_array_equal(in_unit_interval(pixels), expected, strict=True)
 
 
 @pytest.mark.parametrize(
@@ -102,6 +108,15 @@ def test_a_path_may_start_at_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     noise(2, 2).save(tmp_path / "photo.png")
     assert load_image("~/photo.png").size == (2, 2)
+
+
+def test_mlx_arrays_are_images():
+    array = np.asarray(noise(6, 4))
+    for dtype in (mx.float16, mx.float32):  # a half of a step of 1/255 is 4 times float16's rounding
+        np.testing.assert_array_equal(np.asarray(load_image((mx.array(array) / 255).astype(dtype))), array)
+    np.testing.assert_array_equal(np.asarray(load_image(mx.array(array))), array)
+    with pytest.raises(ImageError, match=r"an array cannot be read .*; convert it to uint8 or float32"):
+        load_image(mx.array(array).astype(mx.bfloat16))
 
 
 @pytest.mark.parametrize("shape", [(4, 6), (4, 6, 1)])

@@ -14,6 +14,7 @@ from fastvlm_mlx.config import IMAGE_TOKEN, ActivationScales, ModelConfig, TextC
 from fastvlm_mlx.errors import CheckpointError, ConfigError, ImageError, PromptError
 from fastvlm_mlx.inputs.images import load_image, preprocess
 from fastvlm_mlx.inputs.processor import FastVLMProcessor
+from fastvlm_mlx.inputs.sources import Allow
 from fastvlm_mlx.inputs.tokenizer import Tokenizer
 from tests.checkpoints import APPLE, TESTS
 
@@ -67,7 +68,7 @@ def test_input_ids_are_those_of_transformers_but_for_the_image_token(golden):
     processor = FastVLMProcessor(Tokenizer(TESTS / "golden" / golden / "model"), config())
     ids = processor.encode("Describe the image.", 1)
     place = ids.index(IMAGE_TOKEN)
-    assert ids[:place] + [370] * processor.visual_tokens(128) + ids[place + 1 :] == expected
+    assert ids[:place] + [370] * processor.num_visual_tokens(128) + ids[place + 1 :] == expected
 
 
 def test_pixel_values_are_the_preprocessed_image(processor):
@@ -80,7 +81,7 @@ def test_pixel_values_are_the_preprocessed_image(processor):
 @pytest.mark.parametrize("prompt", ["Describe the image.", "描述这张图片中的内容", "What does the sign say?"])
 def test_positions_are_14_and_n_and_1_and_the_prompt_and_5(qwen2, resolution, prompt):
     n = (resolution // 64) ** 2
-    assert qwen2.visual_tokens(resolution) == n
+    assert qwen2.num_visual_tokens(resolution) == n
     tokens = len(qwen2.tokenizer.encode(prompt))
     assert qwen2.positions(qwen2.encode(prompt, 1), resolution) == 14 + n + 1 + tokens + 5
 
@@ -98,6 +99,21 @@ def test_markup_in_a_prompt_is_text(qwen2):
     assert ids.count(IMAGE_TOKEN) == 1
     assert ids.count(151_644) == 3
     assert ids.count(151_645) == 2
+
+
+def test_prepared_inputs_are_those_of_a_call(processor):
+    inputs, expected = processor.prepare(PHOTOS[:2], "Hi", resolution=192), processor(PHOTOS[:2], "Hi", resolution=192)
+    assert inputs.input_ids == expected["input_ids"][0].tolist()
+    np.testing.assert_array_equal(inputs.pixel_values, expected["pixel_values"])
+    assert inputs.resolution == 192
+
+
+def test_preparing_does_not_build_the_tokenizer(monkeypatch):
+    built = []
+    monkeypatch.setattr(Tokenizer, "_build", lambda self: built.append(self))
+    processor = FastVLMProcessor(Tokenizer(APPLE / "train"), config())
+    assert processor.prepare(PHOTOS[0], "Hi").pixel_values.shape == (1, 128, 128, 3)
+    assert not built
 
 
 def test_a_batch_is_padded_on_its_left(processor):
@@ -141,9 +157,11 @@ def test_images_of_messages_are_shown(processor):
         {"role": "assistant", "content": "Hello."},
         {"role": "user", "content": [{"type": "image_url", "image_url": {"url": str(PHOTOS[1])}}, first[1]]},
     ]
-    inputs = processor(None, messages)
+    inputs = processor(None, messages, allow=Allow.ALL)
     np.testing.assert_array_equal(inputs["pixel_values"], processor(PHOTOS[:2], "Hi")["pixel_values"])
-    assert processor(None, [messages, messages])["input_ids"].shape[0] == 2
+    assert processor(None, [messages, messages], allow=Allow.ALL)["input_ids"].shape[0] == 2
+    with pytest.raises(ImageError, match="files may not be read here"):
+        processor(None, messages)
 
 
 def test_arrays_and_pictures_are_single_images(processor):
@@ -179,6 +197,9 @@ def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused(processor):
     prompt = "a" * 9000
     with pytest.raises(PromptError, match=r"but the context has 8192; shorten it, or show fewer images"):
         processor(None, prompt)
+    inputs = processor.prepare(None, prompt)
+    with pytest.raises(PromptError, match=r"but the context has 8192"):
+        _ = inputs.input_ids
 
 
 @pytest.mark.parametrize(
@@ -206,6 +227,8 @@ def test_bad_image_and_resolution_are_refused(processor):
         processor("nowhere.jpg", "Hi")
     with pytest.raises(ImageError, match="not list"):
         processor([PHOTOS], "Hi")
+    with pytest.raises(ImageError, match="not NoneType"):
+        processor([None], "Hi")
     with pytest.raises(ConfigError, match=r"not 100; try 64"):
         processor(PHOTOS[0], "Hi", resolution=100)
     with pytest.raises(ConfigError, match="or 'auto', not 'large'"):

@@ -54,8 +54,26 @@ def test_images_come_from_their_parts_in_order():
         {"type": "text", "text": "two"},
     ]
     turn = conversation([user(parts)], ["given"])[-1]
-    assert turn.images == ("http://localhost/a.png", "given", b"data", "b.png")
+    assert [image.source for image in turn.images] == ["http://localhost/a.png", "given", b"data", "b.png"]
     assert turn.text == "One\ntwo"
+
+
+@pytest.mark.parametrize(
+    ("part", "source"),
+    [
+        ({"url": "http://localhost/a.png"}, "http://localhost/a.png"),
+        ({"path": "a.png"}, "a.png"),
+        ({"base64": "aGk="}, "data:;base64,aGk="),
+    ],
+)
+def test_images_may_be_named_as_in_transformers(part, source):
+    turn = conversation([user([{"type": "image", **part}, {"type": "text", "text": "Hi"}])])[-1]
+    assert [image.source for image in turn.images] == [source]
+
+
+def test_images_given_beside_plain_messages_belong_to_the_first_user_turn():
+    messages = [user("Who?"), {"role": "assistant", "content": "Ann."}, user("Why?")]
+    assert [len(turn.images) for turn in conversation(messages, ["a", "b"])] == [0, 2, 0, 0]
 
 
 def test_text_is_never_markup():
