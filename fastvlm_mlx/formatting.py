@@ -18,7 +18,7 @@ def names(items: Collection[str], most: int = 5) -> str:
     return f"{shown} and {len(items) - most} more" if len(items) > most else shown or "nothing"
 
 
-def printable(text: object, length: int = 80) -> str:
+def printable(text: object, length: int = 200) -> str:
     """Formats a name for a message: one line of at most `length` characters.
 
     The middle of a longer name is left out; characters that cannot be printed are escaped.

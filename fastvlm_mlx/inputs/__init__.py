@@ -1,1 +1,1 @@
-"""What a user has, images and conversations, to NumPy arrays. Nothing here imports MLX."""
+"""Turns what a user has, images and conversations, into NumPy arrays. Nothing here imports MLX."""

@@ -1,4 +1,4 @@
-"""Conversations in the OpenAI shape -> ChatML, with the user's text kept apart from the markup."""
+"""Turns conversations in the OpenAI shape into ChatML, keeping the user's text apart from the markup."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-"""`render` for other programs, as a Jinja template."""
+"""The same as `render`, as a Jinja template for other programs."""
 
 
 class Mark(Enum):

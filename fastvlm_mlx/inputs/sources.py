@@ -130,7 +130,7 @@ def _read_file(path: str, allow: Allow) -> bytes:
         raise ImageError(f"{name}: is a folder, not an image; name the files in it") from err
     except (OSError, ValueError, RuntimeError) as err:
         reason = getattr(err, "strerror", None) or err
-        raise ImageError(f"{name!r}: cannot be opened ({reason}){_hint(path)}") from err
+        raise ImageError(f"{name}: cannot be opened ({reason}){_hint(path)}") from err
 
 
 def _hint(path: str) -> str:
@@ -180,7 +180,7 @@ def _decode_data_url(url: str) -> bytes:
 
     header, comma, payload = url.partition(",")
     if not comma:
-        raise ImageError(f"{printable(url[:40])!r}: a data: URL has the form data:image/png;base64,…")
+        raise ImageError(f"{printable(url[:40])}: a data: URL has the form data:image/png;base64,…")
     try:
         data = unquote_to_bytes(payload)
         return base64.b64decode(b"".join(data.split()), validate=True) if header.lower().endswith(";base64") else data
@@ -210,12 +210,12 @@ def _fetch(url: str, allow: Allow, timeout: float) -> Encoded:
             media_type = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
     except HTTPError as err:
         err.close()
-        raise ImageError(f"{name}: the server answered {err.code} {printable(err.reason, 200)}") from err
+        raise ImageError(f"{name}: the server answered {err.code} {printable(err.reason)}") from err
     except (HTTPException, OSError, ValueError) as err:
         reason = getattr(err, "reason", None) or err
         if isinstance(reason, TimeoutError):
             raise ImageError(f"{name}: not fetched within {timeout:g} s") from err
-        raise ImageError(f"{name}: cannot be fetched ({printable(reason, 200)})") from err
+        raise ImageError(f"{name}: cannot be fetched ({printable(reason)})") from err
     if expected != len(data):
         raise ImageError(f"{name}: the connection broke after {len(data)} of {expected} bytes; try again")
     return Encoded(data, name, printable(media_type))

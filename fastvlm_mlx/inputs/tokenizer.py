@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 IM_START, IM_END, END_OF_TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
 
-# Qwen2's rule for cutting text into words (transformers, Qwen2Converter).
+# Qwen2's rule for splitting text into words (transformers, Qwen2Converter).
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -26,7 +26,7 @@ _WORDS = (
 
 
 def build_tokenizer(folder: Path) -> tokenizers.Tokenizer:
-    """The tokenizer of a checkpoint: its `tokenizer.json`, or one made from `vocab.json` and `merges.txt`.
+    """Builds the tokenizer of a checkpoint from `tokenizer.json`, or from `vocab.json` and `merges.txt`.
 
     Apple's releases have no `tokenizer.json`. Their added tokens come from `added_tokens.json` and
     `tokenizer_config.json`; without either, Qwen2's three follow the vocabulary.
@@ -51,17 +51,17 @@ def build_tokenizer(folder: Path) -> tokenizers.Tokenizer:
         tokenizer = _from_vocabulary(folder)
         added = _added_tokens(folder) or dict(enumerate((END_OF_TEXT, IM_START, IM_END), tokenizer.get_vocab_size()))
     for index, content in sorted(added.items()):
-        # All special, whatever the files say, so that `encode_special_tokens` can keep each out of a user's text.
+        # All become special, whatever the files say: `encode_special_tokens` keeps special tokens out of a user's text.
         tokenizer.add_special_tokens([AddedToken(content, special=True, normalized=False)])
-        if (found := tokenizer.token_to_id(content)) != index:
-            raise CheckpointError(f"{folder}: the added token {content!r} should have id {index} but gets {found}")
+        if (actual := tokenizer.token_to_id(content)) != index:
+            raise CheckpointError(f"{folder}: the added token {content!r} should have id {index} but gets {actual}")
     return tokenizer
 
 
 class Tokenizer:
-    """The tokenizer of a checkpoint folder, built when it is first used or, in the background, from `start` on.
+    """The tokenizer of a checkpoint folder, built on first use, or in the background after `start`.
 
-    Building takes half a second, in which no other Python code runs: the best time for it is while MLX computes.
+    Building holds the GIL for half a second; start it while MLX computes.
 
     Args:
         folder: Holds `tokenizer.json`, or `vocab.json` and `merges.txt`.
@@ -78,7 +78,7 @@ class Tokenizer:
         self._building: Future[tokenizers.Tokenizer] | None = None
 
     def start(self) -> None:
-        """Begins to build the tokenizer in the background, unless that has been done."""
+        """Starts to build the tokenizer in the background, unless that has been done."""
         if self._building is None:
             executor = ThreadPoolExecutor(1, "tokenizer")
             self._building = executor.submit(self._build)
@@ -100,7 +100,7 @@ class Tokenizer:
         return {index: token.content.encode() for index, token in self._backend.get_added_tokens_decoder().items()}
 
     def encode(self, text: str) -> list[int]:
-        """The ids of plain text; markup such as `<|im_end|>` in it is not interpreted."""
+        """The ids of plain text; markup in it, such as `<|im_end|>`, stays text."""
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def token_id(self, content: str) -> int:
@@ -115,7 +115,7 @@ class Tokenizer:
         return index
 
     def token_bytes(self, token_id: int, *, skip_special_tokens: bool = True) -> bytes:
-        """The UTF-8 bytes that a token stands for, maybe a part of a character; none for an id without a token."""
+        """The UTF-8 bytes of a token, possibly part of a character; empty for an id without a token."""
         if token_id in self._added:
             return b"" if skip_special_tokens else self._added[token_id]
         token = self._backend.id_to_token(token_id) or ""
@@ -132,18 +132,18 @@ class Tokenizer:
 
 
 class StreamingDetokenizer:
-    """Text from one token at a time, in whole characters; its pieces add up to what `Tokenizer.decode` gives."""
+    """Turns one token at a time into whole characters; together, these are the text of `Tokenizer.decode`."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, token_id: int) -> str:
-        """The characters that are complete with this token; possibly none."""
+        """The characters that this token completes; possibly none."""
         return self._decoder.decode(self._tokenizer.token_bytes(token_id))
 
     def finish(self) -> str:
-        """U+FFFD if the last character is still incomplete, else nothing."""
+        """U+FFFD if the last character is incomplete, else nothing."""
         return self._decoder.decode(b"", final=True)
 
 
