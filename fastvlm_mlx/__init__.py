@@ -10,12 +10,18 @@ if TYPE_CHECKING:
     from fastvlm_mlx.checkpoint.load import load as load
     from fastvlm_mlx.engine.options import GenerationConfig as GenerationConfig
     from fastvlm_mlx.engine.prefix_cache import PrefixCache as PrefixCache
+    from fastvlm_mlx.errors import CheckpointError as CheckpointError
+    from fastvlm_mlx.errors import ConfigError as ConfigError
+    from fastvlm_mlx.errors import ConversionError as ConversionError
     from fastvlm_mlx.errors import FastVLMError as FastVLMError
+    from fastvlm_mlx.errors import ImageError as ImageError
+    from fastvlm_mlx.errors import PromptError as PromptError
     from fastvlm_mlx.generation.generate import generate as generate
     from fastvlm_mlx.generation.generate import stream_generate as stream_generate
     from fastvlm_mlx.generation.result import GenerationResult as GenerationResult
     from fastvlm_mlx.generation.result import Timings as Timings
     from fastvlm_mlx.inputs.processor import FastVLMProcessor as FastVLMProcessor
+    from fastvlm_mlx.inputs.sources import Allow as Allow
     from fastvlm_mlx.model.fastvlm import FastVLM as FastVLM
 
 __version__ = "0.1.0"
@@ -31,15 +37,27 @@ _HOME = {
     "FastVLM": "model.fastvlm",
     "FastVLMProcessor": "inputs.processor",
     "FastVLMError": "errors",
+    "ConfigError": "errors",
+    "CheckpointError": "errors",
+    "ConversionError": "errors",
+    "ImageError": "errors",
+    "PromptError": "errors",
+    "Allow": "inputs.sources",
 }
 
 __all__ = [
+    "Allow",
+    "CheckpointError",
+    "ConfigError",
+    "ConversionError",
     "FastVLM",
     "FastVLMError",
     "FastVLMProcessor",
     "GenerationConfig",
     "GenerationResult",
+    "ImageError",
     "PrefixCache",
+    "PromptError",
     "Timings",
     "__version__",
     "generate",
@@ -57,4 +75,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(set(globals()) | set(__all__))
+    return __all__

@@ -1,8 +1,9 @@
-"""MLX itself, with the machine's fast BLAS in front of it, and the dtype to compute in.
+"""Imports MLX after preloading a fast BLAS, and chooses the dtype to compute in.
 
 Every module gets MLX from here (`from fastvlm_mlx.backend import mx, nn`), because on Linux the order matters: MLX's
 CPU wheel is linked to the reference BLAS, about twenty times slower than OpenBLAS, and a library that is loaded
-globally *before* MLX takes its place. macOS uses Accelerate and Metal and needs none of this.
+globally *before* MLX takes its place. So the BLAS is loaded at import, the one thing that importing this package does
+to its process. macOS uses Accelerate and Metal and needs none of this.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ _OPENBLAS_NAMES = ("libopenblas.so.0", "libopenblas.so")
 
 @dataclass(frozen=True, kw_only=True)
 class BLAS:
-    """Which BLAS serves MLX's CPU backend.
+    """The BLAS behind MLX's CPU backend.
 
     Attributes:
         name: `Accelerate`, `OpenBLAS`, a library path given by the user, or `reference`.
@@ -33,51 +34,29 @@ class BLAS:
 
 
 def _preload_blas() -> tuple[BLAS, ctypes.CDLL | None]:
-    """The BLAS that MLX will resolve its symbols to; loads it when MLX is not loaded yet."""
+    """Loads the BLAS that MLX will resolve its symbols to, unless MLX is loaded already."""
     if platform.system() != "Linux":
         return BLAS(name="Accelerate" if platform.system() == "Darwin" else "bundled"), None
-    wanted = os.environ.get(BLAS_VARIABLE)
-    if wanted == "none":
+    requested = os.environ.get(BLAS_VARIABLE)
+    if requested == "none":
         return BLAS(name="reference", hint=f"unset {BLAS_VARIABLE} to let OpenBLAS be found"), None
     if "mlx.core" in sys.modules:
         return BLAS(name="reference", hint="import fastvlm_mlx before mlx, so that it can load OpenBLAS first"), None
-    for name in (wanted,) if wanted else _OPENBLAS_NAMES:
+    for name in (requested,) if requested else _OPENBLAS_NAMES:
         try:
             library = ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
         except OSError:
             continue
         threads = getattr(library, "openblas_get_num_threads", None)
-        return BLAS(name=wanted or "OpenBLAS", threads=threads() if threads else None), library
+        return BLAS(name=requested or "OpenBLAS", threads=threads() if threads else None), library
     hint = (
-        f"{BLAS_VARIABLE}={wanted} cannot be loaded"
-        if wanted
+        f"{BLAS_VARIABLE}={requested} cannot be loaded"
+        if requested
         else "apt install libopenblas0-pthread (or your system's OpenBLAS)"
     )
     return BLAS(name="reference", hint=hint), None
 
 
-def _keep_freed_memory() -> None:
-    """Lets glibc reuse what MLX's CPU backend frees, instead of giving it back and faulting it in again page by page.
-
-    The backend allocates every intermediate array anew; 400,000 page faults per image of 1024 px become none. All
-    threads share one heap, and large arrays lie in it too, so that what one has freed serves any other: the decoder's
-    weights take the place of the vision tower's. An allocator that the user has tuned is left alone.
-    """
-    tuned = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
-    if platform.system() != "Linux" or tuned:
-        return
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except AttributeError:  # not glibc
-        return
-    trim_threshold, top_pad, mmap_max, arena_max = -1, -2, -4, -8  # malloc.h
-    mallopt(trim_threshold, 2**31 - 1)
-    mallopt(top_pad, 64 << 20)
-    mallopt(mmap_max, 0)
-    mallopt(arena_max, 1)
-
-
-_keep_freed_memory()
 _BLAS, _BLAS_LIBRARY = _preload_blas()
 
 import mlx.core as mx  # noqa: E402  (the BLAS has to be there first)
@@ -93,7 +72,7 @@ def blas() -> BLAS:
 
 @contextlib.contextmanager
 def blas_threads(count: int) -> Iterator[None]:
-    """Lets each matrix product on the CPU use `count` threads meanwhile, where the BLAS can be told."""
+    """Lets each matrix product on the CPU use `count` threads within the context, where the BLAS can be told."""
     if _BLAS_LIBRARY is None or _BLAS.threads is None:
         yield
         return

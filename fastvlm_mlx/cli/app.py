@@ -1,6 +1,7 @@
-"""The Typer application: its commands, and what every one of them does with an error.
+"""The Typer application: its commands, and how each of them ends.
 
-Exit codes: 0 done, 1 an error (one line on stderr), 2 wrong usage, 130 interrupted.
+Exit codes: 0 done, 1 an error (one line on stderr), 2 wrong usage, 3 a check failed or some of many items did,
+130 interrupted.
 """
 
 import io
@@ -15,6 +16,7 @@ from typer.core import TyperGroup
 from fastvlm_mlx import __version__
 from fastvlm_mlx.cli import bench, convert, evaluate, generate, info, quantize, verify
 from fastvlm_mlx.errors import FastVLMError
+from fastvlm_mlx.machine import tune_allocator
 
 DEBUG_VARIABLE = "FASTVLM_DEBUG"
 
@@ -42,7 +44,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _report_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """An exception hook for what nobody foresaw: no traceback, but how to get one."""
+    """Reports an unexpected error in one line and names the variable that shows the traceback."""
     typer.echo(f"error: {kind.__name__}: {error} (unexpected; {DEBUG_VARIABLE}=1 shows where)", err=True)
 
 
@@ -89,4 +91,5 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # an answer may hold characters that the terminal's encoding lacks
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    tune_allocator()
     app()
