@@ -51,7 +51,8 @@ def stream_generate(
         prompt: A question, or a conversation as messages in the OpenAI shape.
         system: Replaces the default system text.
         resolution: Side in pixels that images are resized to: a multiple of 64, `auto`, or None for the model's own.
-        allow: What images may refer to; see `fastvlm_mlx.inputs.prompts.conversation` for the default.
+        allow: What images may refer to. By default `image` may refer to anything; a string in messages must be a
+            `data:` URL or a URL of a host on the public internet.
         config: How to choose tokens, and where to stop.
         prefix_cache: Keys and values of earlier prompts: continues from the longest common beginning, and adds this
             prompt.
@@ -59,7 +60,7 @@ def stream_generate(
         options: Fields of `GenerationConfig` that differ from `config`, such as `max_tokens=64`.
 
     Raises:
-        ImageError: If an image cannot be read.
+        ImageError: If an image is not allowed or cannot be read.
         PromptError: If the prompt is empty, malformed or does not fit the context.
         ConfigError: If an option or the resolution cannot be used, or the vision tower was freed.
     """

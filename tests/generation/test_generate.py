@@ -9,8 +9,9 @@ from fastvlm_mlx.backend import device, mx
 from fastvlm_mlx.checkpoint.load import load
 from fastvlm_mlx.engine.options import GenerationConfig
 from fastvlm_mlx.engine.prefix_cache import PrefixCache
-from fastvlm_mlx.errors import ConfigError, PromptError
+from fastvlm_mlx.errors import ConfigError, ImageError, PromptError
 from fastvlm_mlx.generation.generate import generate, stream_generate
+from fastvlm_mlx.inputs.sources import Allow
 from tests.checkpoints import APPLE
 
 IMAGE = APPLE / "images" / "landscape.png"
@@ -23,6 +24,17 @@ def test_pieces_add_up_to_the_answer(loaded):
     assert [token for piece in pieces for token in piece.token_ids] == list(whole.token_ids)
     assert [piece.finish_reason for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
     assert [piece.generated_tokens for piece in pieces] == sorted(piece.generated_tokens for piece in pieces)
+
+
+def test_messages_may_name_files_only_where_the_caller_allows_it(loaded):
+    part = {"type": "image_url", "image_url": {"url": str(IMAGE)}}
+    prompt = [{"role": "user", "content": [part, {"type": "text", "text": "Describe the image."}]}]
+    with pytest.raises(ImageError, match=r"landscape\.png: files may not be read here; allow=Allow\(files=True\)"):
+        generate(*loaded, prompt=prompt, max_tokens=5)
+    with pytest.raises(ImageError, match="files may not be read here"):
+        generate(*loaded, image=IMAGE, allow=Allow.DATA_ONLY, max_tokens=5)
+    answer = generate(*loaded, prompt=prompt, allow=Allow.ALL, max_tokens=5)
+    assert answer.token_ids == generate(*loaded, image=IMAGE, max_tokens=5).token_ids
 
 
 def test_a_result_says_how_long_each_stage_took(loaded):
