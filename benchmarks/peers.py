@@ -40,9 +40,9 @@ from PIL import Image
 from fastvlm_mlx.backend import device
 from fastvlm_mlx.bench.conditions import conditions
 from fastvlm_mlx.bench.images import Pictures
-from fastvlm_mlx.bench.random_model import SIZES
 from fastvlm_mlx.bench.statistics import Statistics
 from fastvlm_mlx.bench.tables import table as stage_table
+from fastvlm_mlx.checkpoint.released import SIZES
 from fastvlm_mlx.formatting import as_markdown
 
 HERE = Path(__file__).resolve().parent

@@ -1,18 +1,18 @@
 """From any checkpoint to what was asked for in the end: converted, quantized, in this project's format or mlx-vlm's."""
 
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from fastvlm_mlx.checkpoint.load import is_converted
-from fastvlm_mlx.config import ModelConfig, bundled_checkpoint
+from fastvlm_mlx.checkpoint.folder import is_converted
+from fastvlm_mlx.checkpoint.released import parse_name
+from fastvlm_mlx.config import ModelConfig
 from fastvlm_mlx.convert.compare.agreement import picture_files
 from fastvlm_mlx.convert.conversion import Progress, convert_checkpoint, plan
 from fastvlm_mlx.convert.export.mlx_vlm import check_exportable, export_mlx_vlm
 from fastvlm_mlx.convert.quantize.checkpoint import quantize_checkpoint
 from fastvlm_mlx.convert.quantize.report import Gate, LossReport
 from fastvlm_mlx.convert.quantize.scheme import Quantization
+from fastvlm_mlx.convert.scratch import scratch_folder
 from fastvlm_mlx.convert.write.destination import vacant
 from fastvlm_mlx.errors import ConversionError
 
@@ -59,8 +59,8 @@ def produce(
         Gate.parse(gate)
     if gates and wanted is None:
         raise ConversionError("a gate is a condition on what quantization costs, and nothing is to be quantized")
-    folder = bundled_checkpoint(source) or Path(source).expanduser()
-    ready = ModelConfig.from_path(folder) if folder.is_dir() and is_converted(folder) else None
+    folder = parse_name(source).path
+    ready = ModelConfig.from_path(folder) if folder and is_converted(folder) else None
     dtype = dtype or (ready.dtype if ready else "float16")
     options = {"dtype": dtype, "revision": revision, "vision_from": vision_from, "dequantize": dequantize}
     planned = plan(source, **options)
@@ -75,7 +75,8 @@ def produce(
         if mlx_vlm:
             check_exportable(layers)
 
-    with _scratch_beside(target) as scratch:
+    above = next(parent for parent in target.absolute().parents if parent.is_dir())
+    with scratch_folder(above, f"{target.name}.steps") as scratch:
         if ready is None or dtype != ready.dtype or dequantize or (wanted is None and not mlx_vlm):
             last = wanted is None and not mlx_vlm
             folder = target if last else scratch / "converted"
@@ -90,11 +91,3 @@ def produce(
         if mlx_vlm:
             export_mlx_vlm(folder, target, progress=progress)
     return report
-
-
-@contextmanager
-def _scratch_beside(target: Path) -> Iterator[Path]:
-    """A folder on the same disk as `target` that is removed at the end."""
-    above = next(parent for parent in target.absolute().parents if parent.is_dir())
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=above) as scratch:
-        yield Path(scratch)

@@ -18,7 +18,6 @@ from typing import Any
 import matplotlib.pyplot as plt
 from scenes import scene_of
 
-from fastvlm_mlx.checkpoint.load import load, resolve
 from fastvlm_mlx.convert.pipeline import produce
 from fastvlm_mlx.convert.quantize.report import folder_bytes
 from fastvlm_mlx.convert.quantize.scheme import Quantization
@@ -26,6 +25,7 @@ from fastvlm_mlx.jobs.evaluate import evaluate
 from fastvlm_mlx.jobs.journal import Predictions
 from fastvlm_mlx.jobs.questions import read_questions
 from fastvlm_mlx.jobs.scores import EvaluationReport
+from fastvlm_mlx.resolve import load, resolve
 
 HERE = Path(__file__).parent
 BASELINE = "fp16"

@@ -7,7 +7,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastvlm_mlx.checkpoint.load import load as load
     from fastvlm_mlx.engine.options import GenerationConfig as GenerationConfig
     from fastvlm_mlx.engine.prefix_cache import PrefixCache as PrefixCache
     from fastvlm_mlx.errors import CheckpointError as CheckpointError
@@ -23,11 +22,12 @@ if TYPE_CHECKING:
     from fastvlm_mlx.inputs.processor import FastVLMProcessor as FastVLMProcessor
     from fastvlm_mlx.inputs.sources import Allow as Allow
     from fastvlm_mlx.model.fastvlm import FastVLM as FastVLM
+    from fastvlm_mlx.resolve import load as load
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "load": "checkpoint.load",
+    "load": "resolve",
     "generate": "generation.generate",
     "stream_generate": "generation.generate",
     "GenerationConfig": "engine.options",

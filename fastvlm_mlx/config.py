@@ -10,19 +10,10 @@ from typing import Any, TypeVar
 from fastvlm_mlx.errors import CheckpointError, ConfigError
 
 FORMAT_VERSION = 1
-ALIASES = {"0.5b": "apple/FastVLM-0.5B", "1.5b": "apple/FastVLM-1.5B", "7b": "apple/FastVLM-7B"}
-"""Short names of Apple's released checkpoints."""
-DEMO = "demo"
-"""The name of the small checkpoint inside the package, whatever else is called so."""
 IMAGE_TOKEN = -200
 """The id that stands for an image in `input_ids`; LLaVA's, outside every vocabulary."""
 
 _T = TypeVar("_T")
-
-
-def bundled_checkpoint(name: str | Path) -> Path | None:
-    """The folder inside the package that `name` stands for, in its source's layout; None for every other name."""
-    return Path(__file__).parent / "demo_model" if isinstance(name, str) and name.lower() == DEMO else None
 
 
 def _known(cls: type[_T], values: Mapping[str, Any]) -> _T:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from fastvlm_mlx.checkpoint.load import load
 from fastvlm_mlx.convert import convert_checkpoint
 from fastvlm_mlx.inputs.processor import FastVLMProcessor
 from fastvlm_mlx.model.fastvlm import FastVLM
+from fastvlm_mlx.resolve import load
 from tests.checkpoints import SOURCES
 
 Converted = Callable[..., Path]

@@ -8,13 +8,14 @@ import pytest
 from safetensors import safe_open
 
 from fastvlm_mlx import generate, load
-from fastvlm_mlx.checkpoint.load import resolve
-from fastvlm_mlx.config import DEMO, ModelConfig, bundled_checkpoint
+from fastvlm_mlx.checkpoint.released import DEMO, bundled_checkpoint
+from fastvlm_mlx.config import ModelConfig
 from fastvlm_mlx.convert.source.source import open_source
 from fastvlm_mlx.inputs.processor import FastVLMProcessor
 from fastvlm_mlx.jobs.evaluate import evaluate
 from fastvlm_mlx.jobs.questions import Question, read_questions
 from fastvlm_mlx.model.fastvlm import FastVLM
+from fastvlm_mlx.resolve import resolve
 
 FOLDER = Path(__file__).parent.parent / "fastvlm_mlx" / "demo_model"
 Demo = tuple[FastVLM, FastVLMProcessor]

@@ -1,4 +1,4 @@
-"""House rules that the imports prove: one direction, one way to MLX, no training frameworks, only the CLI prints."""
+"""The layout is the architecture: what may import what, and what only some may do at all."""
 
 import ast
 from collections.abc import Iterator
@@ -11,18 +11,24 @@ ROOT = Path(__file__).parent.parent
 RUNTIME = ROOT / "fastvlm_mlx"
 CONVERT = ROOT / "convert"
 
-# Each module imports only from those before it. A new module has to be given its place here.
-ORDER = (
-    *("errors", "formatting", "backend", "machine", "streams", "config"),
-    *("engine", "model", "inputs", "checkpoint", "generation", "jobs"),
-    *("bench", "cli"),
+# A row may import the rows above it; those of one row may not import each other, unless they are in order in a tuple.
+LAYERS: tuple[tuple[str | tuple[str, ...], ...], ...] = (
+    (("errors", "formatting"),),
+    (("backend", "machine", "streams", "config"),),
+    ("inputs", "model"),
+    ("checkpoint",),
+    ("convert", "engine"),
+    ("resolve", "generation"),
+    ("jobs",),
+    ("bench",),
+    (("cli", "__main__"),),
 )
-# Inside functions only: `from_pretrained` resolves names, and `checkpoint` converts what is not converted yet.
-UPWARD_WHEN_CALLED = {
-    ("model", "checkpoint"),
-    ("inputs", "checkpoint"),
-    ("checkpoint", "convert"),
-    ("cli", "convert"),
+# The only imports upwards, inside functions: what users of this ecosystem type first. Each is a method of one line.
+UPWARD = {
+    ("model", "resolve"): "FastVLM.from_pretrained",
+    ("model", "checkpoint"): "FastVLM.from_pretrained",
+    ("inputs", "resolve"): "FastVLMProcessor.from_pretrained",
+    ("model", "engine"): "FastVLM.generate",
 }
 FRAMEWORKS = {"torch", "torchvision", "transformers", "timm", "mlx_vlm", "jax", "tensorflow"}
 
@@ -31,43 +37,71 @@ FRAMEWORKS = {"torch", "torchvision", "transformers", "timm", "mlx_vlm", "jax", 
 class Import:
     target: str
     lazy: bool
+    typing: bool
     line: int
+    scope: str
 
 
 def imports(path: Path) -> Iterator[Import]:
-    """Every import of a file; `from package import name` counts as `package.name` where that is a module of ours."""
+    """Every import of a file, those in functions and those for type checkers too."""
 
-    def walk(node: ast.AST, lazy: bool) -> Iterator[Import]:
+    def walk(node: ast.AST, scope: tuple[str, ...], lazy: bool, typing: bool) -> Iterator[Import]:
         for child in ast.iter_child_nodes(node):
-            inside = lazy or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            where = ".".join(scope)
             if isinstance(child, ast.Import):
-                yield from (Import(alias.name, lazy, child.lineno) for alias in child.names)
+                yield from (Import(alias.name, lazy, typing, child.lineno, where) for alias in child.names)
             elif isinstance(child, ast.ImportFrom):
+                assert not child.level, f"{path}:{child.lineno}: a relative import"
                 module = child.module or ""
-                if child.level:
-                    module = ".".join(filter(None, ["fastvlm_mlx.convert", module]))
-                if module in ("fastvlm_mlx", "fastvlm_mlx.cli", "mlx"):
-                    yield from (Import(f"{module}.{alias.name}", lazy, child.lineno) for alias in child.names)
-                else:
-                    yield Import(module, lazy, child.lineno)
-            yield from walk(child, inside)
+                for alias in child.names:
+                    # `from package import name` counts as `package.name` if that is a module of ours
+                    full = f"{module}.{alias.name}"
+                    yield Import(full if is_module(full) else module, lazy, typing, child.lineno, where)
+            inside = (*scope, child.name) if isinstance(child, ast.FunctionDef | ast.ClassDef) else scope
+            function = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            checking = isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"
+            yield from walk(child, inside, lazy or function, typing or checking)
 
-    yield from walk(ast.parse(path.read_text(encoding="utf-8")), False)
-
-
-def layer(path: Path) -> str:
-    """The layer that a file belongs to: its own name, or its package's."""
-    if path.is_relative_to(CONVERT):
-        return "convert"
-    return path.relative_to(RUNTIME).parts[0].removesuffix(".py")
+    yield from walk(ast.parse(path.read_text(encoding="utf-8")), (), False, False)
 
 
-def layer_of(target: str) -> str | None:
-    """The layer of an imported module of ours; None for others and for the public names of the package itself."""
-    parts = target.split(".")
-    if parts[0] != "fastvlm_mlx" or len(parts) == 1:
-        return None
-    return parts[1] if parts[1] in (*ORDER, "convert") else None
+def is_module(dotted: str) -> bool:
+    parts = dotted.split(".")
+    if parts[:2] == ["fastvlm_mlx", "convert"]:
+        place = CONVERT.joinpath(*parts[2:])
+    elif parts[0] == "fastvlm_mlx":
+        place = RUNTIME.joinpath(*parts[1:])
+    else:
+        return False
+    return place.with_suffix(".py").is_file() or (place / "__init__.py").is_file()
+
+
+def dotted(path: Path) -> str:
+    """The name of a module: `fastvlm_mlx.convert.plan` for convert/plan.py."""
+    inside = path.relative_to(CONVERT) if path.is_relative_to(CONVERT) else path.relative_to(RUNTIME)
+    parts = inside.with_suffix("").parts
+    return ".".join(["fastvlm_mlx", *(["convert"] if path.is_relative_to(CONVERT) else []), *parts])
+
+
+def layer_of(module: str) -> str | None:
+    """The layer of a module of ours; None for others and for the public names of the package itself."""
+    parts = module.split(".")
+    return parts[1] if parts[0] == "fastvlm_mlx" and len(parts) > 1 else None
+
+
+def row(layers: tuple[tuple[str | tuple[str, ...], ...], ...], name: str) -> tuple[int, int, int]:
+    """The row of a layer, its place in the row, and its place among those that are in order."""
+    for number, siblings in enumerate(layers):
+        for place, sibling in enumerate(siblings):
+            members = sibling if isinstance(sibling, tuple) else (sibling,)
+            if name in members:
+                return number, place, members.index(name)
+    raise AssertionError(f"{name} has no place yet; give it one in the table of {__file__}")
+
+
+def may_import(layers: tuple[tuple[str | tuple[str, ...], ...], ...], here: str, there: str) -> bool:
+    first, second = row(layers, here), row(layers, there)
+    return here == there or second[0] < first[0] or (second[:2] == first[:2] and second[2] < first[2])
 
 
 FILES = sorted(p for folder in (RUNTIME, CONVERT) for p in folder.rglob("*.py") if p != RUNTIME / "__init__.py")
@@ -77,8 +111,8 @@ def name(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-def test_every_module_has_its_place() -> None:
-    assert {layer(path) for path in FILES} - {"convert"} <= set(ORDER)
+def layer(path: Path) -> str:
+    return layer_of(dotted(path)) or ""
 
 
 @pytest.mark.parametrize("path", FILES, ids=name)
@@ -86,14 +120,57 @@ def test_imports_point_one_way(path: Path) -> None:
     here = layer(path)
     for found in imports(path):
         there = layer_of(found.target)
-        if there is None or there == here or (here, there) == ("engine", "model"):  # the KV cache, until it has a file
+        if there is None or may_import(LAYERS, here, there):
             continue
         where = f"{name(path)}:{found.line} imports {found.target}"
-        if here == "convert":
-            assert there != "cli", where
-        elif there == "convert" or ORDER.index(there) > ORDER.index(here):
-            assert (here, there) in UPWARD_WHEN_CALLED, where
-            assert found.lazy or _type_checking_only(path, found.target), f"{where}: must be inside a function"
+        assert (here, there) in UPWARD, where
+        assert found.typing or (found.lazy and found.scope == UPWARD[here, there]), where
+
+
+def test_no_import_is_part_of_a_circle() -> None:
+    """Of those that run when a module is loaded, and of those inside functions but for the methods named above."""
+    arrows = {
+        dotted(path): {
+            found.target
+            for found in imports(path)
+            if is_module(found.target) and not found.typing and found.scope not in UPWARD.values()
+        }
+        for path in FILES
+    }
+    done: set[str] = set()
+
+    def visit(module: str, above: tuple[str, ...]) -> None:
+        assert module not in above, " -> ".join([*above[above.index(module) :], module])
+        if module not in done:
+            for target in arrows.get(module, ()):
+                visit(target, (*above, module))
+            done.add(module)
+
+    for module in arrows:
+        visit(module, ())
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if layer(p) == "inputs"], ids=name)
+def test_inputs_never_import_mlx(path: Path) -> None:
+    assert not [f.line for f in imports(path) if f.target.split(".")[0] == "mlx" or layer_of(f.target) == "backend"]
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if layer(p) == "model"], ids=name)
+def test_the_model_never_opens_a_file(path: Path) -> None:
+    assert not {f.target.split(".")[0] for f in imports(path)} & {"pathlib", "io", "os", "PIL", "tokenizers", "json"}
+    assert not calls(path) & {"open", "mx.load", "mx.save", "mx.save_safetensors", "mx.save_gguf"}
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if layer(p) == "engine"], ids=name)
+def test_the_engine_knows_neither_text_nor_files(path: Path) -> None:
+    assert not {f.target.split(".")[0] for f in imports(path)} & {"pathlib", "io", "os", "PIL", "tokenizers", "json"}
+    ours = {layer_of(f.target) for f in imports(path)} - {None}
+    assert ours <= {"engine", "model", "config", "backend", "streams", "errors"}
+
+
+def calls(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
 
 
 @pytest.mark.parametrize("path", FILES, ids=name)
@@ -109,30 +186,18 @@ def test_nothing_imports_a_training_framework(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=name)
-def test_mlx_lm_is_imported_only_where_it_is_used(path: Path) -> None:
-    """Importing any part of mlx_lm takes about a second."""
-    assert all(f.lazy for f in imports(path) if f.target.split(".")[0] == "mlx_lm")
+def test_only_resolve_and_the_command_line_import_the_converter(path: Path) -> None:
+    if layer(path) not in ("convert", "resolve", "cli"):
+        assert not [f.line for f in imports(path) if layer_of(f.target) == "convert"]
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if layer(p) == "cli"], ids=name)
 def test_the_command_line_imports_the_runtime_inside_commands(path: Path) -> None:
-    instant = {"cli", "errors", "formatting", None}
-    eager = [f.target for f in imports(path) if not f.lazy and layer_of(f.target) not in instant]
-    checked = [target for target in eager if not _type_checking_only(path, target)]
-    assert not checked
-
-
-def _type_checking_only(path: Path, target: str) -> bool:
-    """Whether a module is imported under `if TYPE_CHECKING:` alone."""
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            return any(isinstance(child, ast.ImportFrom) and child.module == target for child in node.body)
-    return False
+    instant = {"cli", "errors", "formatting", "machine", None}  # none of these imports MLX or NumPy
+    assert not [f.target for f in imports(path) if not (f.lazy or f.typing or layer_of(f.target) in instant)]
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if layer(p) != "cli"], ids=name)
 def test_only_the_command_line_prints_or_exits(path: Path) -> None:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
-    assert not calls & {"print", "exit", "quit", "sys.exit", "os._exit", "sys.stdout.write", "sys.stderr.write"}
+    assert not calls(path) & {"print", "exit", "quit", "sys.exit", "os._exit", "sys.stdout.write", "sys.stderr.write"}
     assert not {f.target.split(".")[0] for f in imports(path)} & {"typer", "rich", "click"}

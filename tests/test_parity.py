@@ -7,8 +7,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from fastvlm_mlx.backend import mx
-from fastvlm_mlx.checkpoint.load import load
 from fastvlm_mlx.generation.generate import generate
+from fastvlm_mlx.resolve import load
 from tests.checkpoints import GOLDEN, SOURCES
 
 IMAGES = ("landscape", "large", "portrait", "square", "tiny")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import fastvlm_mlx
 from tests.checkpoints import APPLE
 
 RUN = """
@@ -71,3 +72,10 @@ def test_public_names_resolve_and_unknown_ones_do_not() -> None:
     assert set(fastvlm_mlx.__all__) <= set(dir(fastvlm_mlx))
     with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
         fastvlm_mlx.nonsense  # noqa: B018
+
+
+def test_the_module_runs_the_command_line() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "fastvlm_mlx", "--version"], capture_output=True, text=True, check=False
+    )
+    assert (result.returncode, result.stdout) == (0, f"fastvlm-mlx {fastvlm_mlx.__version__}\n")

@@ -1,6 +1,5 @@
 """Compares two checkpoints stage by stage, each stage on what the reference gives it, and names what drifts first."""
 
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -10,7 +9,9 @@ from typing import Any
 import numpy as np
 
 from fastvlm_mlx.backend import mx
-from fastvlm_mlx.checkpoint.load import is_converted, load_model, read_weights
+from fastvlm_mlx.checkpoint.folder import is_converted, read_weights
+from fastvlm_mlx.checkpoint.load import load_model
+from fastvlm_mlx.checkpoint.released import parse_name
 from fastvlm_mlx.config import IMAGE_TOKEN, LayerQuantization, ModelConfig
 from fastvlm_mlx.convert.compare.agreement import Agreement, Notify, Probes, Reference
 from fastvlm_mlx.convert.compare.layerwise import (
@@ -27,6 +28,7 @@ from fastvlm_mlx.convert.conversion import convert_checkpoint
 from fastvlm_mlx.convert.fold.float16 import Scaling, factors
 from fastvlm_mlx.convert.quantize.report import Squares
 from fastvlm_mlx.convert.quantize.scheme import PARTS, part_of
+from fastvlm_mlx.convert.scratch import scratch_folder
 from fastvlm_mlx.errors import ConversionError
 from fastvlm_mlx.inputs.processor import FastVLMProcessor
 from fastvlm_mlx.model.fastvlm import FastVLM
@@ -144,14 +146,14 @@ def verify(converted: Path, against: str | Path, *, allowed: float | None = None
 
 @contextmanager
 def _reference(against: str | Path, notify: Notify) -> Iterator[Path]:
-    path = Path(against).expanduser()
-    if path.is_dir() and is_converted(path):
+    path = parse_name(against).path
+    if path and is_converted(path):
         yield path
         return
-    with tempfile.TemporaryDirectory(prefix="fastvlm-") as scratch:
+    with scratch_folder() as scratch:
         notify(f"converting {against}")
-        convert_checkpoint(against, Path(scratch) / "reference", dtype="float32")
-        yield Path(scratch) / "reference"
+        convert_checkpoint(against, scratch / "reference", dtype="float32")
+        yield scratch / "reference"
 
 
 def weight_squares(converted: Path, reference: Path, notify: Notify) -> dict[str, Squares]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from fastvlm_mlx.checkpoint.safetensors import Tensor
 from fastvlm_mlx.config import IMAGE_TOKEN, ModelConfig
 from fastvlm_mlx.convert.conversion import Meter, Progress
 from fastvlm_mlx.convert.fold.float16 import Scaling, factors
@@ -18,7 +19,7 @@ from fastvlm_mlx.convert.fold.operations import BATCH_NORM_EPS, Array, even_odd
 from fastvlm_mlx.convert.quantize.checkpoint import copy_small_files, write_json
 from fastvlm_mlx.convert.quantize.report import REPORT_FILE
 from fastvlm_mlx.convert.source import layouts
-from fastvlm_mlx.convert.source.source import Tensor, open_source
+from fastvlm_mlx.convert.source.source import open_source
 from fastvlm_mlx.convert.source.weights import float32
 from fastvlm_mlx.convert.write import shards as writer
 from fastvlm_mlx.convert.write.destination import partial_folder, vacant

@@ -12,13 +12,14 @@ import numpy.typing as npt
 
 from fastvlm_mlx.backend import device, mx
 from fastvlm_mlx.checkpoint.load import load_model
+from fastvlm_mlx.checkpoint.safetensors import Tensor
 from fastvlm_mlx.config import ModelConfig
 from fastvlm_mlx.convert.compare.agreement import Agreement, Probes, Reference, picture_files
 from fastvlm_mlx.convert.conversion import LICENCES, Meter, Progress
 from fastvlm_mlx.convert.quantize.gptq import Packed
 from fastvlm_mlx.convert.quantize.report import REPORT_FILE, Gate, LossReport, Squares, folder_bytes, part_losses
 from fastvlm_mlx.convert.quantize.scheme import AUTO, Assignment, Quantization, Settings
-from fastvlm_mlx.convert.source.source import Source, Tensor, open_source
+from fastvlm_mlx.convert.source.source import Source, open_source
 from fastvlm_mlx.convert.source.weights import float32
 from fastvlm_mlx.convert.write import shards as writer
 from fastvlm_mlx.convert.write.card import card

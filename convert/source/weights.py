@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fastvlm_mlx.checkpoint.safetensors import Tensor
 from fastvlm_mlx.convert.fold.operations import Array
-from fastvlm_mlx.convert.source.source import Tensor
 from fastvlm_mlx.errors import CheckpointError
 
 Shape = tuple[int, ...]

@@ -1,4 +1,4 @@
-"""A destination that appears when it is complete, and of which nothing is left otherwise."""
+"""Writes a folder as a whole: it is there when it is complete, and after an error nothing of it is left."""
 
 import errno
 import os
@@ -7,66 +7,80 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from fastvlm_mlx.convert.scratch import is_being_written, remove_leftovers, scratch_folder
 from fastvlm_mlx.errors import ConversionError
 from fastvlm_mlx.formatting import readable_bytes
+
+_OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 
 
 def vacant(destination: str | Path) -> Path:
     """The path of a folder to write.
 
     Raises:
-        ConversionError: If there is something already.
+        ConversionError: If something is there already, or another process is writing it.
     """
-    target = Path(destination).expanduser()
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+    target = Path(os.path.expanduser(destination))
+    if target.is_dir():
+        remove_leftovers(target)
+    if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
         raise ConversionError(f"{target}: exists already; remove it or choose another destination")
+    if target.parent.is_dir() and is_being_written(target.parent, target.name):
+        raise ConversionError(f"{target}: another process is writing it; wait for it or choose another destination")
     return target
 
 
 @contextmanager
 def partial_folder(target: Path, needed: int) -> Iterator[Path]:
-    """A folder beside `target` that takes its name when the block ends well and is removed otherwise.
+    """A folder whose files become those of `target` when the block ends well; it is removed otherwise.
+
+    It is made beside `target` and renamed. An empty folder that exists already may be a mount point, a link or the
+    current folder, which cannot be replaced: there it is made inside, and its files are moved up, config.json last.
 
     Raises:
-        ConversionError: If there is no room, or the file system refuses.
+        ConversionError: If there is no room, the file system refuses, or another process wrote `target` at the same
+            time.
     """
     made = [parent for parent in (target.parent, *target.parent.parents) if not parent.exists()]
-    folder = target.parent / f".{target.name}.partial-{os.getpid()}"
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(target)
-        if (free := shutil.disk_usage(target.parent).free) < needed:
+        parent = target if target.is_dir() else target.parent
+        parent.mkdir(parents=True, exist_ok=True)
+        if (free := shutil.disk_usage(parent).free) < needed:
             raise ConversionError(
                 f"{target}: the result takes {readable_bytes(needed)}, but only {readable_bytes(free)} are free there"
             )
-        folder.mkdir()
-        yield folder
-        os.rename(folder, target)
+        with scratch_folder(parent, target.name) as scratch:
+            folder = scratch / "complete"
+            folder.mkdir()
+            yield folder
+            if parent == target:
+                _move_up(folder, target, scratch)
+            else:
+                os.rename(folder, target)
     except BaseException as err:
-        shutil.rmtree(folder, ignore_errors=True)
-        for parent in made:
+        for above in made:
             with suppress(OSError):
-                parent.rmdir()
+                above.rmdir()
         if isinstance(err, OSError):
-            full = err.errno in (errno.ENOSPC, errno.EDQUOT)
-            what = "the disk is full" if full else f"cannot be written: {err.strerror or err}"
-            raise ConversionError(f"{target}: {what}; nothing was left there") from err
+            if err.errno in _OCCUPIED and os.path.lexists(target):
+                reason = "exists already: it was written by another process at the same time; nothing was changed there"
+            elif err.errno in (errno.ENOSPC, errno.EDQUOT):
+                reason = "the disk is full; nothing was left there"
+            else:
+                reason = f"cannot be written: {err.strerror or err}; nothing was left there"
+            raise ConversionError(f"{target}: {reason}") from err
         raise
 
 
-def _remove_leftovers(target: Path) -> None:
-    """Removes what conversions to `target` left behind when they were killed."""
-    for folder in target.parent.iterdir():
-        name, _, process = folder.name.rpartition("-")
-        if name == f".{target.name}.partial" and process.isdigit() and not _runs(int(process)):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _runs(process: int) -> bool:
+def _move_up(folder: Path, target: Path, scratch: Path) -> None:
+    """Moves the files of `folder` into `target`, which holds `scratch` and nothing else."""
+    if any(path != scratch for path in target.iterdir()):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+    moved: list[Path] = []
     try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return process != os.getpid()
+        for file in sorted(folder.iterdir(), key=lambda file: file.name == "config.json"):
+            moved.append(file.rename(target / file.name))
+    except BaseException:
+        for file in moved:
+            file.unlink(missing_ok=True)
+        raise

@@ -10,8 +10,8 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from fastvlm_mlx.checkpoint.safetensors import ITEM_BYTES
 from fastvlm_mlx.convert.fold.operations import Array
-from fastvlm_mlx.convert.source.source import ITEM_BYTES
 from fastvlm_mlx.convert.source.weights import Shape
 from fastvlm_mlx.errors import ConversionError
 

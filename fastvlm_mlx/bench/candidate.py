@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastvlm_mlx.backend import mx, nn
-from fastvlm_mlx.bench.random_model import full_size, random_model
-from fastvlm_mlx.checkpoint.load import Progress, load_model, resolve, weight_files
+from fastvlm_mlx.bench.random_model import random_model
+from fastvlm_mlx.checkpoint.folder import weight_files
+from fastvlm_mlx.checkpoint.load import load_model
+from fastvlm_mlx.checkpoint.released import full_size
 from fastvlm_mlx.inputs.processor import FastVLMProcessor
 from fastvlm_mlx.model.fastvlm import FastVLM
+from fastvlm_mlx.resolve import Progress, resolve
 
 PARTS = ("vision_tower", "mm_projector", "language_model")
 

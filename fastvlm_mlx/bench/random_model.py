@@ -8,7 +8,7 @@ import numpy as np
 from mlx.utils import tree_map_with_path
 
 from fastvlm_mlx.backend import compute_dtype, mx
-from fastvlm_mlx.config import ActivationScales, ModelConfig, TextConfig, VisionConfig
+from fastvlm_mlx.config import ModelConfig
 from fastvlm_mlx.inputs.processor import FastVLMProcessor
 from fastvlm_mlx.inputs.tokenizer import END_OF_TEXT, IM_END, IM_START, Tokenizer
 from fastvlm_mlx.model.device import prepare
@@ -18,46 +18,7 @@ from fastvlm_mlx.streams import turn
 _POOL = 1_048_573
 """Random numbers that all weights are cut from; a prime, so that no two rows of a matrix are equal."""
 
-_DECODERS = {
-    "0.5b": TextConfig(
-        hidden_size=896,
-        intermediate_size=4864,
-        num_hidden_layers=24,
-        num_attention_heads=14,
-        num_key_value_heads=2,
-        vocab_size=151936,
-    ),
-    "1.5b": TextConfig(
-        hidden_size=1536,
-        intermediate_size=8960,
-        num_hidden_layers=28,
-        num_attention_heads=12,
-        num_key_value_heads=2,
-        vocab_size=151936,
-    ),
-    "7b": TextConfig(
-        hidden_size=3584,
-        intermediate_size=18944,
-        num_hidden_layers=28,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-        vocab_size=152064,
-        tie_word_embeddings=False,
-    ),
-}
-SIZES = tuple(_DECODERS)
 _SPECIAL = {END_OF_TEXT: 151643, IM_START: 151644, IM_END: 151645}
-
-
-def full_size(size: str, dtype: str = "float16") -> ModelConfig:
-    """The architecture of the released model of `size`: `0.5b`, `1.5b` or `7b`."""
-    depths = VisionConfig.depths
-    return ModelConfig(
-        vision_config=VisionConfig(scales=ActivationScales.ones(depths)),
-        text_config=_DECODERS[size],
-        dtype=dtype,
-        eos_token_id=(_SPECIAL[IM_END], _SPECIAL[END_OF_TEXT]),
-    )
 
 
 class WordTokenizer(Tokenizer):

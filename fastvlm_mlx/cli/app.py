@@ -1,13 +1,14 @@
 """The Typer application: its commands, and how each of them ends.
 
 Exit codes: 0 done, 1 an error (one line on stderr), 2 wrong usage, 3 a check failed or some of many items did,
-130 interrupted.
+130 interrupted, 128 and the signal's number if ended by SIGTERM or SIGHUP.
 """
 
 import io
 import os
+import signal
 import sys
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Annotated, Any
 
 import typer
@@ -86,10 +87,18 @@ app.command()(info.info)
 app.add_typer(bench.app, name="bench")
 
 
+def _exit(number: int, _: FrameType | None) -> None:
+    """Ends like an interrupt does, so that nothing half-written stays behind."""
+    raise SystemExit(128 + number)
+
+
 def main() -> None:
     """Runs the command line; the entry point of `fastvlm` and `fastvlm-mlx`."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # an answer may hold characters that the terminal's encoding lacks
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup has SIGHUP ignored
+            signal.signal(number, _exit)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     tune_allocator()
     app()

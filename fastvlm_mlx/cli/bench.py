@@ -140,9 +140,10 @@ def _load(name: str, dtype: str | None) -> "Candidate":
 
 def _print_costs(sizes: list[str], models: list[str], resolutions: list[int], markdown: bool) -> None:
     from fastvlm_mlx.bench.costs import chips, cost_table, costs, roofline_table
-    from fastvlm_mlx.bench.random_model import full_size
-    from fastvlm_mlx.checkpoint.load import read_weights, resolve
+    from fastvlm_mlx.checkpoint.folder import read_weights
+    from fastvlm_mlx.checkpoint.released import full_size
     from fastvlm_mlx.config import ModelConfig
+    from fastvlm_mlx.resolve import resolve
 
     show = partial(as_markdown if markdown else as_text, left=2)
     peaks, sources = chips()

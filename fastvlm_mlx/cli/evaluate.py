@@ -79,9 +79,9 @@ def _score(
     dtype: DType | None,
 ) -> "EvaluationReport":
     from fastvlm_mlx import load
-    from fastvlm_mlx.checkpoint.load import cache_folder
     from fastvlm_mlx.jobs.evaluate import evaluate
     from fastvlm_mlx.jobs.journal import Predictions
+    from fastvlm_mlx.resolve import cache_folder
 
     with ByteProgress() as progress:
         network, processor = load(name, dtype=dtype.value if dtype else None, notify=note, progress=progress)

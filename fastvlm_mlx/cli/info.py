@@ -46,8 +46,9 @@ def info(
 def _machine() -> dict[str, Any]:
     from fastvlm_mlx import __version__
     from fastvlm_mlx.backend import blas
-    from fastvlm_mlx.checkpoint.load import cache_folder, is_converted
+    from fastvlm_mlx.checkpoint.folder import is_converted
     from fastvlm_mlx.machine import describe
+    from fastvlm_mlx.resolve import cache_folder
 
     cache = cache_folder()
     return {
@@ -78,8 +79,9 @@ def _machine_lines(record: dict[str, Any]) -> Iterator[str]:
 
 
 def _checkpoint(name: str, revision: str | None) -> dict[str, Any]:
-    from fastvlm_mlx.checkpoint.load import read_weights, resolve
+    from fastvlm_mlx.checkpoint.folder import read_weights
     from fastvlm_mlx.config import ModelConfig
+    from fastvlm_mlx.resolve import resolve
 
     with ByteProgress() as progress:
         folder = resolve(name, revision=revision, notify=note, progress=progress)

@@ -150,10 +150,10 @@ def quantize(
     The report compares weights, visual tokens and next-token distributions with the source's. It is printed, written
     beside the weights and put on the model card.
     """
-    from fastvlm_mlx.checkpoint.load import resolve
     from fastvlm_mlx.convert.compare.agreement import picture_files
     from fastvlm_mlx.convert.pipeline import produce
     from fastvlm_mlx.convert.write.destination import vacant
+    from fastvlm_mlx.resolve import resolve
 
     vacant(destination)
     pictures = picture_files(calibration or ())

@@ -40,7 +40,7 @@ class FastVLMProcessor:
     @classmethod
     def from_pretrained(cls, name: str | Path, *, revision: str | None = None) -> FastVLMProcessor:
         """The processor of a Hub id, alias, source folder or converted folder; see `fastvlm_mlx.load`."""
-        from fastvlm_mlx.checkpoint.load import resolve
+        from fastvlm_mlx.resolve import resolve
 
         return cls.from_folder(resolve(str(name), revision=revision))
 

@@ -92,7 +92,8 @@ class FastVLM(nn.Module):
     @classmethod
     def from_pretrained(cls, name: str, *, dtype: str | None = None, revision: str | None = None) -> "FastVLM":
         """The model of a Hub id, alias, source folder or converted folder; see `fastvlm_mlx.load`."""
-        from fastvlm_mlx.checkpoint.load import load_model, resolve
+        from fastvlm_mlx.checkpoint.load import load_model
+        from fastvlm_mlx.resolve import resolve
 
         return load_model(resolve(name, revision=revision), dtype=dtype)
 

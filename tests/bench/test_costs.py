@@ -4,7 +4,7 @@ from typer.testing import CliRunner
 from fastvlm_mlx.backend import mx, nn
 from fastvlm_mlx.bench.costs import Chip, Cost, chips, costs
 from fastvlm_mlx.bench.graph import Kernel, count_launches, kernels
-from fastvlm_mlx.bench.random_model import full_size
+from fastvlm_mlx.checkpoint.released import full_size
 from fastvlm_mlx.cli import app
 
 

@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from fastvlm_mlx.bench.random_model import SIZES, WordTokenizer, full_size
+from fastvlm_mlx.bench.random_model import WordTokenizer
+from fastvlm_mlx.checkpoint.released import SIZES, full_size
 from tests.checkpoints import TESTS
 
 

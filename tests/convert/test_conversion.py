@@ -2,10 +2,7 @@
 
 import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -16,13 +13,15 @@ from mlx.utils import tree_flatten
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from fastvlm_mlx.checkpoint.load import load, load_model, read_weights
+from fastvlm_mlx.checkpoint.folder import read_weights
+from fastvlm_mlx.checkpoint.load import load_model
 from fastvlm_mlx.config import LayerQuantization, ModelConfig, QuantizationConfig
 from fastvlm_mlx.convert import convert_checkpoint, plan
 from fastvlm_mlx.convert.write import shards as writer
 from fastvlm_mlx.errors import ConversionError
 from fastvlm_mlx.inputs.processor import FastVLMProcessor
 from fastvlm_mlx.model.fastvlm import FastVLM
+from fastvlm_mlx.resolve import load
 from tests.checkpoints import GOLDEN, SOURCES, Tensors, changed, tensors
 
 EXPECTED = {
@@ -278,21 +277,6 @@ def test_an_empty_destination_and_new_parents_are_used(tmp_path: Path) -> None:
     for destination in (tmp_path / "empty", tmp_path / "new" / "folders" / "out"):
         convert_checkpoint(SOURCES["apple"], destination, dtype="float32")
         assert (destination / "config.json").is_file()
-
-
-def test_what_killed_conversions_left_is_removed_but_not_what_others_are_writing(tmp_path: Path) -> None:
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    names = {
-        "dead": f".out.partial-{ended.pid}",
-        "alive": f".out.partial-{os.getppid()}",
-        "other": ".out.partial-notes",
-    }
-    for name in names.values():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "model.safetensors").write_bytes(b"half")
-    convert_checkpoint(SOURCES["apple"], tmp_path / "out", dtype="float32")
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([names["alive"], names["other"], "out"])
 
 
 def test_a_weight_too_large_for_float16_is_named(tmp_path: Path) -> None:

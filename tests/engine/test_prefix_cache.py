@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from fastvlm_mlx.backend import mx
-from fastvlm_mlx.checkpoint.load import load
 from fastvlm_mlx.engine.prefix_cache import PrefixCache, prefix_key
 from fastvlm_mlx.errors import ConfigError
 from fastvlm_mlx.generation.generate import generate
+from fastvlm_mlx.resolve import load
 from tests.checkpoints import APPLE
 
 IMAGE = APPLE / "images" / "landscape.png"

@@ -6,12 +6,12 @@ import pytest
 from mlx.utils import tree_flatten
 
 from fastvlm_mlx.backend import device, mx
-from fastvlm_mlx.checkpoint.load import load
 from fastvlm_mlx.engine.options import GenerationConfig
 from fastvlm_mlx.engine.prefix_cache import PrefixCache
 from fastvlm_mlx.errors import ConfigError, ImageError, PromptError
 from fastvlm_mlx.generation.generate import generate, stream_generate
 from fastvlm_mlx.inputs.sources import Allow
+from fastvlm_mlx.resolve import load
 from tests.checkpoints import APPLE
 
 IMAGE = APPLE / "images" / "landscape.png"

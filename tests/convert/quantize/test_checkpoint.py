@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from fastvlm_mlx import convert
 from fastvlm_mlx.backend import mx
-from fastvlm_mlx.checkpoint.load import load, load_model
+from fastvlm_mlx.checkpoint.load import load_model
 from fastvlm_mlx.cli import app
 from fastvlm_mlx.config import ModelConfig
 from fastvlm_mlx.convert import convert_checkpoint
@@ -22,6 +22,7 @@ from fastvlm_mlx.convert.quantize.report import LossReport
 from fastvlm_mlx.convert.quantize.scheme import PARTS, Quantization
 from fastvlm_mlx.convert.write import upload as hub
 from fastvlm_mlx.errors import ConversionError
+from fastvlm_mlx.resolve import load
 from tests.checkpoints import GOLDEN, SOURCES, changed, tensors
 
 INT4 = Quantization(bits=4, group_size=32)

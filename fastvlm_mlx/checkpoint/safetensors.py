@@ -1,0 +1,223 @@
+"""Reads safetensors files: headers checked by the reference library, tensors read lazily.
+
+The library validates every header. What it cannot do is done here: reading single rows, bfloat16 without a framework,
+and files that lie inside an archive. A tensor's bytes are read from the file when they are needed; a memory map of
+15 GB would count as memory used.
+"""
+
+import json
+import math
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+
+from fastvlm_mlx.errors import CheckpointError
+
+ITEM_BYTES = {
+    **{"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "BOOL": 1},
+    **{f"{kind}{bits}": bits // 8 for kind in "IU" for bits in (8, 16, 32, 64)},
+}
+"""Bytes per element of the safetensors dtypes that a checkpoint may hold."""
+
+_NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "BOOL": "?"} | {
+    f"{kind}{bits}": f"<{kind.lower()}{bits // 8}" for kind in "IU" for bits in (8, 16, 32, 64)
+}
+_LFS_POINTER = b"version "
+_HEADER_LIMIT = 100_000_000  # the library's
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorFile:
+    """A safetensors file, or a stored member of an archive: `size` bytes of `path` from `start`.
+
+    Attributes:
+        label: What messages call it.
+    """
+
+    path: Path
+    start: int
+    size: int
+    label: str
+
+    @classmethod
+    def whole(cls, path: Path) -> "TensorFile":
+        """The file at `path`, all of it."""
+        return cls(path=path, start=0, size=path.stat().st_size, label=str(path))
+
+    def read(self, start: int, count: int) -> bytearray:
+        """`count` bytes from `start`.
+
+        Raises:
+            CheckpointError: If the file ends before or cannot be read.
+        """
+        buffer = bytearray(count)
+        view = memoryview(buffer)
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(self.start + start)
+                while view and (read := file.readinto(view)):
+                    view = view[read:]
+        except OSError as err:
+            raise CheckpointError(f"{self.label}: cannot be read: {err.strerror or err}") from err
+        if view:
+            raise CheckpointError(f"{self.label}: ends {len(view)} bytes too early; it is truncated: fetch it again")
+        return buffer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tensor:
+    """A tensor in a file: its header entry, and a way to its bytes."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: TensorFile
+    start: int
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """The number of bytes."""
+        return self.size * ITEM_BYTES[self.dtype]
+
+    def read(self, first: int = 0, count: int | None = None) -> npt.NDArray[Any]:
+        """The rows `first` to `first + count` (all by default) as they are stored; BF16 as the uint16 of its bits."""
+        if not self.shape:
+            return np.frombuffer(self.file.read(self.start, self.nbytes), _NUMPY[self.dtype]).reshape(())
+        rows = self.shape[0] - first if count is None else count
+        row_bytes = self.nbytes // max(self.shape[0], 1)
+        data = self.file.read(self.start + first * row_bytes, rows * row_bytes)
+        return np.frombuffer(data, _NUMPY[self.dtype]).reshape(rows, *self.shape[1:])
+
+
+def check(file: TensorFile) -> None:
+    """Checks that a file is complete and its header valid, without reading a tensor.
+
+    Raises:
+        CheckpointError: If the safetensors library refuses the file.
+    """
+    try:
+        with _openable(file) as path, safe_open(path, framework="np"):
+            pass
+    except SafetensorError as err:
+        raise CheckpointError(f"{file.label}: {_damage(file) or f'its safetensors header is damaged: {err}'}") from err
+    except OSError as err:
+        raise CheckpointError(f"{file.label}: cannot be read: {err.strerror or err}") from err
+
+
+def read_header(file: TensorFile) -> list[Tensor]:
+    """The tensors of a safetensors file, from its header.
+
+    Raises:
+        CheckpointError: If the file is truncated, the header is not valid or a dtype is not supported.
+    """
+    check(file)
+    start, entries = _entries(file)
+    for name, entry in entries.items():
+        if entry["dtype"] not in ITEM_BYTES:
+            raise CheckpointError(f"{file.label}: tensor {name} has the unsupported dtype {entry['dtype']}")
+    return [
+        Tensor(
+            name=name,
+            dtype=entry["dtype"],
+            shape=tuple(entry["shape"]),
+            file=file,
+            start=start + entry["data_offsets"][0],
+        )
+        for name, entry in entries.items()
+    ]
+
+
+@contextmanager
+def _openable(file: TensorFile) -> Iterator[Path]:
+    """A path at which the library can open the file.
+
+    For a member of an archive it is that of a copy of its header, extended to the member's size without taking up
+    space.
+    """
+    if file.start == 0 and file.size == file.path.stat().st_size:
+        yield file.path
+        return
+    with tempfile.NamedTemporaryFile(prefix="fastvlm-header-") as copy:
+        header = 8 + int.from_bytes(file.read(0, min(8, file.size)), "little")
+        copy.write(file.read(0, min(header, file.size, 8 + _HEADER_LIMIT)))
+        copy.truncate(file.size)
+        copy.flush()
+        yield Path(copy.name)
+
+
+def _entries(file: TensorFile) -> tuple[int, dict[str, Any]]:
+    """The byte at which the data starts, and the entry of every tensor.
+
+    Raises:
+        CheckpointError: If a name appears twice, which the library allows.
+    """
+    length = int.from_bytes(file.read(0, 8), "little")
+    try:
+        entries = json.loads(bytes(file.read(8, length)), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as err:
+        raise CheckpointError(f"{file.label}: its safetensors header is damaged: {err}") from err
+    entries.pop("__metadata__", None)
+    return 8 + length, entries
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError("a key appears twice")
+    return values
+
+
+def _damage(file: TensorFile) -> str | None:
+    """What is wrong with a file that the library refuses, more exactly than the library says it; None if unknown."""
+    if file.size < 8:
+        return f"{file.size} bytes is too short for a safetensors file; fetch it again"
+    prefix = bytes(file.read(0, 8))
+    length = int.from_bytes(prefix, "little")
+    if prefix == _LFS_POINTER:
+        return "is a Git LFS pointer, not the weights; run `git lfs pull` where it came from"
+    if length > min(file.size - 8, _HEADER_LIMIT):
+        return f"is truncated or not a safetensors file (its header claims {length} bytes)"
+    try:
+        entries = json.loads(bytes(file.read(8, length)))
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(entries, dict):
+        return "its safetensors header is not a JSON object"
+    entries.pop("__metadata__", None)
+    spans = []
+    for name, entry in entries.items():
+        try:
+            dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+            size = math.prod(shape) * ITEM_BYTES.get(dtype, 1)
+            valid = all(isinstance(number, int) and 0 <= number < 2**63 for number in (*shape, begin, end, size))
+        except (TypeError, KeyError, ValueError, OverflowError):
+            valid = False
+        if not valid:
+            return f"the header entry of tensor {name} is damaged"
+        if dtype not in ITEM_BYTES:
+            return f"tensor {name} has the unsupported dtype {dtype}"
+        if end - begin != size:
+            return f"tensor {name} is {end - begin} bytes long, but {dtype} {list(shape)} takes {size}"
+        spans.append((begin, end, name))
+    reached = 0
+    for begin, end, name in sorted(spans):
+        if begin != reached:
+            return f"tensor {name} overlaps another one" if begin < reached else f"there is a gap before tensor {name}"
+        reached = end
+    if (expected := 8 + length + reached) > file.size:
+        return f"is truncated: its tensors end at byte {expected}, the file at {file.size}; fetch or convert it again"
+    if expected < file.size:
+        return f"its tensors end at byte {expected}, the file only at {file.size}; fetch or convert it again"
+    return None

@@ -1,0 +1,274 @@
+"""A name becomes a converted folder, once, however many ask for it, and again when its branch has moved."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+
+from fastvlm_mlx.convert import scratch
+from fastvlm_mlx.errors import CheckpointError, ConversionError
+from fastvlm_mlx.resolve import cache_folder, load, resolve
+from tests.checkpoints import SOURCES
+
+APPLE = SOURCES["apple"]
+CHILD = """
+import sys
+from fastvlm_mlx import load
+from fastvlm_mlx.resolve import resolve
+print(resolve(sys.argv[1], notify=lambda line: print(line, file=sys.stderr)))
+load(sys.argv[1])
+"""
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("FASTVLM_CACHE", str(tmp_path / "cache"))
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path / "cache"
+
+
+def visible(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if not path.name.startswith(".")]
+
+
+def no_scratch(folder: Path) -> bool:
+    return not [path for path in folder.iterdir() if ".partial-" in path.name]
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_that_need_the_same_model_at_once_all_get_it(count: int, cache: Path) -> None:
+    command = [sys.executable, "-c", CHILD, str(APPLE)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    children = [subprocess.Popen(command, **pipes) for _ in range(count)]  # type: ignore[call-overload]
+    answers = [(child.communicate(timeout=60), child.returncode) for child in children]
+    assert [code for _, code in answers] == [0] * count, answers
+    (folder,) = {output.strip() for (output, _), _ in answers}
+    assert visible(cache) == [Path(folder).name]
+    assert no_scratch(cache)
+
+
+@pytest.mark.parametrize("locks", [True, False], ids=["locks", "no locks"])
+def test_threads_that_need_the_same_model_at_once_all_get_it(
+    locks: bool, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file system without locks lets each convert; the first to finish wins, and the others use its folder."""
+    if not locks:
+        monkeypatch.setattr(scratch, "lock", lambda _: nullcontext())
+    with ThreadPoolExecutor(4) as pool:
+        loads = [pool.submit(lambda: load(APPLE, lazy=True)[0].config) for _ in range(4)]
+    assert len({repr(done.result()) for done in loads}) == 1
+    assert len(visible(cache)) == 1
+    assert no_scratch(cache)
+
+
+def test_who_waits_says_for_what(cache: Path) -> None:
+    said: list[str] = []
+    cache.mkdir()
+    key = resolve(APPLE).name
+    shutil.rmtree(cache / key)
+    with ThreadPoolExecutor() as pool:
+        with scratch.lock(cache / f".{key}.lock"):
+            waiting = pool.submit(resolve, APPLE, notify=said.append)
+            while not said:
+                time.sleep(0.01)
+            assert not waiting.done()
+        assert waiting.result() == cache / key
+    assert said == [f"waiting for another process that is converting {APPLE}"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "name"),
+    [
+        (lambda folder: os.truncate(folder / "model.safetensors", 10**6), "truncated"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "without weights"),
+        (lambda folder: (folder / "config.json").write_text('{"fastvlm_format": 0}'), "of another version"),
+        (lambda folder: (folder / "config.json").unlink(), "without a config"),
+    ],
+)
+def test_a_damaged_folder_in_the_cache_is_made_again(damage: Callable[[Path], Any], name: str) -> None:
+    said: list[str] = []
+    folder = resolve(APPLE)
+    weights = (folder / "model.safetensors").read_bytes()
+    damage(folder)
+    assert resolve(APPLE, notify=said.append) == folder
+    assert said == [f"{folder}: damaged or from another version; converting {APPLE} again"], name
+    assert (folder / "model.safetensors").read_bytes() == weights
+    assert no_scratch(folder.parent)
+    assert resolve(APPLE, notify=said.append) == folder
+    assert len(said) == 1
+
+
+def test_a_failed_conversion_is_tried_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 10**5))
+        with pytest.raises(ConversionError, match="are free there"):
+            resolve(APPLE)
+    assert visible(cache) == []
+    assert resolve(APPLE).is_dir()
+
+
+def test_a_cache_that_cannot_be_made_names_the_variable(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.write_text("a file")
+    with pytest.raises(ConversionError, match=r"cannot be made: .*; set FASTVLM_CACHE to a folder for models"):
+        resolve(APPLE)
+    monkeypatch.delenv("FASTVLM_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert cache_folder() == Path("/home/someone/.cache/fastvlm-mlx")
+
+    def homeless(_: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    with pytest.raises(CheckpointError, match="there is no home folder; set FASTVLM_CACHE"):
+        cache_folder()
+
+
+class Hub:
+    """A Hub with one repository, whose branch `main` points to `commit`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.commit = "a" * 40
+        self.asked = 0
+        self.downloads: list[str | None] = []
+        self.answer: Callable[[], str] = lambda: self.commit
+
+    def snapshot_download(self, repository: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        assert repository == "someone/tiny"
+        self.downloads.append(revision)
+        snapshot = self.folder / self.commit
+        if not snapshot.exists():
+            shutil.copytree(APPLE, snapshot)
+        return str(snapshot)
+
+    def model_info(self, _: object, repository: str, *, revision: str, **options: Any) -> Any:
+        assert (repository, options["timeout"] <= 3) == ("someone/tiny", True)
+        self.asked += 1
+        return type("Info", (), {"sha": self.answer()})
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    pretended = Hub(tmp_path / "hub")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", pretended.snapshot_download)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", pretended.model_info.__get__(pretended))
+    monkeypatch.setattr(
+        huggingface_hub.HfApi, "model_info", lambda api, name, **options: pretended.model_info(api, name, **options)
+    )
+    return pretended
+
+
+def days_pass(folder: Path, days: float) -> None:
+    """Makes a conversion, and the last question about it, older."""
+    for file in (folder / "config.json", folder.with_name(f".{folder.name}.asked")):
+        if file.exists():
+            moment = file.stat().st_mtime - days * 86400
+            os.utime(file, (moment, moment))
+
+
+def commit(folder: Path) -> str:
+    return str(json.loads((folder / "config.json").read_text())["source"]["revision"])
+
+
+def test_a_branch_that_has_moved_is_converted_again(hub: Hub, cache: Path) -> None:
+    said: list[str] = []
+    folder = resolve("someone/tiny", notify=said.append)
+    assert said == [f"converting someone/tiny once, into {folder}"]
+    assert commit(folder) == "a" * 40
+    hub.commit = "b" * 40
+    days_pass(folder, 1.1)
+    assert resolve("someone/tiny", notify=said.append) == folder
+    assert said[1:] == [f"someone/tiny: main has moved to {'b' * 12} on the Hub; converting it again"]
+    assert commit(folder) == "b" * 40
+    assert visible(cache) == [folder.name]
+    assert no_scratch(cache)
+    assert resolve("someone/tiny", notify=said.append) == folder
+    assert (hub.asked, len(said)) == (1, 2)
+
+
+def test_the_hub_is_asked_once_a_day(hub: Hub) -> None:
+    folder = resolve("someone/tiny")
+    for days, asked in ((0.9, 0), (0.2, 1), (0.9, 1), (0.2, 2)):
+        days_pass(folder, days)
+        resolve("someone/tiny")
+        assert hub.asked == asked
+    assert hub.downloads == [None]
+
+
+def test_a_commit_is_never_asked_about(hub: Hub) -> None:
+    folder = resolve("someone/tiny", revision="a" * 40)
+    days_pass(folder, 99)
+    assert resolve("someone/tiny", revision="a" * 40) == folder
+    assert hub.asked == 0
+
+
+def reset() -> str:
+    raise ConnectionError("reset")
+
+
+def no_answer() -> str:
+    raise ValueError("<html>log in to this hotel's network</html>")
+
+
+@pytest.mark.parametrize("answer", [reset, no_answer])
+def test_without_an_answer_the_conversion_is_used_and_the_hub_left_alone_for_an_hour(
+    answer: Callable[[], str], hub: Hub
+) -> None:
+    said: list[str] = []
+    folder = resolve("someone/tiny")
+    hub.commit, hub.answer = "b" * 40, answer
+    days_pass(folder, 2)
+    for asked in (1, 1):
+        assert commit(resolve("someone/tiny", notify=said.append)) == "a" * 40
+        assert hub.asked == asked
+    days_pass(folder, 1.1 / 24)
+    resolve("someone/tiny", notify=said.append)
+    assert hub.asked == 2
+    assert not said
+
+
+def test_a_hub_that_does_not_answer_in_time_is_not_waited_for(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastvlm_mlx.resolve._HUB_TIMEOUT", 0.1)
+    folder = resolve("someone/tiny")
+    hub.answer = lambda: time.sleep(5) or "b" * 40  # type: ignore[func-returns-value]
+    days_pass(folder, 2)
+    start = time.perf_counter()
+    assert commit(resolve("someone/tiny")) == "a" * 40
+    assert time.perf_counter() - start < 2
+
+
+@pytest.mark.parametrize("variable", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
+def test_offline_nobody_is_asked(variable: str, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = resolve("someone/tiny")
+    hub.commit = "b" * 40
+    days_pass(folder, 99)
+    monkeypatch.setenv(variable, "1")
+    assert commit(resolve("someone/tiny")) == "a" * 40
+    assert hub.asked == 0
+    monkeypatch.setenv(variable, "0")
+    assert commit(resolve("someone/tiny")) == "b" * 40
+
+
+def test_a_branch_that_cannot_be_converted_again_is_used_as_it_is(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> str:
+        raise ConnectionError("reset")
+
+    said: list[str] = []
+    folder = resolve("someone/tiny")
+    hub.commit = "b" * 40
+    days_pass(folder, 2)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", broken)
+    assert commit(resolve("someone/tiny", notify=said.append)) == "a" * 40
+    assert said[1:] == [f"someone/tiny: cannot be downloaded: reset; using the conversion of {'a' * 12}"]
