@@ -1,4 +1,4 @@
-"""A process of `peers.py` that runs mlx-vlm; see there for what it reads and writes."""
+"""Runs mlx-vlm in a process of `peers.py`, which defines what it reads and writes."""
 
 import json
 import resource
@@ -16,16 +16,16 @@ from mlx_vlm.prompt_utils import apply_chat_template  # noqa: E402
 
 
 def answer(
-    model: Any, processor: Any, picture: str, request: dict[str, Any]
+    model: Any, processor: Any, image: str, request: dict[str, Any]
 ) -> tuple[float, float, list[int], list[Any]]:
-    """Seconds from the file to the first token, tokens per second after it, token ids, and log-probabilities."""
+    """Returns seconds from the file to the first token, tokens per second after it, token ids and log-probabilities."""
     prompt = apply_chat_template(processor, model.config, request["prompt"], num_images=1)
     start = time.perf_counter()
     times: list[float] = []
     tokens: list[int] = []
     log_probabilities: list[Any] = []
     for piece in stream_generate(
-        model, processor, prompt, image=[picture], max_tokens=request["max_tokens"], temperature=0.0
+        model, processor, prompt, image=[image], max_tokens=request["max_tokens"], temperature=0.0
     ):
         if not times:
             print("first", flush=True)
@@ -36,18 +36,18 @@ def answer(
     return times[0], (len(times) - 1) / (times[-1] - times[0]), tokens, log_probabilities
 
 
-def agreement(model: Any, processor: Any, picture: str, request: dict[str, Any]) -> dict[str, Any]:
-    """Greedy tokens with the log-probabilities of the first and each one's lead over the second choice."""
+def agreement(model: Any, processor: Any, image: str, request: dict[str, Any]) -> dict[str, Any]:
+    """Returns greedy tokens and the lead of each over the second choice; saves the first one's log-probabilities."""
     import numpy as np
 
-    _, _, tokens, log_probabilities = answer(model, processor, picture, request)
+    _, _, tokens, log_probabilities = answer(model, processor, image, request)
     rows = [np.array(row, dtype=np.float32).reshape(-1) for row in log_probabilities]
     np.save(request["logits"], rows[0])
     return {"tokens": tokens, "margins": [float(np.diff(np.sort(row)[-2:])[0]) for row in rows]}
 
 
 def main() -> None:
-    """Answers about each picture of the request and writes what it took as JSON."""
+    """Answers about each image of the request and writes the measurements as JSON."""
     request = json.loads(sys.argv[1])
     model, processor = load(request["model"])
     side = request["resolution"]
@@ -55,10 +55,10 @@ def main() -> None:
     processor.image_processor.crop_size = {"height": side, "width": side}
     result: dict[str, Any] = {}
     if request.get("logits"):
-        result = agreement(model, processor, request["pictures"][0], request)
+        result = agreement(model, processor, request["images"][0], request)
     else:
-        for number, picture in enumerate(request["pictures"]):
-            result["warm_ttft"], result["decode_rate"], result["tokens"], _ = answer(model, processor, picture, request)
+        for number, image in enumerate(request["images"]):
+            result["warm_ttft"], result["decode_rate"], result["tokens"], _ = answer(model, processor, image, request)
             if number == 0:
                 result["peak_bytes"] = (
                     mx.get_peak_memory()

@@ -1,4 +1,4 @@
-"""A process of `peers.py` that runs fastvlm-mlx; see there for what it reads and writes."""
+"""Runs fastvlm-mlx in a process of `peers.py`, which defines what it reads and writes."""
 
 import json
 import sys
@@ -11,9 +11,9 @@ from fastvlm_mlx import load, stream_generate
 from fastvlm_mlx.backend import mx, nn
 
 
-def answer(model: Any, processor: Any, picture: str, request: dict[str, Any]) -> tuple[float, float, list[int]]:
-    """Seconds from the file's bytes to the first token, tokens per second after it, token ids."""
-    data = Path(picture).read_bytes()
+def answer(model: Any, processor: Any, image: str, request: dict[str, Any]) -> tuple[float, float, list[int]]:
+    """Returns the seconds from the file's bytes to the first token, the tokens per second after it, and token ids."""
+    data = Path(image).read_bytes()
     start = time.perf_counter()
     first, pieces = 0.0, []
     for piece in stream_generate(
@@ -31,11 +31,11 @@ def answer(model: Any, processor: Any, picture: str, request: dict[str, Any]) ->
     return first, pieces[-1].tokens_per_second, [token for piece in pieces for token in piece.token_ids]
 
 
-def agreement(model: Any, processor: Any, picture: str, request: dict[str, Any]) -> dict[str, Any]:
-    """Greedy tokens with the log-probabilities of the first and each one's lead over the second choice."""
+def agreement(model: Any, processor: Any, image: str, request: dict[str, Any]) -> dict[str, Any]:
+    """Returns greedy tokens and the lead of each over the second choice; saves the first one's log-probabilities."""
     import numpy as np
 
-    inputs = processor(picture, request["prompt"], resolution=request["resolution"])
+    inputs = processor(image, request["prompt"], resolution=request["resolution"])
     logits, cache = model.prefill(inputs["input_ids"], inputs["pixel_values"])
     tokens, margins = [], []
     for step in range(request["max_tokens"]):
@@ -50,16 +50,16 @@ def agreement(model: Any, processor: Any, picture: str, request: dict[str, Any])
 
 
 def main() -> None:
-    """Answers about each picture of the request and writes what it took as JSON."""
+    """Answers about each image of the request and writes the measurements as JSON."""
     request = json.loads(sys.argv[1])
     model, processor = load(request["model"], dtype=request["dtype"])
     result: dict[str, Any]
     if request.get("logits"):
-        result = agreement(model, processor, request["pictures"][0], request)
+        result = agreement(model, processor, request["images"][0], request)
     else:
         result = {}
-        for picture in request["pictures"]:
-            result["warm_ttft"], result["decode_rate"], result["tokens"] = answer(model, processor, picture, request)
+        for image in request["images"]:
+            result["warm_ttft"], result["decode_rate"], result["tokens"] = answer(model, processor, image, request)
             result.setdefault("peak_bytes", mx.get_peak_memory())
     result["versions"] = {name: version(name) for name in ("fastvlm-mlx", "mlx", "numpy", "pillow")}
     print(json.dumps(result))

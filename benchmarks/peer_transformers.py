@@ -1,4 +1,4 @@
-"""A process of `peers.py` that runs transformers' FastVlm in PyTorch; see there for what it reads and writes."""
+"""Runs transformers' FastVlm in PyTorch in a process of `peers.py`, which defines what it reads and writes."""
 
 import json
 import os
@@ -14,8 +14,8 @@ warnings.filterwarnings("ignore")
 import torch  # noqa: E402
 
 if not torch.cuda.is_available():
-    # torchvision from PyPI is built for CUDA: beside the CPU build of torch its operators are missing, and it will not
-    # load unless somebody has at least declared them.
+    # torchvision from PyPI is built for CUDA. Beside the CPU build of torch its operators are missing, and it does not
+    # load unless they are declared.
     _operators = torch.library.Library("torchvision", "DEF")
     _operators.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _operators.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
@@ -35,29 +35,29 @@ DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is
 
 
 class Clock(BaseStreamer):  # type: ignore[misc]
-    """The time of every token; what is put first is the prompt."""
+    """Records the time of every token; the first call is about the prompt."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
 
     def put(self, value: Any) -> None:
-        """A token has been chosen."""
+        """Records the time of a token."""
         self.times.append(time.perf_counter())
         if len(self.times) == 2:
             print("first", flush=True)
 
     def end(self) -> None:
-        """Nothing is left to do."""
+        """Does nothing."""
 
 
-def answer(model: Any, processors: Any, picture: str, request: dict[str, Any]) -> tuple[float, float, Any]:
-    """Seconds from the file to the first token, tokens per second after it, and what `generate` returns."""
+def answer(model: Any, processors: Any, image: str, request: dict[str, Any]) -> tuple[float, float, Any]:
+    """Returns the seconds from the file to the first token, the tokens per second after it, and `generate`'s result."""
     tokenizer, image_processor = processors
     start = time.perf_counter()
-    with Image.open(picture) as image:
-        pixel_values = image_processor(image.convert("RGB"), return_tensors="pt")["pixel_values"]
-    images = "<image>" * (request["resolution"] // 64) ** 2
-    inputs = tokenizer(TEMPLATE.format(images=images, prompt=request["prompt"]), return_tensors="pt")
+    with Image.open(image) as opened:
+        pixel_values = image_processor(opened.convert("RGB"), return_tensors="pt")["pixel_values"]
+    visual_tokens = "<image>" * (request["resolution"] // 64) ** 2
+    inputs = tokenizer(TEMPLATE.format(images=visual_tokens, prompt=request["prompt"]), return_tensors="pt")
     clock = Clock()
     with torch.inference_mode():
         result = model.generate(
@@ -74,11 +74,11 @@ def answer(model: Any, processors: Any, picture: str, request: dict[str, Any]) -
     return times[0] - start, (len(times) - 1) / (times[-1] - times[0]), result
 
 
-def agreement(model: Any, processors: Any, picture: str, request: dict[str, Any]) -> dict[str, Any]:
-    """Greedy tokens with the log-probabilities of the first and each one's lead over the second choice."""
+def agreement(model: Any, processors: Any, image: str, request: dict[str, Any]) -> dict[str, Any]:
+    """Returns greedy tokens and the lead of each over the second choice; saves the first one's log-probabilities."""
     import numpy as np
 
-    _, _, result = answer(model, processors, picture, request)
+    _, _, result = answer(model, processors, image, request)
     rows = [torch.log_softmax(row[0].float(), dim=-1).cpu().numpy() for row in result.logits]
     np.save(request["logits"], rows[0])
     return {
@@ -88,7 +88,7 @@ def agreement(model: Any, processors: Any, picture: str, request: dict[str, Any]
 
 
 def peak_bytes() -> int:
-    """The most memory that was allocated on the device so far; on MPS what its allocator has kept."""
+    """Returns the most memory that was allocated on the device so far; on MPS, the memory that its allocator holds."""
     if DEVICE == "cuda":
         return int(torch.cuda.max_memory_allocated())
     if DEVICE == "mps":
@@ -97,7 +97,7 @@ def peak_bytes() -> int:
 
 
 def main() -> None:
-    """Answers about each picture of the request and writes what it took as JSON."""
+    """Answers about each image of the request and writes the measurements as JSON."""
     request = json.loads(sys.argv[1])
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     dtype = getattr(torch, request["dtype"])
@@ -113,10 +113,10 @@ def main() -> None:
     processors = AutoTokenizer.from_pretrained(request["model"]), image_processor
     result: dict[str, Any] = {}
     if request.get("logits"):
-        result = agreement(model, processors, request["pictures"][0], request)
+        result = agreement(model, processors, request["images"][0], request)
     else:
-        for number, picture in enumerate(request["pictures"]):
-            result["warm_ttft"], result["decode_rate"], generated = answer(model, processors, picture, request)
+        for number, image in enumerate(request["images"]):
+            result["warm_ttft"], result["decode_rate"], generated = answer(model, processors, image, request)
             result["tokens"] = [int(row[0].argmax()) for row in generated.logits]
             if number == 0:
                 result["peak_bytes"] = peak_bytes()

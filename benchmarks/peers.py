@@ -1,20 +1,20 @@
-"""Times the first token of fastvlm-mlx beside mlx-vlm and transformers (PyTorch) on the same random checkpoint.
+"""Compares the time to first token of fastvlm-mlx, mlx-vlm and transformers (PyTorch) on the same random checkpoint.
 
-Every sample comes from a fresh process, the peers taking turns (A B C A B C …), each with the same picture, prompt,
-resolution, threads and arithmetic: float32 on a CPU, float16 on a GPU. A process answers about several pictures. The
-time from its start to the first token of the first answer is the **cold** TTFT; the time from the last picture's file
-to its first token is the **warm** one. The first answer also gives the peak memory, on a GPU that which was allocated
-there. For fastvlm-mlx, cold TTFT and a CPU's memory are those of `fastvlm generate`. Files are in the operating
-system's cache. At the end, all answer about a picture that needs no resizing, and their greedy tokens and
-log-probabilities are compared.
+Every sample comes from a fresh process. The peers take turns (A B C A B C …), all with the same image, prompt,
+resolution, number of threads and arithmetic: float32 on a CPU, float16 on a GPU. A process answers about several
+images. The time from its start to the first token of the first answer is the **cold** TTFT; the time from the last
+image's file to its first token is the **warm** TTFT. The first answer also gives the peak memory: of the process on a
+CPU, of the allocator on a GPU. For fastvlm-mlx, cold TTFT and a CPU's memory are those of `fastvlm generate`. Files are
+in the operating system's cache. At the end, all peers answer about an image that needs no resizing, and their greedy
+tokens and log-probabilities are compared.
 
-Peers live in virtual environments of their own; what is missing under --work is made there: environments, random
-checkpoints in Apple's and transformers' layout, and mlx-vlm's and our conversions of them. After every process the
-results so far are written; a run that was interrupted continues where it stopped.
+Each peer has a virtual environment of its own. What is missing under --work is made there: environments, random
+checkpoints in Apple's and transformers' layout, and mlx-vlm's and our conversions of them. The results are written
+after every process; an interrupted run continues where it stopped.
 
     python benchmarks/peers.py --resolutions 256 512 1024 --runs 7
-    python benchmarks/peers.py --peers transformers --here      # only this peer, installed where we are
-    python benchmarks/peers.py --table      # only write the README's tables again
+    python benchmarks/peers.py --peers transformers --here      # only this peer, installed in this environment
+    python benchmarks/peers.py --table      # only write the tables again
 """
 
 import argparse
@@ -28,8 +28,8 @@ import sys
 import tempfile
 import time
 import venv
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -38,12 +38,16 @@ import numpy as np
 from PIL import Image
 
 from fastvlm_mlx.backend import device
-from fastvlm_mlx.bench.conditions import conditions
-from fastvlm_mlx.bench.images import Pictures
+from fastvlm_mlx.bench.conditions import Conditions, conditions
+from fastvlm_mlx.bench.images import Images
+from fastvlm_mlx.bench.records import record
+from fastvlm_mlx.bench.report import Report as BenchReport
+from fastvlm_mlx.bench.report import read_report as read_bench_report
 from fastvlm_mlx.bench.statistics import Statistics
-from fastvlm_mlx.bench.tables import table as stage_table
+from fastvlm_mlx.bench.tables import table as bench_table
 from fastvlm_mlx.checkpoint.released import SIZES
 from fastvlm_mlx.formatting import as_markdown
+from fastvlm_mlx.machine import Machine, describe
 
 HERE = Path(__file__).resolve().parent
 README = HERE / "README.md"
@@ -54,13 +58,13 @@ PROMPT = "Describe the image."
 MAX_TOKENS = 8
 CLI = "from fastvlm_mlx.cli import main; main()"
 TOLERANCES = {"float32": 1e-2, "float16": 0.05}
-"""Largest difference of log-probabilities, in nats, that arithmetic in another order may make; seen: 5e-4 and 0.032."""
+"""Largest difference of log-probabilities, in nats, from arithmetic in another order; measured: 5e-4 and 0.032."""
 
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024
-"""What `ru_maxrss` counts in, in bytes."""
+"""Bytes in the unit of `ru_maxrss`."""
 
 _TORCH = "torch==2.13.0"
-"""The version that was compared with."""
+"""The version that the stored results are from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,11 +72,11 @@ class Peer:
     """A program to compare.
 
     Attributes:
-        name: What tables call it.
-        script: What one of its processes runs.
-        packages: What to install into its environment; none: it runs in this one.
-        stored: What its checkpoint is stored as; None: what it computes in.
-        preload: On a CPU, put OpenBLAS before what it is linked to.
+        name: Its name in tables.
+        script: The script that one of its processes runs.
+        packages: The packages of its environment; empty if it runs in this one.
+        stored: The dtype of its checkpoint; None for the dtype that it computes in.
+        preload: Whether, on a CPU, OpenBLAS takes the place of the BLAS that it is linked to.
     """
 
     name: str
@@ -100,25 +104,183 @@ PEERS = (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What all samples of a report have in common.
+
+    Attributes:
+        size: Of the model.
+        dtype: To compute in.
+        threads: For every peer.
+        images: The number that a process answers about; `pictures` in the file.
+        prompt: The question.
+        max_tokens: Length of each answer.
+    """
+
+    size: str
+    dtype: str
+    threads: int
+    images: int
+    prompt: str = PROMPT
+    max_tokens: int = MAX_TOKENS
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns a JSON object."""
+        values = asdict(self)
+        return {"pictures" if name == "images" else name: value for name, value in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Settings":
+        """Reads what `to_dict` returns."""
+        return record(cls, values, images=values["pictures"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """The measurements of one process.
+
+    Attributes:
+        load_average: Of the machine, before the process.
+        cold_ttft: Seconds.
+        warm_ttft: Seconds.
+        decode_rate: Tokens per second after the first one.
+        peak_bytes: The most memory.
+        tokens: The ids of the last answer.
+    """
+
+    load_average: float
+    cold_ttft: float
+    warm_ttft: float
+    decode_rate: float
+    peak_bytes: int
+    tokens: tuple[int, ...]
+
+
+METRICS = ("cold_ttft", "warm_ttft", "decode_rate", "peak_bytes")
+"""The fields of a `Sample` that a report holds statistics of."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """A greedy answer, and how it compares with ours.
+
+    Attributes:
+        tokens: Its ids.
+        margins: The lead of each token's log-probability over that of the second choice.
+        difference: The largest difference of the first token's log-probabilities from ours; None for our own answer.
+        equal: Whether the tokens equal ours.
+        explained: Whether they do, or a tie explains where they part.
+    """
+
+    tokens: tuple[int, ...]
+    margins: tuple[float, ...]
+    difference: float | None = None
+    equal: bool = True
+    explained: bool = True
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns a JSON object; our own answer has no comparison in it."""
+        values: dict[str, Any] = {"tokens": list(self.tokens), "margins": list(self.margins)}
+        if self.difference is not None:
+            values |= {"difference": self.difference, "equal": self.equal, "explained": self.explained}
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Answer":
+        """Reads what `to_dict` returns, or what a peer's script writes."""
+        comparison = {name: values[name] for name in ("difference", "equal", "explained") if name in values}
+        return cls(tokens=tuple(values["tokens"]), margins=tuple(values["margins"]), **comparison)
+
+
+@dataclass(kw_only=True)
+class Report:
+    """A comparison, which grows while it is measured.
+
+    Attributes:
+        conditions: When it began.
+        settings: Of all samples.
+        versions: Packages of each peer and their versions.
+        samples: By resolution and peer.
+        agreement: The answers about the same pixels, by resolution and peer.
+    """
+
+    conditions: Conditions
+    settings: Settings
+    versions: dict[str, dict[str, str]] = field(default_factory=dict)
+    samples: dict[int, dict[str, list[Sample]]] = field(default_factory=dict)
+    agreement: dict[int, dict[str, Answer]] = field(default_factory=dict)
+
+    def summary(self) -> dict[int, dict[str, dict[str, Statistics]]]:
+        """Returns the statistics of the samples, by resolution, peer and metric."""
+        return {
+            side: {
+                name: {metric: Statistics.of([getattr(sample, metric) for sample in samples]) for metric in METRICS}
+                for name, samples in peers.items()
+                if samples
+            }
+            for side, peers in self.samples.items()
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the JSON object that is written to disk, with the statistics in it."""
+        return {
+            "conditions": self.conditions.to_dict(),
+            "settings": self.settings.to_dict(),
+            "versions": self.versions,
+            "samples": {
+                str(side): {name: [asdict(sample) for sample in samples] for name, samples in peers.items()}
+                for side, peers in self.samples.items()
+            },
+            "agreement": {
+                str(side): {name: answer.to_dict() for name, answer in answers.items()}
+                for side, answers in self.agreement.items()
+            },
+            "summary": {
+                str(side): {
+                    name: {metric: asdict(statistics) for metric, statistics in metrics.items()}
+                    for name, metrics in peers.items()
+                }
+                for side, peers in self.summary().items()
+            },
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Report":
+        """Reads what `to_dict` returns; computes the statistics again."""
+        return cls(
+            conditions=Conditions.from_dict(values["conditions"]),
+            settings=Settings.from_dict(values["settings"]),
+            versions=dict(values["versions"]),
+            samples={
+                int(side): {
+                    name: [record(Sample, sample, tokens=tuple(sample["tokens"])) for sample in samples]
+                    for name, samples in peers.items()
+                }
+                for side, peers in values["samples"].items()
+            },
+            agreement={
+                int(side): {name: Answer.from_dict(answer) for name, answer in answers.items()}
+                for side, answers in values["agreement"].items()
+            },
+        )
+
+
 class Workplace:
-    """Environments, checkpoints and pictures, made when they are first needed.
+    """Environments, checkpoints and images, made when they are first needed.
 
     Args:
         work: The folder for all of them.
-        venvs: The folder of the environments `peers-<name>`; None: all run in this one.
-        size: Of the model.
-        threads: For every peer.
-        dtype: To compute in.
-        pictures: That a process answers about.
+        venvs: The folder of the environments `peers-<name>`; None: all peers run in this one.
+        settings: Of the comparison.
     """
 
-    def __init__(self, work: Path, venvs: Path | None, size: str, threads: int, dtype: str, pictures: int) -> None:
-        self._work, self._venvs, self._size, self._threads, self._pictures = work, venvs, size, threads, pictures
-        self.dtype = dtype
+    def __init__(self, work: Path, venvs: Path | None, settings: Settings) -> None:
+        self._work, self._venvs = work, venvs
+        self.settings = settings
         work.mkdir(parents=True, exist_ok=True)
 
     def python(self, peer: Peer) -> Path:
-        """The interpreter of a peer's environment."""
+        """Returns the interpreter of a peer's environment, which is made if it is missing."""
         if not peer.packages or self._venvs is None:
             return Path(sys.executable)
         folder = self._venvs / f"peers-{peer.name.replace('-', '')}"
@@ -131,15 +293,15 @@ class Workplace:
         return python
 
     def checkpoint(self, peer: Peer, stored: str | None = None) -> Path:
-        """The folder that a peer loads; `stored` asks for its weights in another dtype than is usual."""
-        stored = stored or peer.stored or self.dtype
-        folder = self._work / f"{peer.name}-{self._size}-{stored}"
+        """Returns the folder that a peer loads, with its weights in dtype `stored` instead of the usual one."""
+        stored = stored or peer.stored or self.settings.dtype
+        folder = self._work / f"{peer.name}-{self.settings.size}-{stored}"
         if folder.exists():
             return folder
         say(f"making {folder}")
         if peer.name == "transformers":
             return self._random(folder, "transformers")
-        source = self._work / f"apple-{self._size}"
+        source = self._work / f"apple-{self.settings.size}"
         if not source.exists():
             self._random(source, "apple")
         partial = folder.with_name(folder.name + ".partial")
@@ -156,34 +318,37 @@ class Workplace:
 
     def _random(self, folder: Path, layout: str) -> Path:
         script = HERE / "random_checkpoint.py"
-        subprocess.run([sys.executable, script, self._size, folder, "--layout", layout], stdout=sys.stderr, check=True)
+        subprocess.run(
+            [sys.executable, script, self.settings.size, folder, "--layout", layout], stdout=sys.stderr, check=True
+        )
         return folder
 
-    def pictures(self, run: int) -> list[str]:
-        """The files of the pictures of a run."""
-        numbers = range(self._pictures * run, self._pictures * (run + 1))
-        files = [self._work / f"picture-{number}.jpg" for number in numbers]
+    def images(self, run: int) -> list[str]:
+        """Returns the files of the images of a run."""
+        count = self.settings.images
+        numbers = range(count * run, count * (run + 1))
+        files = [self._work / f"image-{number}.jpg" for number in numbers]
         for number, file in zip(numbers, files, strict=True):
-            file.write_bytes(Pictures()(number))
+            file.write_bytes(Images()(number))
         return [str(file) for file in files]
 
-    def plain_picture(self, resolution: int) -> str:
-        """The file of a picture that has the resolution already, and so the same pixels for everybody."""
-        file = self._work / f"picture-{resolution}.png"
-        with Image.open(io.BytesIO(Pictures()(0))) as picture:
-            picture.resize((resolution, resolution)).save(file)
+    def plain_image(self, resolution: int) -> str:
+        """Returns the file of an image that already has the resolution, so that all peers see the same pixels."""
+        file = self._work / f"image-{resolution}.png"
+        with Image.open(io.BytesIO(Images()(0))) as image:
+            image.resize((resolution, resolution)).save(file)
         return str(file)
 
     def logits(self, peer: Peer) -> Path:
-        """The file for a peer's first log-probabilities."""
+        """Returns the file for a peer's first log-probabilities."""
         return self._work / f"logits-{peer.name}.npy"
 
     def environment(self, peer: Peer) -> dict[str, str]:
-        """What a peer's process sees: the same number of threads for all, OpenBLAS, no network."""
+        """Returns the environment variables of a peer's process: threads as for all, OpenBLAS, no network."""
         names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
         offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
         preload = {"LD_PRELOAD": "libopenblas.so.0"} if peer.preload and device() == "cpu" else {}
-        return {**os.environ, **dict.fromkeys(names, str(self._threads)), **offline, **preload}
+        return {**os.environ, **dict.fromkeys(names, str(self.settings.threads)), **offline, **preload}
 
 
 def say(text: str) -> None:
@@ -192,7 +357,7 @@ def say(text: str) -> None:
 
 
 def run_process(arguments: Sequence[str | Path], environment: dict[str, str]) -> tuple[float, str, int]:
-    """Seconds from the start of a process to its first character, its whole output, and the bytes it had in RAM.
+    """Runs a process; returns the seconds to its first character, its output, and the most bytes that it held in RAM.
 
     Raises:
         SystemExit: If it fails.
@@ -213,66 +378,78 @@ def run_process(arguments: Sequence[str | Path], environment: dict[str, str]) ->
     return seconds, output.decode(), usage.ru_maxrss * RSS_UNIT
 
 
-def sample(place: Workplace, peer: Peer, resolution: int, run: int) -> dict[str, Any]:
-    """One process of a peer; of ours two, since the command line answers the cold question."""
-    pictures = place.pictures(run)
-    request = {
-        "model": str(place.checkpoint(peer)),
-        "pictures": pictures,
-        "prompt": PROMPT,
-        "resolution": resolution,
-        "max_tokens": MAX_TOKENS,
-        "dtype": place.dtype,
-    }
+def sample(place: Workplace, peer: Peer, resolution: int, run: int) -> tuple[Sample, dict[str, str]]:
+    """Measures one process of a peer and returns its packages' versions, too.
+
+    For ours it measures two: the command line gives the cold TTFT.
+    """
+    images, settings = place.images(run), place.settings
+    model = str(place.checkpoint(peer))
     environment, python = place.environment(peer), place.python(peer)
     load = round(os.getloadavg()[0], 2)
+    request = _request(settings, model, images, resolution)
     cold, output, _ = run_process([python, HERE / peer.script, json.dumps(request)], environment)
     result: dict[str, Any] = {"load_average": load, "cold_ttft": cold, **json.loads(output.splitlines()[-1])}
     if peer is OURS:
-        question = ["generate", pictures[0], "--model", str(request["model"]), "--prompt", PROMPT]
-        options = ["--resolution", str(resolution), "--max-tokens", str(MAX_TOKENS), "--dtype", place.dtype]
-        result["cold_ttft"], _, peak = run_process([python, "-c", CLI, *question, *options], environment)
+        question = ["generate", images[0], "--model", model, "--prompt", settings.prompt]
+        options = ["--resolution", str(resolution), "--max-tokens", str(settings.max_tokens)]
+        command: list[str | Path] = [python, "-c", CLI, *question, *options, "--dtype", settings.dtype]
+        result["cold_ttft"], _, peak = run_process(command, environment)
         if device() == "cpu":
             result["peak_bytes"] = peak
-    return result
+    return record(Sample, result, tokens=tuple(result["tokens"])), result["versions"]
 
 
-def agree(place: Workplace, peers: Sequence[Peer], resolution: int) -> dict[str, Any]:
-    """The greedy tokens of every peer on the same pixels, and how far their log-probabilities are from ours."""
-    found: dict[str, Any] = {}
+def _request(settings: Settings, model: str, images: list[str], resolution: int) -> dict[str, Any]:
+    """What a peer's script reads."""
+    return {
+        "model": model,
+        "images": images,
+        "prompt": settings.prompt,
+        "resolution": resolution,
+        "max_tokens": settings.max_tokens,
+        "dtype": settings.dtype,
+    }
+
+
+def agree(place: Workplace, peers: Sequence[Peer], resolution: int) -> dict[str, Answer]:
+    """Returns the greedy answers of all peers about the same pixels, compared with ours."""
+    settings = place.settings
+    answers: dict[str, Answer] = {}
     for peer in peers:
-        request = {
-            "model": str(place.checkpoint(peer, place.dtype if peer is OURS else None)),
-            "pictures": [place.plain_picture(resolution)],
-            "prompt": PROMPT,
-            "resolution": resolution,
-            "max_tokens": MAX_TOKENS,
-            "dtype": place.dtype,
-            "logits": str(place.logits(peer)),
-        }
-        _, output, _ = run_process(
-            [place.python(peer), HERE / peer.script, json.dumps(request)], place.environment(peer)
-        )
-        answer = json.loads(output.splitlines()[-1])
-        found[peer.name] = {"tokens": answer["tokens"], "margins": answer["margins"]}
+        model = str(place.checkpoint(peer, settings.dtype if peer is OURS else None))
+        request = _request(settings, model, [place.plain_image(resolution)], resolution)
+        request["logits"] = str(place.logits(peer))
+        command: list[str | Path] = [
+            place.python(peer),
+            HERE / peer.script,
+            json.dumps(request),
+        ]
+        _, output, _ = run_process(command, place.environment(peer))
+        answers[peer.name] = Answer.from_dict(json.loads(output.splitlines()[-1]))
     ours = np.load(place.logits(OURS))
     for peer in peers:
         if peer is not OURS:
             theirs = np.load(place.logits(peer))
-            difference = float(np.abs(ours - theirs[: len(ours)]).max())
-            tokens = compare_tokens(found[OURS.name], found[peer.name], TOLERANCES[place.dtype])
-            found[peer.name] |= {"difference": difference, **tokens}
-    return found
+            answers[peer.name] = compare(
+                answers[OURS.name],
+                answers[peer.name],
+                difference=float(np.abs(ours - theirs[: len(ours)]).max()),
+                tolerance=TOLERANCES[settings.dtype],
+            )
+    return answers
 
 
-def compare_tokens(ours: dict[str, Any], theirs: dict[str, Any], tolerance: float) -> dict[str, Any]:
-    """Whether two greedy answers are the same, and whether a tie within `tolerance` explains where they part."""
-    pairs = zip(ours["tokens"], theirs["tokens"], strict=True)
+def compare(ours: Answer, theirs: Answer, *, difference: float, tolerance: float) -> Answer:
+    """Returns `theirs` with its comparison filled in; a tie within `tolerance` explains where the answers part."""
+    pairs = zip(ours.tokens, theirs.tokens, strict=True)
     parted = next((step for step, (mine, other) in enumerate(pairs) if mine != other), None)
-    return {
-        "equal": parted is None,
-        "explained": parted is None or min(ours["margins"][parted], theirs["margins"][parted]) <= 2 * tolerance,
-    }
+    return replace(
+        theirs,
+        difference=difference,
+        equal=parted is None,
+        explained=parted is None or min(ours.margins[parted], theirs.margins[parted]) <= 2 * tolerance,
+    )
 
 
 def measure(
@@ -280,61 +457,44 @@ def measure(
     peers: Sequence[Peer],
     resolutions: Sequence[int],
     runs: int,
-    report: dict[str, Any],
+    report: Report,
     save: Callable[[], None],
 ) -> None:
-    """Fills `report` with what it does not hold yet, saving it after every process."""
-    samples: dict[str, Any] = report["samples"]
+    """Adds the samples and answers that `report` lacks, saving it after every process."""
     pending = [
         (run, side, peer)
         for run in range(runs)
         for side in resolutions
         for peer in peers
-        if len(samples.setdefault(str(side), {}).setdefault(peer.name, [])) <= run
+        if len(report.samples.setdefault(side, {}).setdefault(peer.name, [])) <= run
     ]
     for peer in peers:
         place.python(peer)
         place.checkpoint(peer)
-    taken: dict[tuple[int, str], list[float]] = {}
+    durations: dict[tuple[int, str], list[float]] = {}
     for number, (run, side, peer) in enumerate(pending):
         start = time.perf_counter()
-        result = sample(place, peer, side, run)
-        report["versions"][peer.name] = result.pop("versions")
-        samples[str(side)][peer.name].append(result)
+        result, report.versions[peer.name] = sample(place, peer, side, run)
+        report.samples[side][peer.name].append(result)
         save()
-        taken.setdefault((side, peer.name), []).append(time.perf_counter() - start)
-        rest = [median(known) for _, s, p in pending[number + 1 :] if (known := taken.get((s, p.name)))]
+        durations.setdefault((side, peer.name), []).append(time.perf_counter() - start)
+        rest = [median(known) for _, s, p in pending[number + 1 :] if (known := durations.get((s, p.name)))]
         unknown = len(pending) - number - 1 - len(rest)
         say(
-            f"run {run + 1}/{runs}, {side} px, {peer.name}: cold {result['cold_ttft']:.2f} s, "
-            f"warm {result['warm_ttft']:.2f} s; {sum(rest) / 60:.1f} min left"
+            f"run {run + 1}/{runs}, {side} px, {peer.name}: cold {result.cold_ttft:.2f} s, "
+            f"warm {result.warm_ttft:.2f} s; {sum(rest) / 60:.1f} min left"
             + (f" and {unknown} processes not timed yet" if unknown else "")
         )
     for side in resolutions:
-        if str(side) not in report["agreement"]:
-            report["agreement"][str(side)] = agree(place, peers, side)
+        if side not in report.agreement:
+            report.agreement[side] = agree(place, peers, side)
             save()
-            say(f"{side} px: {json.dumps(report['agreement'][str(side)])}")
+            say(f"{side} px: {json.dumps(report.to_dict()['agreement'][str(side)])}")
 
 
-def summarize(report: dict[str, Any]) -> None:
-    """Adds the statistics of the samples to a report."""
-    report["summary"] = {
-        side: {
-            name: {
-                metric: asdict(Statistics.of([result[metric] for result in results]))
-                for metric in ("cold_ttft", "warm_ttft", "decode_rate", "peak_bytes")
-            }
-            for name, results in peers.items()
-            if results
-        }
-        for side, peers in report["samples"].items()
-    }
-
-
-def table(report: dict[str, Any]) -> Iterator[str]:
-    """The README's lines."""
-    names = [peer.name for peer in PEERS if peer.name in report["versions"]]
+def table(report: Report) -> Iterator[str]:
+    """Yields the lines of a comparison's table and caption."""
+    names = [peer.name for peer in PEERS if peer.name in report.versions]
     yield f"| | | {' | '.join(names)} |"
     yield f"|---|---|{'---:|' * len(names)}"
     rows: tuple[tuple[str, str, Callable[[float], str]], ...] = (
@@ -342,35 +502,29 @@ def table(report: dict[str, Any]) -> Iterator[str]:
         ("cold TTFT", "cold_ttft", _seconds),
         ("peak memory", "peak_bytes", lambda value: f"{value / 1e9:.2f} GB"),
     )
+    summary = report.summary()
     for title, metric, text in rows:
-        for side, peers in report["summary"].items():
-            ours = peers[OURS.name][metric]["median"]
+        for side, peers in summary.items():
+            medians = {name: peers[name][metric].median for name in names}
+            ours = medians[OURS.name]
             cells = [
-                text(peers[name][metric]["median"])
-                + ("" if name == OURS.name else f" ({peers[name][metric]['median'] / ours:.1f}×)")
-                for name in names
+                text(value) + ("" if name == OURS.name else f" ({value / ours:.1f}×)")
+                for name, value in medians.items()
             ]
             yield f"| {title} | {side} px | {' | '.join(cells)} |"
-    found = report["conditions"]
-    runs = {side: min(map(len, peers.values())) for side, peers in report["samples"].items()}
-    counted = ", ".join(f"{count} at {side} px" for side, count in runs.items())
-    compared = ", ".join(f"{side} px" for side in report["agreement"])
-    equal = [
-        peer["equal"] for answers in report["agreement"].values() for name, peer in answers.items() if name != OURS.name
-    ]
-    explained = all(
-        peer["explained"]
-        for answers in report["agreement"].values()
-        for name, peer in answers.items()
-        if name != OURS.name
-    )
-    verdict = "are equal" if all(equal) else "part where two candidates tie" if explained else "differ"
+    machine, settings = report.conditions.machine, report.settings
+    runs = {side: min(map(len, peers.values())) for side, peers in report.samples.items()}
+    counts = ", ".join(f"{count} at {side} px" for side, count in runs.items())
+    sides = ", ".join(f"{side} px" for side in report.agreement)
+    others = [answer for answers in report.agreement.values() for name, answer in answers.items() if name != OURS.name]
+    equal, explained = (all(getattr(answer, name) for answer in others) for name in ("equal", "explained"))
+    verdict = "are equal" if equal else "part where two candidates tie" if explained else "differ"
     yield ""
     yield (
-        f"Measured {where(found)}: {found['chip']}, {report['settings']['threads']} threads, "
-        f"{report['settings']['size']} with random weights, {report['settings']['dtype']} arithmetic, medians of fresh "
-        f"processes that took turns ({counted}), factors relative to fastvlm-mlx. "
-        + (f"The first {MAX_TOKENS} greedy tokens of all {verdict} ({compared}). " if equal else "")
+        f"Measured {where(machine)}: {machine.chip}, {settings.threads} threads, "
+        f"{settings.size} with random weights, {settings.dtype} arithmetic, medians of fresh "
+        f"processes that took turns ({counts}), factors relative to fastvlm-mlx. "
+        + (f"The first {settings.max_tokens} greedy tokens of all {verdict} ({sides}). " if others else "")
         + f"{versions(report)}; samples in `benchmarks/results/`."
     )
 
@@ -379,104 +533,106 @@ def _seconds(value: float) -> str:
     return f"{value:.2f} s" if value >= 0.1 else f"{value * 1e3:.0f} ms"
 
 
-def where(found: dict[str, Any]) -> str:
-    """The kind of machine of a measurement's conditions."""
-    if found["system"].startswith("macOS"):
+def where(machine: Machine) -> str:
+    """Returns the kind of a machine in words."""
+    if machine.system.startswith("macOS"):
         return "on a Mac"
-    gpu = "on an NVIDIA GPU" if found["device"] == "gpu" else "without a GPU"
+    gpu = "on an NVIDIA GPU" if machine.device == "gpu" else "without a GPU"
     return f"on Linux {gpu}, not on a Mac"
 
 
-def versions(report: dict[str, Any]) -> str:
-    """The versions of what was compared, for the table's caption."""
-    found = {name: version for versions in report["versions"].values() for name, version in versions.items()}
-    return ", ".join(f"{name} {found[name]}" for name in ("mlx", "mlx-vlm", "transformers", "torch") if name in found)
+def versions(report: Report) -> str:
+    """Returns the versions of the peers, for a caption."""
+    known = {name: version for packages in report.versions.values() for name, version in packages.items()}
+    return ", ".join(f"{name} {known[name]}" for name in ("mlx", "mlx-vlm", "transformers", "torch") if name in known)
 
 
-def stages(report: dict[str, Any]) -> Iterator[str]:
-    """The README's lines for a report of `fastvlm bench` about one model."""
-    found, row = report["conditions"], report["rows"][0]
-    yield as_markdown([cells[2:] for cells in stage_table(report)], left=2)
+def phases(report: BenchReport) -> Iterator[str]:
+    """Yields the lines of a table and caption for a report of `fastvlm bench` about one model."""
+    machine, row = report.conditions.machine, report.rows[0]
+    yield as_markdown([cells[2:] for cells in bench_table(report)], left=2)
     yield ""
     yield (
-        f"{row['model']}, {row['precision']['language_model']}, by stage: medians in ms of "
-        f"{report['settings']['runs']} runs in one warm process; measured {where(found)}: {found['chip']}."
+        f"{row.model}, {row.precision['language_model']}, by phase: medians in ms of "
+        f"{report.settings.runs} runs in one warm process; measured {where(machine)}: {machine.chip}."
     )
 
 
-def write_tables(reports: Sequence[dict[str, Any]], readme: Path) -> None:
-    """Puts a table of each report, of this comparison or of `fastvlm bench`, between the markers of the README."""
+def write_tables(reports: Sequence[Report | BenchReport], readme: Path) -> None:
+    """Writes the tables of reports between the markers of a README.
+
+    Raises:
+        SystemExit: If the README has no markers.
+    """
     text = readme.read_text(encoding="utf-8")
     if BEGIN not in text or END not in text:
         raise SystemExit(f"error: {readme} has no {BEGIN} … {END} to put the table into")
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
-    tables = "\n\n".join("\n".join((stages if "rows" in report else table)(report)) for report in reports)
-    readme.write_text(f"{before}{BEGIN}\n{tables}\n{END}{after}", encoding="utf-8")
+    tables = (phases(report) if isinstance(report, BenchReport) else table(report) for report in reports)
+    content = "\n\n".join("\n".join(lines) for lines in tables)
+    readme.write_text(f"{before}{BEGIN}\n{content}\n{END}{after}", encoding="utf-8")
 
 
-def stored_reports() -> list[dict[str, Any]]:
-    """What has been measured and kept, on any machine: comparisons, then reports of `fastvlm bench`."""
-    files = [file for kind in ("peers", "bench") for file in sorted(RESULTS.glob(f"{kind}-*.json"))]
-    return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+def stored_reports() -> list[Report | BenchReport]:
+    """Returns the reports in `results/`, from any machine: comparisons, then reports of `fastvlm bench`."""
+    comparisons = [read_report(file) for file in sorted(RESULTS.glob("peers-*.json"))]
+    return [*comparisons, *(read_bench_report(file) for file in sorted(RESULTS.glob("bench-*.json")))]
+
+
+def read_report(file: Path) -> Report:
+    """Reads a comparison from disk."""
+    return Report.from_dict(json.loads(file.read_text(encoding="utf-8")))
 
 
 def default_output(size: str) -> Path:
-    """`results/peers-<size>-<chip>.json`."""
-    chip = re.sub(r"[^a-z0-9]+", "-", conditions()["chip"].lower()).strip("-")
+    """Returns `results/peers-<size>-<system>-<chip>.json`."""
+    chip = re.sub(r"[^a-z0-9]+", "-", describe().chip.lower()).strip("-")
     return RESULTS / f"peers-{size}-{platform.system().lower()}-{chip}.json"
 
 
 def main() -> None:
-    """The command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--resolutions", type=int, nargs="+", default=[256, 512, 1024], metavar="R")
     parser.add_argument("--runs", type=int, default=7, help="processes of each peer at each resolution")
     parser.add_argument("--peers", nargs="+", choices=[peer.name for peer in PEERS[1:]], metavar="PEER", help="not all")
     parser.add_argument("--here", action="store_true", help="run every peer in this environment")
     parser.add_argument("--dtype", choices=TOLERANCES, help="to compute in; float16 by default, float32 on a CPU")
-    parser.add_argument(
-        "--pictures", type=int, help="for each process; 6 by default, 2 on a CPU, which is warm at once"
-    )
+    parser.add_argument("--images", type=int, help="for each process; 6 by default, 2 on a CPU, which is warm at once")
     parser.add_argument("--size", choices=SIZES, default="0.5b")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--work", type=Path, default=DEFAULT_WORK, help="for checkpoints and pictures (10 GB)")
+    parser.add_argument("--work", type=Path, default=DEFAULT_WORK, help="for checkpoints and images (10 GB)")
     parser.add_argument("--venvs", type=Path, help="for the peers' environments (3 GB); under --work by default")
     parser.add_argument("--output", type=Path, help="JSON file; under benchmarks/results by default")
-    parser.add_argument("--fresh", action="store_true", help="forget what was measured before")
-    parser.add_argument("--table", action="store_true", help="measure nothing; write the README's tables again")
+    parser.add_argument("--fresh", action="store_true", help="start again instead of continuing")
+    parser.add_argument("--table", action="store_true", help="measure nothing; write the tables again")
     options = parser.parse_args()
     if options.table:
         write_tables(stored_reports(), README)
         return
     output: Path = options.output or default_output(options.size)
-    known = json.loads(output.read_text()) if output.exists() and not options.fresh else None
-    settings = {
-        "size": options.size,
-        "dtype": options.dtype or ("float32" if device() == "cpu" else "float16"),
-        "threads": options.threads,
-        "pictures": options.pictures or (2 if device() == "cpu" else 6),
-        "prompt": PROMPT,
-        "max_tokens": MAX_TOKENS,
-    }
-    if known and known["settings"] != settings:
-        raise SystemExit(f"error: {output} was measured with other settings; give --fresh or another --output")
-    report = known or {
-        "conditions": conditions(),
-        "settings": settings,
-        "versions": {},
-        "samples": {},
-        "agreement": {},
-    }
+    cpu = device() == "cpu"
+    settings = Settings(
+        size=options.size,
+        dtype=options.dtype or ("float32" if cpu else "float16"),
+        threads=options.threads,
+        images=options.images or (2 if cpu else 6),
+    )
+    if output.exists() and not options.fresh:
+        report = read_report(output)
+        if report.settings != settings:
+            raise SystemExit(f"error: {output} was measured with other settings; give --fresh or another --output")
+    else:
+        report = Report(conditions=conditions(), settings=settings)
     venvs = None if options.here else options.venvs or options.work / "venvs"
-    place = Workplace(options.work, venvs, options.size, options.threads, settings["dtype"], settings["pictures"])
+    place = Workplace(options.work, venvs, settings)
     peers = [peer for peer in PEERS if peer is OURS or not options.peers or peer.name in options.peers]
 
     def save() -> None:
-        summarize(report)
         output.parent.mkdir(parents=True, exist_ok=True)
         partial = output.with_suffix(".partial")
-        partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
         partial.replace(output)
 
     measure(place, peers, options.resolutions, options.runs, report, save)

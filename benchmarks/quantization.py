@@ -1,10 +1,10 @@
-"""Sizes, times and memory of a full-size quantization, each step in a process of its own.
+"""Measures size, time and memory of a full-size quantization, each step in a process of its own.
 
     python benchmarks/random_checkpoint.py 0.5b build/source && fastvlm convert build/source build/float16
     python benchmarks/quantization.py build/float16 build/quantized
 
-Prints one JSON object, as kept in `quantization.json` beside this file. Memory after load counts every array that is
-held, dequantized copies included; it is given as a share of what the float16 folder takes on the same machine.
+Prints one JSON object, as kept in `quantization.json` beside this file. Memory after load counts all arrays in
+memory, dequantized copies included, and is given as a share of the float16 folder's on the same machine.
 """
 
 import json
@@ -20,12 +20,12 @@ PRESETS = ("int8", "int4")
 
 
 def peak() -> int:
-    """Bytes of this process's largest resident set."""
+    """Returns the size of this process's largest resident set in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def quantize(source: Path, target: Path, preset: str) -> dict[str, Any]:
-    """Seconds, processor seconds and peak bytes of a quantization with its report."""
+    """Quantizes with a report; returns seconds, processor seconds and peak bytes."""
     start = time.perf_counter()
     from fastvlm_mlx.convert.pipeline import produce
     from fastvlm_mlx.convert.quantize.scheme import Quantization
@@ -42,7 +42,7 @@ def quantize(source: Path, target: Path, preset: str) -> dict[str, Any]:
 
 
 def run(folder: Path) -> dict[str, Any]:
-    """Seconds to load, bytes held after it, and the decoding speed."""
+    """Loads and answers; returns seconds to load, bytes in memory after it, and the decoding speed."""
     start = time.perf_counter()
     import numpy as np
 
@@ -52,8 +52,8 @@ def run(folder: Path) -> dict[str, Any]:
     model, processor = load(folder)
     mx.eval(model.parameters())
     loaded, held = time.perf_counter() - start, mx.get_active_memory()
-    picture = np.zeros((256, 256, 3), np.uint8)
-    result = generate(model, processor, image=picture, prompt="Describe.", max_tokens=24, resolution=256)
+    image = np.zeros((256, 256, 3), np.uint8)
+    result = generate(model, processor, image=image, prompt="Describe.", max_tokens=24, resolution=256)
     return {
         "load_seconds": loaded,
         "held_bytes": held,
@@ -65,14 +65,14 @@ def run(folder: Path) -> dict[str, Any]:
 
 
 def child(*arguments: object) -> dict[str, Any]:
-    """What one step in a fresh process measured."""
+    """Runs one step in a fresh process and returns its measurements."""
     done = subprocess.run([sys.executable, __file__, *map(str, arguments)], capture_output=True, text=True, check=True)
     measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return measured
 
 
 def main() -> None:
-    """All steps, or the one that the arguments name."""
+    """Runs all steps, or the one that the arguments name."""
     step, *arguments = sys.argv[1:]
     if step == "--quantize":
         print(json.dumps(quantize(Path(arguments[0]), Path(arguments[1]), arguments[2])))
@@ -83,7 +83,7 @@ def main() -> None:
     source, work = Path(step), Path(arguments[0])
     from fastvlm_mlx.bench.conditions import conditions
 
-    results: dict[str, Any] = {"conditions": conditions(), "float16": child("--run", source)}
+    results: dict[str, Any] = {"conditions": conditions().to_dict(), "float16": child("--run", source)}
     for preset in PRESETS:
         made = child("--quantize", source, work / preset, preset) if not (work / preset).exists() else {}
         results[preset] = {"quantize": made, **child("--run", work / preset)}

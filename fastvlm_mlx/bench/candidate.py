@@ -23,13 +23,13 @@ class Candidate:
     """A model to measure.
 
     Attributes:
-        name: What to call it.
-        model: Loaded, all weights read.
-        processor: Its own.
-        folder: Where it is on disk; None for random weights.
-        dtype: What it was asked to load as; None for the default.
-        load_seconds: What loading took, converting not included; None for random weights.
-        sha256: Of the weight files in their order; None for random weights.
+        name: Its name in tables.
+        model: The loaded model, all weights in memory.
+        processor: The model's processor.
+        folder: The folder of its files; None for random weights.
+        dtype: The type that loading it was told to use; None for the default.
+        load_seconds: Seconds that loading took, without converting; None for random weights.
+        sha256: Digest of the weight files in their order; None for random weights.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Candidate:
         notify: Callable[[str], None] | None = None,
         progress: Progress | None = None,
     ) -> "Candidate":
-        """The model that `fastvlm_mlx.load` knows by `name`; the errors are its too."""
+        """Loads the model that `fastvlm_mlx.load` knows by `name`; raises what that raises."""
         folder = resolve(name, notify=notify, progress=progress)
         start = time.perf_counter()
         model = load_model(folder, dtype=dtype)
@@ -72,15 +72,15 @@ class Candidate:
 
     @classmethod
     def random(cls, size: str, *, dtype: str | None = None) -> "Candidate":
-        """The released model of `size` with random weights."""
+        """Makes a model of the architecture of released size `size`, with random weights."""
         model, processor = random_model(full_size(size, dtype or "float16"))
         mx.eval(model.parameters())
         return cls(name=f"{size}, random", model=model, processor=processor)
 
 
 def precision(model: FastVLM) -> dict[str, str]:
-    """What each part computes in: a dtype, or the bits of its quantized layers."""
-    described = {}
+    """Returns what each part computes in: a dtype, or the bits of its quantized layers."""
+    precisions = {}
     for part in PARTS:
         layers = [module for path, module in model.named_modules() if path.startswith(part)]
         quantized = {
@@ -89,5 +89,5 @@ def precision(model: FastVLM) -> dict[str, str]:
             if isinstance(layer, nn.QuantizedLinear | nn.QuantizedEmbedding)
         }
         dtype = str(model.dtype).removeprefix("mlx.core.")
-        described[part] = " and ".join(sorted(quantized)) + f" ({dtype})" if quantized else dtype
-    return described
+        precisions[part] = " and ".join(sorted(quantized)) + f" ({dtype})" if quantized else dtype
+    return precisions

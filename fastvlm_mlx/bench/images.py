@@ -1,4 +1,4 @@
-"""Pictures to measure with: as many as there are runs, so that no cache can answer for the model."""
+"""Images to measure with: a new one for every run, so that no answer can come from a cache."""
 
 import hashlib
 import io
@@ -14,46 +14,47 @@ if TYPE_CHECKING:
 
 SIZE = (1280, 960)
 _MARK = 32
-"""Side in pixels of the square that tells a copy from the others."""
+"""Side in pixels of the square that makes each copy different."""
 
 
-class Pictures:
-    """Encoded pictures, a different one for every number: synthetic photographs, or copies of one, each marked.
+class Images:
+    """Encoded images by number, each different: synthetic photographs, or marked copies of one image.
 
     Args:
-        source: The encoded picture to copy; JPEG, PNG and WebP keep their format, others become PNG.
-        name: What to call it in messages.
+        source: The encoded image to copy, None for synthetic ones; JPEG, PNG and WebP keep their format, others
+            become PNG.
+        name: The name of `source` in messages.
 
     Raises:
-        ImageError: If it is not a picture.
+        ImageError: If `source` is not an image.
     """
 
     def __init__(self, source: bytes | None = None, name: str = "image") -> None:
         self.sha256 = None if source is None else hashlib.sha256(source).hexdigest()
-        self._picture: Image | None = None
+        self._original: Image | None = None
         self._format = "JPEG"
         if source is not None:
             import PIL.Image
 
             try:
-                self._picture = load_image(source)
+                self._original = load_image(source)
             except ImageError as err:
                 raise ImageError(f"{name}: {err}") from err
             with PIL.Image.open(io.BytesIO(source)) as opened:
                 self._format = opened.format if opened.format in ("JPEG", "WEBP") else "PNG"
 
     def __call__(self, number: int) -> bytes:
-        """The encoded bytes of picture `number`."""
+        """Returns the encoded bytes of image `number`."""
         random = np.random.default_rng(number)
-        picture = _synthetic(random) if self._picture is None else self._picture.copy()
-        picture.paste(tuple(random.integers(0, 256, 3).tolist()), (0, 0, _MARK, _MARK))
+        image = _synthetic(random) if self._original is None else self._original.copy()
+        image.paste(tuple(random.integers(0, 256, 3).tolist()), (0, 0, _MARK, _MARK))
         encoded = io.BytesIO()
-        picture.save(encoded, self._format, quality=90)
+        image.save(encoded, self._format, quality=90)
         return encoded.getvalue()
 
 
 def _synthetic(random: np.random.Generator) -> "Image":
-    """A picture that costs a JPEG decoder about as much as a photograph: clouds of colour under fine grain."""
+    """Draws clouds of colour under fine grain, which take a JPEG decoder about as long as a photograph."""
     from PIL import Image
 
     width, height = SIZE

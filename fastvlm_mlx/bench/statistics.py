@@ -1,20 +1,22 @@
-"""Times of evaluated work, and the statistics of a list of samples."""
+"""Statistics of samples, and a stopwatch for lazy arrays."""
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, TypeVar
 
 import numpy as np
 
 from fastvlm_mlx.backend import mx
+from fastvlm_mlx.errors import ConfigError
 
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Statistics:
-    """What a list of samples comes to."""
+    """Median, mean, spread and percentiles of a list of samples."""
 
     n: int
     median: float
@@ -27,7 +29,7 @@ class Statistics:
 
     @classmethod
     def of(cls, samples: Sequence[float]) -> "Statistics":
-        """The statistics of at least one sample; the standard deviation of one is 0."""
+        """Returns the statistics of at least one sample; the standard deviation of one is 0."""
         values = np.asarray(samples, dtype=np.float64)
         median, p90, p95 = np.percentile(values, [50, 90, 95]).tolist()
         return cls(
@@ -42,16 +44,56 @@ class Statistics:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """The samples of one metric, at least one.
+
+    Attributes:
+        unit: `s` or `tokens/s`.
+        samples: In the order in which they were measured.
+
+    Raises:
+        ConfigError: If there are no samples.
+    """
+
+    unit: str
+    samples: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        """Rejects a metric without samples."""
+        if not self.samples:
+            raise ConfigError("a metric has no samples")
+
+    @cached_property
+    def statistics(self) -> Statistics:
+        """The statistics of the samples."""
+        return Statistics.of(self.samples)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns a JSON object with the unit, the statistics and the samples."""
+        return {"unit": self.unit, **asdict(self.statistics), "samples": list(self.samples)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Metric":
+        """Reads what `to_dict` returns; computes the statistics again."""
+        return cls(unit=values["unit"], samples=tuple(map(float, values["samples"])))
+
+
 class Stopwatch:
-    """Seconds by stage; a stage ends when everything that it returns has been evaluated."""
+    """Seconds by phase; a phase ends when everything that it returns has been evaluated.
 
-    def __init__(self) -> None:
+    Args:
+        clock: Returns seconds from any fixed moment.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self.seconds: dict[str, float] = {}
+        self._clock = clock
 
-    def time(self, stage: str, run: Callable[[], _T]) -> _T:
-        """What `run` returns, evaluated: an array, or any nesting of lists and dicts with arrays in it."""
-        start = time.perf_counter()
+    def time(self, phase: str, run: Callable[[], _T]) -> _T:
+        """Returns the evaluated result of `run`: an array, or any nesting of lists and dicts that holds arrays."""
+        start = self._clock()
         result = run()
         mx.eval(result)
-        self.seconds[stage] = time.perf_counter() - start
+        self.seconds[phase] = self._clock() - start
         return result

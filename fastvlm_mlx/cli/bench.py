@@ -1,4 +1,4 @@
-"""`fastvlm bench`: time to first token, measured stage by stage; the cost of a model; two reports compared."""
+"""`fastvlm bench`: measures the time to first token, computes the cost of a model, compares two reports."""
 
 import json
 import os
@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from fastvlm_mlx.cli.options import MODEL_HELP, DType, parse_resolution
+from fastvlm_mlx.cli.options import CHECK_FAILED, MODEL_HELP, DType, parse_resolution
 from fastvlm_mlx.cli.terminal import ByteProgress, LiveLine, note
 from fastvlm_mlx.formatting import as_markdown, as_text
 
 if TYPE_CHECKING:
     from fastvlm_mlx.bench.candidate import Candidate
+    from fastvlm_mlx.inputs.processor import Resolution
 
 DEFAULT_MODEL = "apple/FastVLM-0.5B"
 DEFAULT_PROMPT = "Describe the image."
@@ -32,7 +33,7 @@ class Size(str, Enum):
 
 
 def _percentage(text: str) -> float:
-    """`5%` or `0.05` as a fraction."""
+    """Parses `5%` or `0.05` as a fraction."""
     try:
         fraction = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError as err:
@@ -57,7 +58,7 @@ def bench(
     ] = None,
     image: Annotated[
         Path | None,
-        typer.Option(help="Show marked copies of this picture instead of synthetic ones."),
+        typer.Option(help="Show marked copies of this image instead of synthetic ones."),
     ] = None,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question.")] = DEFAULT_PROMPT,
     resolutions: Annotated[
@@ -71,7 +72,7 @@ def bench(
         ),
     ] = None,
     runs: Annotated[int, typer.Option(min=1, help="Measured runs.")] = 10,
-    warmup: Annotated[int, typer.Option(min=0, help="Runs before these.")] = 3,
+    warmup: Annotated[int, typer.Option(min=0, help="Runs before the measured ones.")] = 3,
     max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="Length of each answer.")] = 32,
     dtype: Annotated[DType | None, typer.Option(help="Load the weights as this type.")] = None,
     cold: Annotated[bool, typer.Option("--cold", help="Also measure the cold TTFT; needs a model on disk.")] = False,
@@ -84,24 +85,24 @@ def bench(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the report, every sample in it.")] = None,
     csv_file: Annotated[Path | None, typer.Option("--csv", help="Write one line for each sample.")] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Draw the stages: .svg, .png or .pdf (extra: plot).")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the phases: .svg, .png or .pdf (extra: plot).")] = None,
 ) -> None:
     """Measure the time to first token.
 
-    Wall TTFT: encoded image bytes and a prompt -> the first token id on the host, model loaded; measured on the
-    function that `fastvlm generate` runs.
+    Wall TTFT: encoded image bytes and a prompt -> the first token id on the host, model loaded. Measured on the
+    function that `fastvlm generate` runs, in a process that has answered before.
 
     Cold TTFT: start of a `fastvlm generate` process -> the first character it writes. Files are in the system's cache.
 
     Paper TTFT: pixel values -> logits after the visual tokens alone (arXiv 2412.13303): vision tower, projector and
     prefill of the visual tokens, without image decoding and text.
 
-    Stages: load, decode (bytes -> picture), preprocess (-> pixel values, token ids), vision, projector, prefill (all
-    positions), first token (logits -> token id on the host). Each is closed by an evaluation, so they sum to more than
+    Phases: load, decode (bytes -> image), preprocess (-> pixel values, token ids), vision, projector, prefill (all
+    positions), first token (logits -> token id on the host). Each ends with an evaluation, so they sum to more than
     the wall TTFT.
 
-    tokens/s counts the tokens after the first. Every run shows another picture. The table holds medians in ms; --json
-    keeps every sample and the conditions.
+    tokens/s counts the tokens after the first. Every run shows a new image. The table holds medians in ms; --json keeps
+    every sample and the conditions.
     """
     if context.invoked_subcommand:
         return
@@ -120,15 +121,24 @@ def bench(
 
     from fastvlm_mlx.bench.candidate import Candidate
 
-    kind = dtype.value if dtype else None
+    dtype_name = dtype.value if dtype else None
     candidates = (
-        (Candidate.random(size.value, dtype=kind) for size in random_weights)
+        (Candidate.random(size.value, dtype=dtype_name) for size in random_weights)
         if random_weights
-        else (_load(name, kind) for name in names)
+        else (_load(name, dtype_name) for name in names)
     )
     outputs = Outputs(json_file, csv_file, plot, markdown)
-    counts = {"runs": runs, "warmup": warmup, "max_tokens": max_tokens}
-    _measure(candidates, image, prompt, resolutions or [None], outputs, cold=cold, **counts)
+    _measure(
+        candidates,
+        image,
+        prompt,
+        resolutions or [None],
+        outputs,
+        cold=cold,
+        runs=runs,
+        warmup=warmup,
+        max_tokens=max_tokens,
+    )
 
 
 def _load(name: str, dtype: str | None) -> "Candidate":
@@ -149,12 +159,12 @@ def _print_costs(sizes: list[str], models: list[str], resolutions: list[int], ma
     peaks, sources = chips()
     for name in sizes or models:
         if sizes:
-            found = costs(full_size(name), resolutions)
+            parts = costs(full_size(name), resolutions)
         else:
             with ByteProgress() as progress:
                 folder = resolve(name, notify=note, progress=progress)
-            found = costs(ModelConfig.from_path(folder), resolutions, read_weights(folder))
-        typer.echo(f"{name}\n\n{show(cost_table(found))}\n\n{show(roofline_table(found, peaks))}\n")
+            parts = costs(ModelConfig.from_path(folder), resolutions, read_weights(folder))
+        typer.echo(f"{name}\n\n{show(cost_table(parts))}\n\n{show(roofline_table(parts, peaks))}\n")
     typer.echo(
         "Lower bounds from published peaks, not measurements: each kernel takes as long as its arithmetic or its "
         f"memory traffic does at these peaks, whichever is longer, and launching it takes no time. {sources}"
@@ -174,17 +184,19 @@ def _measure(
     candidates: "Iterable[Candidate]",
     image: Path | None,
     prompt: str,
-    resolutions: Sequence[Any],
+    resolutions: "Sequence[Resolution]",
     outputs: Outputs,
     *,
     cold: bool,
-    **counts: int,
+    runs: int,
+    warmup: int,
+    max_tokens: int,
 ) -> None:
     from fastvlm_mlx.bench.conditions import conditions
-    from fastvlm_mlx.bench.images import Pictures
+    from fastvlm_mlx.bench.images import Images
     from fastvlm_mlx.bench.measure import measure
     from fastvlm_mlx.bench.plot import check_plot, plot
-    from fastvlm_mlx.bench.report import check_output, make_report, write_output
+    from fastvlm_mlx.bench.report import Report, Settings, check_output, write_output
     from fastvlm_mlx.bench.tables import as_csv, table
 
     if outputs.plot:
@@ -192,34 +204,38 @@ def _measure(
     for path in (outputs.json, outputs.csv, outputs.plot):
         if path:
             check_output(path)
-    pictures = Pictures(image.read_bytes() if image else None, str(image))
-    found, rows = conditions(), []
+    images = Images(image.read_bytes() if image else None, str(image))
+    before = conditions()
     with LiveLine() as line:
-        for candidate in candidates:
-            for resolution in resolutions:
-
-                def show(done: int, total: int, what: str = f"{candidate.name}, {resolution or 'native'} px") -> None:
-                    line.show(f"{what}: run {done + 1} of {total}")
-
-                rows.append(
-                    measure(
-                        candidate,
-                        pictures=pictures,
-                        prompt=prompt,
-                        resolution=resolution,
-                        cold=cold,
-                        progress=show,
-                        **counts,
-                    )
-                )
-    report = make_report(found, {"prompt": prompt, "image_sha256": pictures.sha256, **counts}, rows)
+        rows = [
+            measure(
+                candidate,
+                images=images,
+                prompt=prompt,
+                resolution=resolution,
+                runs=runs,
+                warmup=warmup,
+                max_tokens=max_tokens,
+                cold=cold,
+                progress=partial(_show_run, line, candidate.name, resolution),
+            )
+            for candidate in candidates
+            for resolution in resolutions
+        ]
+    settings = Settings(prompt=prompt, image_sha256=images.sha256, runs=runs, warmup=warmup, max_tokens=max_tokens)
+    report = Report(conditions=before, settings=settings, rows=tuple(rows))
     typer.echo((as_markdown if outputs.markdown else as_text)(table(report), left=2))
     if outputs.json:
-        write_output(outputs.json, (json.dumps(report, indent=1) + "\n").encode())
+        write_output(outputs.json, (json.dumps(report.to_dict(), indent=1) + "\n").encode())
     if outputs.csv:
         write_output(outputs.csv, as_csv(report).encode())
     if outputs.plot:
         plot(report, outputs.plot)
+
+
+def _show_run(line: LiveLine, name: str, resolution: "Resolution", done: int, total: int) -> None:
+    size = "native resolution" if resolution is None else f"{resolution} px"
+    line.show(f"{name}, {size}: run {done + 1} of {total}")
 
 
 @app.command()
@@ -230,9 +246,10 @@ def compare(
         float, typer.Option(parser=_percentage, metavar="PERCENT", help="How much slower a median may be.")
     ] = "5%",  # type: ignore[assignment]
 ) -> None:
-    """Compare two reports: exit code 1 if a TTFT or the decode rate of B is worse than A's by more than the threshold.
+    """Compare two reports: exit code 3 if a TTFT or the decode rate of B is worse than A's by more than the threshold.
 
-    Prints the medians of every row that both have. What was not the same about the two measurements goes to stderr.
+    Prints the medians of every row that both reports have. If each is about one model, these are compared even if
+    their names differ. What was not the same in the two measurements goes to stderr.
     """
     from fastvlm_mlx.bench.report import compare_reports, different_conditions, read_report
 
@@ -242,14 +259,13 @@ def compare(
     changes = compare_reports(first, second)
     lines = [["row", "metric", "A", "B", "change", ""]]
     for change in changes:
-        digits = ".1f" if change.metric == "decode_rate" else ".4f"
         verdict = "slower" if change.slower > threshold else "faster" if change.slower < -threshold else ""
         lines.append(
             [
                 change.row,
                 change.metric,
-                f"{change.before:{digits}}",
-                f"{change.after:{digits}}",
+                _quantity(change.before, change.unit),
+                _quantity(change.after, change.unit),
                 f"{change.after / change.before - 1:+.1%}",
                 verdict,
             ]
@@ -257,4 +273,9 @@ def compare(
     typer.echo(as_text(lines, left=2))
     if slower := [change for change in changes if change.slower > threshold]:
         note(f"{len(slower)} of {len(changes)} metrics are worse by more than {threshold:.0%}")
-        raise typer.Exit(1)
+        raise typer.Exit(CHECK_FAILED)
+
+
+def _quantity(value: float, unit: str) -> str:
+    """A median with its unit, seconds as milliseconds."""
+    return f"{1000 * value:.1f} ms" if unit == "s" else f"{value:.1f} {unit}"

@@ -5,6 +5,9 @@ from typing import Annotated
 
 import typer
 
+CHECK_FAILED = 3
+"""Exit code of a command that did its work and found that a check has failed; 1 is for errors."""
+
 MODEL_HELP = "Folder, .zip, Hub id, or one of demo, 0.5b, 1.5b, 7b."
 
 Model = Annotated[str, typer.Option("--model", "-m", envvar="FASTVLM_MODEL", help=MODEL_HELP)]

@@ -1,12 +1,13 @@
 import json
 import os
 import sys
+from dataclasses import replace
 
-from fastvlm_mlx.bench.conditions import conditions, power
+from fastvlm_mlx.bench.conditions import Conditions, Power, conditions, power
 
 
 def test_conditions_hold_no_path_and_no_host_name() -> None:
-    text = json.dumps(conditions())
+    text = json.dumps(conditions().to_dict())
     assert os.uname().nodename not in text
     assert sys.prefix not in text
 
@@ -19,11 +20,15 @@ POWER = {
 
 
 def test_power_conditions_of_a_mac() -> None:
-    found = power(lambda arguments: POWER[" ".join(arguments[1:])])
-    assert found == {
-        "source": "Battery Power",
-        "low_power_mode": True,
-        "thermal_warning": False,
-        "speed_limit": 80,
-    }
-    assert set(power(lambda arguments: "").values()) == {None}
+    assert power(lambda arguments: POWER[" ".join(arguments[1:])]) == Power(
+        source="Battery Power", low_power_mode=True, thermal_warning=False, speed_limit=80
+    )
+    unknown = Power(source=None, low_power_mode=None, thermal_warning=None, speed_limit=None)
+    assert power(lambda arguments: "") == unknown
+
+
+def test_conditions_survive_the_way_to_json_and_back() -> None:
+    here = conditions()
+    on_battery = replace(here, power=power(lambda arguments: POWER[" ".join(arguments[1:])]))
+    for found in (here, on_battery):
+        assert Conditions.from_dict(json.loads(json.dumps(found.to_dict()))) == found

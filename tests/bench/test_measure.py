@@ -1,18 +1,16 @@
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 import fastvlm_mlx
-from fastvlm_mlx.backend import mx
-from fastvlm_mlx.bench import statistics
 from fastvlm_mlx.bench.candidate import Candidate
-from fastvlm_mlx.bench.images import Pictures
-from fastvlm_mlx.bench.measure import STAGES, measure, time_cold, time_generate, time_stages
+from fastvlm_mlx.bench.images import Images
+from fastvlm_mlx.bench.measure import PHASES, measure, time_cold, time_generate, time_phases
 from fastvlm_mlx.bench.random_model import random_model
+from fastvlm_mlx.bench.report import Tokens
 from fastvlm_mlx.config import ActivationScales, ModelConfig, TextConfig, VisionConfig
 from fastvlm_mlx.engine.options import GenerationConfig
 from fastvlm_mlx.errors import CheckpointError
@@ -45,44 +43,18 @@ def candidate() -> Candidate:
 
 
 @pytest.fixture(scope="module")
-def picture() -> bytes:
-    return Pictures()(0)
+def image() -> bytes:
+    return Images()(0)
 
 
-def test_every_timed_stage_is_closed_by_an_evaluation(
-    candidate: Candidate, picture: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    events: list[str] = []
-    clock, evaluate = statistics.time.perf_counter, mx.eval
-
-    def tick() -> float:
-        events.append("clock")
-        return clock()
-
-    def evaluated(*arrays: Any) -> None:
-        evaluate(*arrays)
-        events.append("evaluation")
-
-    monkeypatch.setattr(statistics, "time", SimpleNamespace(perf_counter=tick))
-    monkeypatch.setattr(mx, "eval", evaluated)
-    stages = time_stages(candidate.model, candidate.processor, picture, PROMPT, 64)
-    assert ["load", *stages] == list(STAGES)
-    clocks = [place for place, event in enumerate(events) if event == "clock"]
-    assert len(clocks) == 2 * len(stages)
-    assert all(events[end - 1] == "evaluation" for end in clocks[1::2])
-
-
-def test_staging_leaves_the_model_as_it_was_and_answers_the_same(candidate: Candidate, picture: bytes) -> None:
-    model = candidate.model
-    before = sorted(model)
-    time_stages(model, candidate.processor, picture, PROMPT, 64)
-    assert sorted(model) == before
-    assert model.mm_projector is model["mm_projector"]
-    assert "encode_image" not in vars(model)
+def test_every_phase_is_timed_in_order(candidate: Candidate, image: bytes) -> None:
+    phases = time_phases(candidate.model, candidate.processor, image, PROMPT, 64)
+    assert ["load", *phases] == list(PHASES)
+    assert min(phases.values()) > 0
 
 
 def test_the_benchmark_and_generate_run_the_same_function(
-    candidate: Candidate, picture: bytes, monkeypatch: pytest.MonkeyPatch
+    candidate: Candidate, image: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`fastvlm generate` calls the public name, as tests/test_cli.py shows; the benchmark the same object."""
     module = sys.modules[time_generate.__module__]
@@ -95,39 +67,39 @@ def test_the_benchmark_and_generate_run_the_same_function(
         yield "last piece"
 
     monkeypatch.setattr(module, "stream_generate", stream)
-    assert time_generate(candidate.model, candidate.processor, picture, PROMPT, 128, 5) == "last piece"
+    assert time_generate(candidate.model, candidate.processor, image, PROMPT, 128, 5) == "last piece"
     config = GenerationConfig(max_tokens=5, ignore_eos=True)
-    assert asked == {"image": picture, "prompt": PROMPT, "resolution": 128, "config": config, "prefix_cache": None}
+    assert asked == {"image": image, "prompt": PROMPT, "resolution": 128, "config": config, "prefix_cache": None}
 
 
-def test_a_row_holds_every_metric_with_its_samples_and_no_picture_is_shown_twice(candidate: Candidate) -> None:
+def test_a_row_holds_every_metric_with_its_samples_and_no_image_is_shown_twice(candidate: Candidate) -> None:
     shown: list[int] = []
 
-    class Recorded(Pictures):
+    class Recorded(Images):
         def __call__(self, number: int) -> bytes:
             shown.append(number)
             return super().__call__(number)
 
-    pictures = Recorded((APPLE / "images" / "square.png").read_bytes())
-    row = measure(candidate, pictures=pictures, prompt=PROMPT, resolution=64, runs=2, warmup=1, max_tokens=4)
-    assert set(row["metrics"]) == {*STAGES, "wall_ttft", "paper_ttft", "decode_rate"} - {"load"}
-    for metric in row["metrics"].values():
-        assert len(metric["samples"]) == metric["n"] == 2
-        assert min(metric["samples"]) > 0
-    assert row["tokens"] == {"visual": 1, "text": 24, "prompt": 25, "generated": 4}
-    assert (row["resolution"], row["pixels"]) == (64, 64)
-    assert row["memory"]["peak_bytes"] >= row["memory"]["active_bytes"] > 0
-    assert set(row["precision"].values()) == {"float32"}
+    images = Recorded((APPLE / "images" / "square.png").read_bytes())
+    row = measure(candidate, images=images, prompt=PROMPT, resolution=64, runs=2, warmup=1, max_tokens=4)
+    assert set(row.metrics) == {*PHASES, "wall_ttft", "paper_ttft", "decode_rate"} - {"load"}
+    for metric in row.metrics.values():
+        assert len(metric.samples) == 2
+        assert min(metric.samples) > 0
+    assert row.tokens == Tokens(visual=1, text=24, prompt=25, generated=4)
+    assert (row.resolution, row.pixels) == (64, 64)
+    assert row.memory.peak_bytes >= row.memory.active_bytes > 0
+    assert set(row.precision.values()) == {"float32"}
     assert len(shown) == len(set(shown)) == 9
 
 
-def test_a_cold_start_that_fails_says_why(tmp_path: Path, picture: bytes) -> None:
+def test_a_cold_start_that_fails_says_why(tmp_path: Path, image: bytes) -> None:
     with pytest.raises(CheckpointError, match=r"fastvlm generate failed: error: .*no such folder"):
-        time_cold(tmp_path / "missing" / "folder", picture, PROMPT, 64)
+        time_cold(tmp_path / "missing" / "folder", image, PROMPT, 64)
 
 
-def test_random_models_stay_finite_and_tell_pictures_apart(candidate: Candidate) -> None:
-    pixels = candidate.processor.prepare_images([Pictures()(0), Pictures()(1)], 128)
+def test_random_models_stay_finite_and_tell_images_apart(candidate: Candidate) -> None:
+    pixels = candidate.processor.prepare_images([Images()(0), Images()(1)], 128)
     visual = np.array(candidate.model.encode_image(pixels))
     assert np.isfinite(visual).all()
     assert np.abs(visual[0] - visual[1]).max() > 1e-3 * np.abs(visual).max()

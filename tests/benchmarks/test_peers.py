@@ -8,29 +8,34 @@ from typing import Any
 import pytest
 
 from benchmarks import peers
+from fastvlm_mlx.bench.candidate import PARTS
+from fastvlm_mlx.bench.statistics import Metric
+from tests.reports import make_conditions, make_report, make_row
+
+VERSIONS = {"mlx": "1", "mlx-vlm": "2", "transformers": "3", "torch": "4"}
 
 
-def result(warm: float = 1.0) -> dict[str, Any]:
-    versions = {"mlx": "1", "mlx-vlm": "2", "transformers": "3", "torch": "4"}
-    return {"cold_ttft": 2 * warm, "warm_ttft": warm, "decode_rate": 5.0, "peak_bytes": 10**9, "versions": versions}
+def sample(warm: float = 1.0) -> peers.Sample:
+    return peers.Sample(
+        load_average=0.5, cold_ttft=2 * warm, warm_ttft=warm, decode_rate=5.0, peak_bytes=10**9, tokens=(1, 2)
+    )
 
 
 @pytest.fixture
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
-    """What was measured, by peers that need no environment and no checkpoint."""
+    """The samples that were measured, by peers that need no environment and no checkpoint."""
     measured: list[tuple[str, int, int]] = []
 
-    def sample(place: object, peer: peers.Peer, resolution: int, run: int) -> dict[str, Any]:
+    def measure(place: object, peer: peers.Peer, resolution: int, run: int) -> tuple[peers.Sample, dict[str, str]]:
         measured.append((peer.name, resolution, run))
         if len(measured) == 5 and not (tmp_path / "interrupted").exists():
             (tmp_path / "interrupted").touch()
             raise KeyboardInterrupt
-        return result(1.0 if peer is peers.OURS else 3.0)
+        return sample(1.0 if peer is peers.OURS else 3.0), VERSIONS
 
-    monkeypatch.setattr(peers, "sample", sample)
-    monkeypatch.setattr(
-        peers, "agree", lambda place, peers, resolution: {"mlx-vlm": {"equal": True, "explained": True}}
-    )
+    answer = peers.Answer(tokens=(1, 2), margins=(0.5, 0.5), difference=1e-5)
+    monkeypatch.setattr(peers, "sample", measure)
+    monkeypatch.setattr(peers, "agree", lambda place, peers, resolution: {"mlx-vlm": answer})
     monkeypatch.setattr(peers.Workplace, "python", lambda self, peer: Path(sys.executable))
     monkeypatch.setattr(peers.Workplace, "checkpoint", lambda self, peer, stored=None: tmp_path)
     return measured
@@ -73,29 +78,32 @@ def test_other_settings_do_not_continue_a_report(
 
 
 def test_answers_agree_or_a_tie_explains_where_they_part() -> None:
-    ours = {"tokens": [1, 2, 3], "margins": [1.0, 0.001, 1.0]}
-    assert peers.compare_tokens(ours, {"tokens": [1, 2, 3], "margins": [1.0] * 3}, 1e-2) == {
-        "equal": True,
-        "explained": True,
-    }
-    tie = peers.compare_tokens(ours, {"tokens": [1, 9, 9], "margins": [1.0, 0.001, 1.0]}, 1e-2)
-    assert tie == {"equal": False, "explained": True}
-    wrong = peers.compare_tokens(ours, {"tokens": [7, 2, 3], "margins": [1.0] * 3}, 1e-2)
-    assert wrong == {"equal": False, "explained": False}
+    def compare(*tokens: int, margin: float = 1.0) -> tuple[bool, bool]:
+        theirs = peers.Answer(tokens=tokens, margins=(1.0, margin, 1.0))
+        answer = peers.compare(ours, theirs, difference=0.001, tolerance=1e-2)
+        assert (answer.tokens, answer.difference) == (tokens, 0.001)
+        return answer.equal, answer.explained
+
+    ours = peers.Answer(tokens=(1, 2, 3), margins=(1.0, 0.001, 1.0))
+    assert compare(1, 2, 3) == (True, True)
+    assert compare(1, 9, 9, margin=0.001) == (False, True)
+    assert compare(7, 2, 3) == (False, False)
+
+
+@pytest.mark.parametrize("path", sorted(peers.RESULTS.glob("peers-*.json")), ids=lambda path: path.name)
+def test_committed_comparisons_are_read_without_loss(path: Path) -> None:
+    assert json.loads(json.dumps(peers.read_report(path).to_dict())) == json.loads(path.read_text())
 
 
 def test_the_table_goes_between_the_markers(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{peers.BEGIN}\nearlier\n{peers.END}\nafter\n")
-    samples = {"256": {peer.name: [result()] for peer in peers.PEERS}}
-    report = {
-        "conditions": {"chip": "Chip", "system": "Linux", "device": "cpu"},
-        "settings": {"threads": 2, "size": "0.5b", "dtype": "float32"},
-        "versions": {peer.name: result()["versions"] for peer in peers.PEERS},
-        "samples": samples,
-        "agreement": {},
-    }
-    peers.summarize(report)
+    report = peers.Report(
+        conditions=make_conditions(chip="Chip", system="Linux", device="cpu"),
+        settings=peers.Settings(size="0.5b", dtype="float32", threads=2, images=2),
+        versions={peer.name: VERSIONS for peer in peers.PEERS},
+        samples={256: {peer.name: [sample()] for peer in peers.PEERS}},
+    )
     peers.write_tables([report], readme)
     text = readme.read_text()
     assert text.startswith(f"before\n{peers.BEGIN}\n| |")
@@ -106,25 +114,17 @@ def test_the_table_goes_between_the_markers(tmp_path: Path) -> None:
         peers.write_tables([report], Path(__file__))
 
 
-def test_a_report_of_our_own_stages_gets_a_table_too(tmp_path: Path) -> None:
+def test_a_report_of_our_own_phases_gets_a_table_too(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text(f"{peers.BEGIN}\n{peers.END}\n")
-    parts = ("vision_tower", "mm_projector", "language_model")
-    row = {
-        "model": "0.5b, random",
-        "precision": dict.fromkeys(parts, "float32"),
-        "resolution": 256,
-        "pixels": 256,
-        "tokens": {"visual": 16, "prompt": 40},
-        "memory": {"peak_bytes": 3 * 10**9},
-        "metrics": {"wall_ttft": {"median": 0.9, "p90": 1.0}, "vision": {"median": 0.4}},
-    }
-    conditions = {"chip": "Chip", "system": "Linux", "device": "cpu"}
-    peers.write_tables([{"conditions": conditions, "settings": {"runs": 7}, "rows": [row]}], readme)
+    metrics = {"wall_ttft": Metric(unit="s", samples=(0.5, 0.9, 0.9)), "vision": Metric(unit="s", samples=(0.4,))}
+    row = make_row(model="0.5b, random", precision=dict.fromkeys(PARTS, "float32"), metrics=metrics)
+    report = make_report(row, runs=7, chip="Chip", system="Linux", device="cpu")
+    peers.write_tables([report], readme)
     text = readme.read_text()
     assert "| px | visual | prompt | wall TTFT | p90 | vision | peak GB |" in text
-    assert "| 256 | 16 | 40 | 900.0 | 1000.0 | 400.0 | 3.00 |" in text
-    assert "medians in ms of 7 runs" in text
+    assert "| 1024 | 256 | 283 | 900.0 | 900.0 | 400.0 | 1.50 |" in text
+    assert "0.5b, random, float32, by phase: medians in ms of 7 runs" in text
 
 
 def test_the_readme_has_the_markers() -> None:

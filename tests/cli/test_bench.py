@@ -10,15 +10,16 @@ from typer.testing import CliRunner, Result
 from fastvlm_mlx.bench import measure as bench
 from fastvlm_mlx.bench import report
 from fastvlm_mlx.bench.candidate import Candidate
+from fastvlm_mlx.bench.report import Row
 from fastvlm_mlx.cli import app
 from fastvlm_mlx.errors import CheckpointError
 from tests.checkpoints import APPLE
-from tests.reports import make_report
+from tests.reports import make_report, make_row
 
 
-def written(folder: Path, name: str, **values: Any) -> str:
+def written(folder: Path, name: str, *rows: Row) -> str:
     path = folder / name
-    path.write_text(json.dumps(make_report(**values)))
+    path.write_text(json.dumps(make_report(*rows).to_dict()))
     return str(path)
 
 
@@ -50,7 +51,7 @@ def test_the_command_measures_a_checkpoint_warm_and_cold(tmp_path: Path, monkeyp
     assert found["conditions"]["chip"]
     assert str(tmp_path) not in Path(files["json"]).read_text()
     assert "cold_ttft,s,1," in Path(files["csv"]).read_text()
-    assert "wall TTFT, unstaged" in Path(files["svg"]).read_text()
+    assert "wall TTFT, measured whole" in Path(files["svg"]).read_text()
 
 
 @pytest.fixture
@@ -63,7 +64,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return SimpleNamespace(name=name)
 
     monkeypatch.setattr(Candidate, "load", load)
-    monkeypatch.setattr(bench, "measure", lambda *_, **__: make_report(1.0)["rows"][0])
+    monkeypatch.setattr(bench, "measure", lambda *_, **__: make_row())
     return names
 
 
@@ -146,26 +147,41 @@ def test_wrong_usage_is_refused(arguments: tuple[str, ...], message: str) -> Non
 
 
 def test_comparison_finds_a_regression(tmp_path: Path) -> None:
-    before, after = written(tmp_path, "a.json", wall=1.0), written(tmp_path, "b.json", wall=1.07)
+    before, after = written(tmp_path, "a.json", make_row(1.0)), written(tmp_path, "b.json", make_row(1.07))
     result = invoke("compare", before, after)
-    assert result.exit_code == 1
-    assert "slower" in result.stdout
-    assert "1 of 2 metrics are worse by more than 5%" in result.stderr
+    assert result.exit_code == 3
+    wall, rate = (line.split() for line in result.stdout.splitlines()[1:])
+    assert wall[-7:] == ["wall_ttft", "1000.0", "ms", "1070.0", "ms", "+7.0%", "slower"]
+    assert rate[-6:] == ["decode_rate", "10.0", "tokens/s", "10.0", "tokens/s", "+0.0%"]
+    assert result.stderr == "1 of 2 metrics are worse by more than 5%\n"
     assert invoke("compare", before, after, "--threshold", "10%").exit_code == 0
     assert invoke("compare", after, before).exit_code == 0
 
 
 def test_comparison_counts_a_lower_decode_rate_as_slower(tmp_path: Path) -> None:
-    before, after = written(tmp_path, "a.json", wall=1.0), written(tmp_path, "b.json", wall=1.0, rate=8.0)
+    before, after = written(tmp_path, "a.json", make_row(rate=10.0)), written(tmp_path, "b.json", make_row(rate=8.0))
     result = invoke("compare", before, after)
-    assert result.exit_code == 1
+    assert result.exit_code == 3
     assert "-20.0%" in result.stdout
 
 
-@pytest.mark.parametrize(("content", "message"), [("[", "not JSON"), ("{}", "not a report")])
-def test_what_is_no_report_is_refused(tmp_path: Path, content: str, message: str) -> None:
+def test_comparison_says_when_the_models_differ(tmp_path: Path) -> None:
+    result = invoke("compare", written(tmp_path, "a.json"), written(tmp_path, "b.json", make_row(model="7b")))
+    assert (result.exit_code, result.stderr) == (0, "not the same: model: 0.5b, 7b\n")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[", "not JSON"),
+        ("{}", "not a report"),
+        ('{"fastvlm_bench": 1}', "the report is damaged: 'conditions' is missing"),
+    ],
+)
+def test_a_file_that_holds_no_report_is_refused(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "a.json"
     path.write_text(content)
     result = invoke("compare", str(path), str(path))
     assert result.exit_code == 1
+    assert result.stderr.startswith(f"error: {path}: ")
     assert message in result.stderr
