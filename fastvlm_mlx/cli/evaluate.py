@@ -1,17 +1,17 @@
-"""`fastvlm eval`: accuracy on a file of questions, by kind, and beside another model."""
+"""`fastvlm eval`: scores a model on a question file, by kind, alone or beside another model."""
 
-import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastvlm_mlx.cli.options import MODEL_HELP, DType, Model, parse_resolution
+from fastvlm_mlx.cli.options import CHECK_FAILED, MODEL_HELP, DType, Model, parse_resolution
 from fastvlm_mlx.cli.terminal import ByteProgress, LiveLine, note
 from fastvlm_mlx.formatting import as_text
 
 if TYPE_CHECKING:
+    from fastvlm_mlx.inputs.processor import Resolution
     from fastvlm_mlx.jobs.questions import BadRow, Question
     from fastvlm_mlx.jobs.scores import EvaluationReport
 
@@ -21,7 +21,9 @@ def evaluate(
     data: Annotated[Path, typer.Option(help="JSON Lines with image, question, answers and, optionally, kind.")],
     baseline: Annotated[str | None, typer.Option(help=f"Another model to compare with. {MODEL_HELP}")] = None,
     metric: Annotated[str, typer.Option(help="exact, vqa, relaxed or anls.")] = "exact",
-    limit: Annotated[int | None, typer.Option(min=1, help="Ask a sample of so many, each kind in proportion.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Ask a sample of this many rows, each kind in proportion.")
+    ] = None,
     resolution: Annotated[
         Any, typer.Option("--resolution", "-r", parser=parse_resolution, metavar="INT|auto", help="Pixels a side.")
     ] = None,
@@ -31,8 +33,8 @@ def evaluate(
 ) -> None:
     """Score a model's answers to the questions in a file.
 
-    Answers are kept in the cache folder as they come, so an interrupted run goes on where it stopped. Rows that cannot
-    be asked count as failed and make the exit code 1.
+    Answers are stored in the cache folder as they come, so an interrupted run continues where it stopped. A row that
+    cannot be asked counts as failed and makes the exit code 3.
     """
     from fastvlm_mlx.jobs.metrics import METRICS
     from fastvlm_mlx.jobs.questions import read_questions
@@ -65,7 +67,7 @@ def evaluate(
             )
     if report.failed:
         note(f"{len(report.failed)} of {len(report.answers)} rows failed")
-        raise typer.Exit(1)
+        raise typer.Exit(CHECK_FAILED)
 
 
 def _score(
@@ -74,34 +76,27 @@ def _score(
     questions: "list[Question | BadRow]",
     metric: str,
     limit: int | None,
-    resolution: int | str | None,
+    resolution: "Resolution",
     max_tokens: int,
     dtype: DType | None,
 ) -> "EvaluationReport":
     from fastvlm_mlx import load
-    from fastvlm_mlx.jobs.evaluate import evaluate
+    from fastvlm_mlx.jobs.evaluate import EvaluationSettings, evaluate
     from fastvlm_mlx.jobs.journal import Predictions
     from fastvlm_mlx.resolve import cache_folder
 
     with ByteProgress() as progress:
         network, processor = load(name, dtype=dtype.value if dtype else None, notify=note, progress=progress)
-    settings = {
-        "weights": network.config.source,
-        "quantization": network.config.quantization.to_dict() if network.config.quantization else None,
-        "dtype": str(network.dtype),
-        "resolution": resolution,
-        "max_tokens": max_tokens,
-        "data": hashlib.sha256(data.read_bytes()).hexdigest(),
-    }
-    key = hashlib.sha256(json.dumps([name, settings], sort_keys=True, default=str).encode()).hexdigest()[:16]
-    with LiveLine() as line, Predictions(cache_folder() / "eval" / f"{key}.jsonl", settings) as predictions:
+    settings = EvaluationSettings.of(network, data, resolution=resolution, max_tokens=max_tokens)
+    journal = cache_folder() / "eval" / settings.file_name(name)
+    with LiveLine() as line, Predictions(journal, settings.to_dict()) as predictions:
         return evaluate(
             network,
             processor,
             questions,
             metric=metric,
             limit=limit,
-            resolution=resolution,  # type: ignore[arg-type]
+            resolution=resolution,
             max_tokens=max_tokens,
             predictions=predictions,
             progress=lambda done, total: line.show(f"{name}: {done} of {total} questions"),

@@ -1,6 +1,11 @@
-"""Accuracy on a file of questions: what `fastvlm eval` runs and what quantization is judged by."""
+"""Evaluates a model on a question file, for `fastvlm eval` and to judge quantization."""
 
-from collections.abc import Callable, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 from fastvlm_mlx.engine.prefix_cache import PrefixCache
 from fastvlm_mlx.errors import ConfigError, FastVLMError
@@ -14,8 +19,53 @@ from fastvlm_mlx.jobs.scores import Answer, EvaluationReport
 from fastvlm_mlx.model.fastvlm import FastVLM
 
 Progress = Callable[[int, int], None]
-"""Called with the questions answered and the questions in all."""
+"""Called with the number of answered questions and of all questions."""
+
 ANSWER_TOKENS = 64
+"""Default length of the longest answer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings:
+    """What the predictions for a question file depend on.
+
+    Attributes:
+        weights: The source of the checkpoint, as its config says.
+        quantization: The entry of its config.json; None for floating point.
+        dtype: What it computes in.
+        resolution: As in `evaluate`.
+        max_tokens: As in `evaluate`.
+        data: SHA-256 of the question file.
+    """
+
+    weights: Mapping[str, Any]
+    quantization: Mapping[str, Any] | None
+    dtype: str
+    resolution: Resolution
+    max_tokens: int
+    data: str
+
+    @classmethod
+    def of(cls, model: FastVLM, data: Path, *, resolution: Resolution, max_tokens: int) -> "EvaluationSettings":
+        """Returns the settings for a loaded model and the question file `data`."""
+        quantization = model.config.quantization
+        return cls(
+            weights=model.config.source,
+            quantization=quantization.to_dict() if quantization else None,
+            dtype=str(model.dtype),
+            resolution=resolution,
+            max_tokens=max_tokens,
+            data=hashlib.sha256(data.read_bytes()).hexdigest(),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns a JSON object, the header of the predictions."""
+        return asdict(self)
+
+    def file_name(self, model: str) -> str:
+        """Returns the name of the file for the predictions of a model that the user calls `model`."""
+        identity = json.dumps([model, self.to_dict()], sort_keys=True, default=str)
+        return f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.jsonl"
 
 
 def evaluate(
@@ -30,21 +80,21 @@ def evaluate(
     predictions: Predictions | None = None,
     progress: Progress | None = None,
 ) -> EvaluationReport:
-    """The scores of a model's greedy answers.
+    """Asks a model all questions and returns the scores of its greedy answers.
 
-    A row that is malformed, whose image cannot be read or whose question does not fit scores 0 and is named in the
-    report; the others go on.
+    A row scores 0 if it is malformed, its image cannot be read or its question does not fit. The report names it, and
+    the evaluation continues with the next row.
 
     Args:
         model: From `load`.
         processor: From `load`.
         questions: From `read_questions`.
         metric: One of `METRICS`.
-        limit: Take only this many rows, a `sample`.
+        limit: Ask only a `sample` of this many rows.
         resolution: Side in pixels that images are resized to; None for the model's own.
         max_tokens: Longest answer.
-        predictions: Where answers are kept and taken from.
-        progress: Told how far it is.
+        predictions: Where answers are stored, and where known answers come from.
+        progress: Called before each question and at the end.
 
     Raises:
         ConfigError: If the metric is unknown or there are no questions.

@@ -1,6 +1,7 @@
-"""Predictions on disk, so that an interrupted job goes on where it stopped."""
+"""A journal of predictions on disk, with which an interrupted job continues where it stopped."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -9,19 +10,19 @@ from fastvlm_mlx.jobs.questions import Question
 
 
 class Predictions:
-    """Predictions kept in a JSON Lines file as they come, so that an interrupted evaluation goes on where it stopped.
+    """Predictions in a JSON Lines file, each written as soon as it is known.
 
-    The first line says what the predictions depend on; a last line that was cut off is dropped.
+    The first line holds what the predictions depend on. An incomplete last line is dropped.
 
     Args:
-        path: The file; made if it does not exist.
-        settings: What the predictions depend on, as JSON.
+        path: The file; created if it does not exist.
+        settings: What the predictions depend on, as a JSON object.
 
     Raises:
-        ConfigError: If the file is not such a file, or was made with other settings.
+        ConfigError: If the file holds something else, or predictions with other settings.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self._texts: dict[str, str] = {}
         header = json.dumps({"fastvlm_predictions": 1, **settings}, sort_keys=True)
         if path.exists():
@@ -31,9 +32,9 @@ class Predictions:
                     f"{path}: holds no predictions of this model with these settings; delete it or name another file\n"
                     f"  expected {header}\n  found    {lines[0][:200]}"
                 )
-            whole = lines[1:-1]
-            self._texts = {row["key"]: row["prediction"] for row in map(json.loads, whole)}
-            path.write_text("".join(f"{line}\n" for line in [header, *whole]), encoding="utf-8")
+            complete = lines[1:-1]
+            self._texts = {row["key"]: row["prediction"] for row in map(json.loads, complete)}
+            path.write_text("".join(f"{line}\n" for line in [header, *complete]), encoding="utf-8")
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(f"{header}\n", encoding="utf-8")
@@ -46,11 +47,11 @@ class Predictions:
         self._file.close()
 
     def get(self, question: Question) -> str | None:
-        """The prediction kept for a question."""
+        """Returns the stored prediction for a question; None if there is none."""
         return self._texts.get(question.key)
 
     def add(self, question: Question, prediction: str) -> None:
-        """Keeps a prediction, on disk before this returns."""
+        """Stores a prediction; it is on disk before this returns."""
         self._texts[question.key] = prediction
         self._file.write(json.dumps({"key": question.key, "prediction": prediction}, ensure_ascii=False) + "\n")
         self._file.flush()

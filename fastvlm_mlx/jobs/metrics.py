@@ -1,4 +1,4 @@
-"""Metrics: how well a predicted text matches the right answers."""
+"""Metrics that score a predicted text against the right answers."""
 
 import math
 import re
@@ -10,14 +10,14 @@ _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eigh
 
 
 def normalize(text: str) -> str:
-    """A text as answers are compared: case, punctuation, articles and the way numbers are written do not count."""
+    """Returns a text as answers are compared: without case, punctuation and articles, number words as digits."""
     text = unicodedata.normalize("NFKC", text).casefold()
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
-    kept = "".join(
+    unpunctuated = "".join(
         character if not unicodedata.category(character).startswith("P") or _inside_number(text, i) else " "
         for i, character in enumerate(text)
     )
-    words = [str(_NUMBERS.index(word)) if word in _NUMBERS else word for word in kept.split()]
+    words = [str(_NUMBERS.index(word)) if word in _NUMBERS else word for word in unpunctuated.split()]
     return " ".join([word for word in words if word not in ("a", "an", "the")] or words)
 
 
@@ -28,24 +28,24 @@ def _inside_number(text: str, i: int) -> bool:
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
-    """1 if the normalized prediction is one of the normalized answers, else 0."""
+    """Returns 1 if the normalized prediction is one of the normalized answers, else 0."""
     return float(normalize(prediction) in {normalize(answer) for answer in answers})
 
 
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """VQA's accuracy (Antol et al. 2015): min(1, matches / 3), averaged over leaving out each annotator in turn.
+    """Returns VQA's accuracy (Antol et al. 2015): min(1, matches / 3), averaged over leaving each annotator out.
 
-    It needs several people's answers; with fewer than four, one match is enough.
+    It is meant for answers of several people; with fewer than four, one match is enough.
     """
-    wanted = normalize(prediction)
-    matches = [normalize(answer) == wanted for answer in answers]
+    normalized = normalize(prediction)
+    matches = [normalize(answer) == normalized for answer in answers]
     if len(answers) < 4:
         return float(any(matches))
     return sum(min(1.0, (sum(matches) - match) / 3) for match in matches) / len(answers)
 
 
 def relaxed_numeric(prediction: str, answers: Sequence[str]) -> float:
-    """1 if a number is within 5 % of an answer's (Methani et al. 2020, as in ChartQA); other texts as `exact_match`."""
+    """Returns 1 if a number is within 5 % of an answer (Methani et al. 2020, as in ChartQA), else `exact_match`."""
     value = _number(prediction)
     for answer in answers:
         target = _number(answer)
@@ -55,7 +55,7 @@ def relaxed_numeric(prediction: str, answers: Sequence[str]) -> float:
 
 
 def _number(text: str) -> float | None:
-    """The number that a text is, without unit signs; None if it is not one."""
+    """Parses a number with or without a unit sign; None for other texts."""
     try:
         value = float(normalize(text).strip(" %$€£¥"))
     except ValueError:
@@ -64,16 +64,16 @@ def _number(text: str) -> float | None:
 
 
 def anls(prediction: str, answers: Sequence[str]) -> float:
-    """Normalized Levenshtein similarity to the closest answer, 0 below one half (Biten et al. 2019).
+    """Returns the normalized Levenshtein similarity to the closest answer, 0 below one half (Biten et al. 2019).
 
-    Only case and spaces are normalized, since it is meant for reading text.
+    Only case and spaces are normalized, since the metric is meant for reading text.
     """
     best = 0.0
-    given = " ".join(prediction.casefold().split())
+    predicted = " ".join(prediction.casefold().split())
     for answer in answers:
-        wanted = " ".join(answer.casefold().split())
-        longer = max(len(given), len(wanted))
-        best = max(best, 1.0 - _edits(given, wanted) / longer if longer else 1.0)
+        expected = " ".join(answer.casefold().split())
+        length = max(len(predicted), len(expected))
+        best = max(best, 1.0 - _edits(predicted, expected) / length if length else 1.0)
     return best if best >= 0.5 else 0.0
 
 
@@ -90,4 +90,4 @@ def _edits(a: str, b: str) -> int:
 METRICS = MappingProxyType(
     {"exact": exact_match, "vqa": vqa_accuracy, "relaxed": relaxed_numeric, "anls": anls},
 )
-"""Each takes a prediction and the answers that are right, and gives a score between 0 and 1."""
+"""By name; each takes a prediction and the right answers and returns a score between 0 and 1."""

@@ -1,7 +1,7 @@
 """Question files: JSON Lines such as `{"image": "photos/1.jpg", "question": "…", "answers": ["…"], "kind": "count"}`.
 
-Image paths count from the file's folder; `answers` holds every text that is right; `kind` groups the results and may be
-left out.
+Image paths are relative to the file's folder, `answers` holds all right texts, and `kind`, which is optional, groups
+the results.
 """
 
 import hashlib
@@ -15,14 +15,14 @@ from random import Random
 from fastvlm_mlx.errors import ConfigError
 
 OTHER = "other"
-"""Kind of a question that names none."""
+"""Kind of a question without one."""
 MALFORMED = "malformed"
-"""Kind of a row that is no question."""
+"""Kind of a row that is not a question."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """A row of a question file."""
+    """A question about an image, from one row of a question file."""
 
     line: int
     image: Path
@@ -32,7 +32,7 @@ class Question:
 
     @property
     def key(self) -> str:
-        """What a stored prediction belongs to; another one once the image file is overwritten."""
+        """Identifies the question in a journal; changes when the image file is overwritten."""
         stat = self.image.stat() if self.image.is_file() else None
         version = (stat.st_size, stat.st_mtime_ns) if stat else None
         return hashlib.sha256(repr((str(self.image), version, self.question)).encode()).hexdigest()[:16]
@@ -40,14 +40,14 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True)
 class BadRow:
-    """A row that is no question, and why."""
+    """A row that is not a question, and the reason."""
 
     line: int
     reason: str
 
 
 def read_questions(path: Path) -> list[Question | BadRow]:
-    """The rows of a question file in order, malformed ones as `BadRow`.
+    """Reads the rows of a question file in order, malformed ones as `BadRow`.
 
     Raises:
         ConfigError: If the file cannot be read or holds no rows.
@@ -87,17 +87,17 @@ def _kind(row: Question | BadRow) -> str:
 
 
 def sample(rows: Sequence[Question | BadRow], limit: int) -> list[Question | BadRow]:
-    """`limit` of the rows in the file's order: a random sample with each kind in proportion.
+    """Returns a random sample of `limit` rows with each kind in proportion, in the file's order.
 
-    It is the same every time, and part of every larger sample. Files are often sorted by kind, or cycle through the
-    kinds, so rows at equal distances will not do.
+    The sample is the same every time, and part of every larger sample. Files are often sorted by kind or cycle through
+    the kinds, so rows at equal distances would not have the kinds in proportion.
     """
     sizes, seen = Counter(map(_kind, rows)), Counter[str]()
     random = Random(0)
     shuffled = sorted(range(len(rows)), key=lambda _: random.random())
-    places = {}
-    for i in shuffled:  # the n rows of a kind get the places (1/2)/n, (3/2)/n, … between 0 and 1
+    positions = {}
+    for i in shuffled:  # the n rows of a kind get the positions (1/2)/n, (3/2)/n, … between 0 and 1
         kind = _kind(rows[i])
-        places[i] = (seen[kind] + 0.5) / sizes[kind]
+        positions[i] = (seen[kind] + 0.5) / sizes[kind]
         seen[kind] += 1
-    return [rows[i] for i in sorted(sorted(shuffled, key=places.__getitem__)[:limit])]
+    return [rows[i] for i in sorted(sorted(shuffled, key=positions.__getitem__)[:limit])]

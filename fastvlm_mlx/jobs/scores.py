@@ -1,4 +1,4 @@
-"""Scores of a model on a question file: shares with their intervals, and two models compared."""
+"""Scores of a model on a question file with their intervals, and the comparison of two models."""
 
 import math
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ class Share:
 
     @classmethod
     def of(cls, scores: Sequence[float]) -> "Share":
-        """The share of these scores, which lie between 0 and 1 and are at least one."""
+        """Returns the share of at least one score, all between 0 and 1."""
         n = len(scores)
         p = sum(scores) / n
         spread = 1 + Z95**2 / n
@@ -35,7 +35,7 @@ class Share:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What became of a row: a prediction and its score, or an error and the score 0."""
+    """The outcome for one row: a prediction and its score, or an error and the score 0."""
 
     line: int
     kind: str
@@ -49,7 +49,7 @@ class Comparison:
     """A model against a baseline on the same questions.
 
     Attributes:
-        agreement: Share of the questions that both answer alike, whether right or wrong.
+        agreement: Share of the questions that both answer in the same way, whether right or wrong.
         difference: Mean score of the model minus that of the baseline.
         low: Lower end of the 95 % interval of `difference`, from the paired differences.
         high: Its upper end.
@@ -79,19 +79,19 @@ class EvaluationReport:
 
     @property
     def total(self) -> Share:
-        """The share over all rows, failed ones counted with 0."""
+        """The share over all rows; failed ones count as 0."""
         return Share.of([answer.score for answer in self.answers])
 
     @property
     def kinds(self) -> dict[str, Share]:
-        """The share per kind, in the file's order."""
+        """The share of each kind, in the order of the file."""
         scores: dict[str, list[float]] = {}
         for answer in self.answers:
             scores.setdefault(answer.kind, []).append(answer.score)
         return {kind: Share.of(values) for kind, values in scores.items()}
 
     def against(self, baseline: "EvaluationReport") -> Comparison:
-        """This model compared with another one on the same rows.
+        """Compares this model with another one on the same rows.
 
         Raises:
             ConfigError: If the reports are about different rows or metrics.
@@ -114,7 +114,7 @@ class EvaluationReport:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON: `metric`, `total`, `kinds`, `failed`."""
+        """Returns a JSON object with `metric`, `total`, `kinds` and `failed`."""
         return {
             "metric": self.metric,
             "total": asdict(self.total),
@@ -123,7 +123,7 @@ class EvaluationReport:
         }
 
     def table(self) -> list[tuple[str, str, str, str]]:
-        """Rows of text for a table: kind, questions, score and its 95 % interval, both in per cent; the total last."""
+        """Returns rows of text, the total last: kind, number of questions, score and 95 % interval in per cent."""
         return [
             (kind, str(share.count), f"{100 * share.score:.1f}", f"{100 * share.low:.1f} to {100 * share.high:.1f}")
             for kind, share in [*self.kinds.items(), ("all", self.total)]

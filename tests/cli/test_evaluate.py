@@ -21,7 +21,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def questions(tmp_path, monkeypatch):
-    """Writes a question file about a golden picture; the answer cache is empty."""
+    """Writes a question file about a golden image; the answer cache is empty."""
     monkeypatch.setenv("FASTVLM_CACHE", str(tmp_path / "cache"))
     shutil.copy(GOLDEN / "apple" / "images" / "tiny.png", tmp_path / "tiny.png")
 
@@ -58,10 +58,10 @@ def test_a_model_agrees_with_itself(model, questions):
     assert record["baseline"]["difference"] == 0.0
 
 
-def test_failed_rows_are_named_and_end_with_1(model, questions):
+def test_failed_rows_are_named_and_end_with_3(model, questions):
     data = questions(row(), row(image="missing.png"), "{broken")
     result = run("-m", model, "--data", data)
-    assert result.exit_code == 1
+    assert result.exit_code == 3
     assert f"{data}:2: " in result.stderr
     assert "missing.png" in result.stderr
     assert f"{data}:3: " in result.stderr
@@ -75,7 +75,7 @@ def test_a_limit_asks_about_every_kind_alike(model, questions):
     assert {kind: share["count"] for kind, share in record["kinds"].items()} == dict.fromkeys(kinds, 2)
 
 
-def test_an_interrupted_run_goes_on_where_it_stopped(model, questions, monkeypatch):
+def test_an_interrupted_run_continues_where_it_stopped(model, questions, monkeypatch):
     data, asked = questions(row(), row("Where?"), row("Why?")), []
 
     def interrupted(*args, **kw):

@@ -1,3 +1,4 @@
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ import pytest
 from fastvlm_mlx.errors import ConfigError, ImageError
 from fastvlm_mlx.generation.generate import GenerationResult
 from fastvlm_mlx.jobs import evaluate as evaluation
-from fastvlm_mlx.jobs.evaluate import evaluate
+from fastvlm_mlx.jobs.evaluate import EvaluationSettings, evaluate
 from fastvlm_mlx.jobs.journal import Predictions
 from fastvlm_mlx.jobs.metrics import METRICS
 from fastvlm_mlx.jobs.questions import read_questions
@@ -77,19 +78,38 @@ def test_unknown_metric_is_an_error_that_lists_the_known(tmp_path: Path) -> None
     assert list(METRICS) == ["exact", "vqa", "relaxed", "anls"]
 
 
-def test_interrupted_run_goes_on_where_it_stopped(tmp_path: Path, asked: list[str]) -> None:
-    rows, kept = [row(question=q) for q in ("cat", "dog", "cow")], tmp_path / "kept.jsonl"
-    with Predictions(kept, {"model": "m"}) as predictions:
+def test_interrupted_run_continues_where_it_stopped(tmp_path: Path, asked: list[str]) -> None:
+    rows, journal = [row(question=q) for q in ("cat", "dog", "cow")], tmp_path / "journal.jsonl"
+    with Predictions(journal, {"model": "m"}) as predictions:
         run(write(tmp_path, *rows[:2]), predictions=predictions)
     path = write(tmp_path, *rows)
     # An interruption may cut the last line anywhere.
-    kept.write_text(kept.read_text()[:-9])
+    journal.write_text(journal.read_text()[:-9])
     asked.clear()
-    with Predictions(kept, {"model": "m"}) as predictions:
+    with Predictions(journal, {"model": "m"}) as predictions:
         report = run(path, predictions=predictions)
     assert asked == ["dog", "cow"]
     assert report.total.count == 3
     asked.clear()
-    with Predictions(kept, {"model": "m"}) as predictions:
+    with Predictions(journal, {"model": "m"}) as predictions:
         assert run(path, metric="anls", predictions=predictions).answers[0].score == 1
     assert asked == []
+
+
+def settings(data: Path, **changes: Any) -> EvaluationSettings:
+    values = {"weights": {"sha256": "0"}, "quantization": None, "dtype": "mlx.core.float32", "resolution": None}
+    digest = hashlib.sha256(data.read_bytes()).hexdigest()
+    return EvaluationSettings(**{**values, "max_tokens": 64, "data": digest, **changes})
+
+
+def test_predictions_of_earlier_versions_are_found_again(tmp_path: Path) -> None:
+    """The file name that 0.1.0 gave to these settings."""
+    assert settings(write(tmp_path, row())).file_name("demo") == "5d26207ccb37b98c.jsonl"
+
+
+def test_other_settings_have_other_files(tmp_path: Path) -> None:
+    path = write(tmp_path, row())
+    names = {settings(path).file_name("demo"), settings(path).file_name("0.5b")}
+    names |= {settings(path, **change).file_name("demo") for change in ({"resolution": 256}, {"max_tokens": 8})}
+    names.add(settings(write(tmp_path, row(), row())).file_name("demo"))
+    assert len(names) == 5

@@ -7,8 +7,8 @@ from fastvlm_mlx.jobs.journal import Predictions
 
 
 def test_predictions_of_other_settings_are_refused(tmp_path: Path) -> None:
-    kept = tmp_path / "kept.jsonl"
-    with Predictions(kept, {"model": "m"}):
+    journal = tmp_path / "journal.jsonl"
+    with Predictions(journal, {"model": "m"}):
         pass
     with pytest.raises(ConfigError, match=r"holds no predictions of this model with these settings; delete it"):
-        Predictions(kept, {"model": "other"})
+        Predictions(journal, {"model": "other"})
