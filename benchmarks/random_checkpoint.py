@@ -1,8 +1,8 @@
-"""Writes full-size FastVLM checkpoints with random weights, in Apple's released layout or in transformers'.
+"""Writes full-size FastVLM checkpoints with random weights, in Apple's released layout or in transformers' layout.
 
-Time and memory do not depend on the values of the weights, so these stand in for the released checkpoints wherever a
-download is unwanted: end-to-end runs, memory measurements, comparisons with peers. Names, shapes and dtypes come from
-`tests/manifests`, the vocabulary is Qwen2's own. As in the released files there is no tokenizer.json and no processor
+Time and memory do not depend on the values of the weights. So these checkpoints can replace the released ones without
+a download in end-to-end runs, measurements of memory and comparisons with peers. Names, shapes and dtypes come from
+`tests/manifests`, the vocabulary is Qwen2's. As in the released files, there is no tokenizer.json and no processor
 file, and `lm_head.weight` is present although the smaller models tie it to the embedding. Both layouts hold the same
 numbers.
 
@@ -31,10 +31,10 @@ SHARD_BYTES = 5_000_000_000
 CHUNK = 1 << 22
 BF16_ONE = b"\x80\x3f"
 PIXEL_GAIN = 12
-"""Makes up for filters that sum to zero on pixels, which are smooth."""
+"""Compensates for filters that sum to zero, which see little of smooth pixels."""
 
 GELU_GAIN = 2
-"""Makes up for what a GELU takes from a signal that nothing bypasses."""
+"""Compensates for what a GELU takes from a signal that has no residual connection."""
 
 IMAGE_TOKEN = 151646
 
@@ -46,7 +46,7 @@ _ITEM_BYTES = {"BF16": 2, "I64": 8}
 Tensor = tuple[str, tuple[int, ...]]
 """Dtype and shape, as in a manifest."""
 
-# transformers' names as Apple's; timm counts stages where Apple counts the modules of one `network` list.
+# Apple's names for transformers' tensors: timm counts stages, Apple the modules of one `network` list.
 _BLOCKS = {"0": 0, "1": 2, "2": 4, "3": 7, "4": 10}
 _DOWNSAMPLES = {"1": 1, "2": 3, "3": 5, "4": 8}
 _POSITIONS = {"3": 6, "4": 9}
@@ -54,7 +54,7 @@ _TOWER = "model.vision_tower.vision_tower.model."
 
 
 def apple_name(name: str) -> str:
-    """The name that transformers' tensor `name` has in Apple's layout."""
+    """Returns the name in Apple's layout of transformers' tensor `name`."""
     tower = "model.vision_tower.timm_model."
     if not name.startswith(tower):
         name = name.replace("model.language_model.", "model.")
@@ -71,17 +71,17 @@ def apple_name(name: str) -> str:
 
 
 def read_manifest(size: str, layout: str) -> dict[str, Tensor]:
-    """Every tensor of a released checkpoint, 8-byte dtypes first: torch cannot map them at an odd offset."""
+    """Returns every tensor of a released checkpoint, 8-byte dtypes first: torch cannot map them at an odd offset."""
     tensors = json.loads((_TESTS / "manifests" / f"{layout}_{size}.json").read_text())["tensors"]
     ordered = sorted(tensors.items(), key=lambda item: -_ITEM_BYTES[item[1][0]])
     return {name: (dtype, tuple(shape)) for name, (dtype, shape) in ordered}
 
 
 def _values(name: str, shape: tuple[int, ...], seed: int) -> Iterator[NDArray[np.float32]]:
-    """The values of a tensor of Apple's layout, in chunks of whole rows, at a scale that keeps activations near 1.
+    """Yields the values of a tensor of Apple's layout in chunks of whole rows; they keep activations near 1.
 
-    Filters are scaled by their fan-in and sum to zero: the positive mean that every GELU leaves behind would drown what
-    differs between two images. The RepMixer and RepCPE kernels, which carry the residual stream, are near the identity.
+    Filters are scaled by their fan-in and sum to zero. Otherwise the positive mean that every GELU adds would hide the
+    differences between two images. RepMixer and RepCPE kernels, which carry the residual stream, are near the identity.
     """
     random = np.random.Generator(np.random.SFC64([seed, zlib.crc32(name.encode())]))
     leaf = name.rpartition(".")[2]
@@ -113,7 +113,7 @@ def _values(name: str, shape: tuple[int, ...], seed: int) -> Iterator[NDArray[np
 
 
 def _write_tensor(file: BinaryIO, name: str, dtype: str, shape: tuple[int, ...], seed: int, tied: bool) -> None:
-    """Appends the tensor that Apple's layout calls `name`, as truncated bfloat16 or as int64 zeros."""
+    """Appends the tensor `name` of Apple's layout, as truncated bfloat16 or as int64 zeros."""
     if dtype == "I64":
         file.write(bytes(8 * math.prod(shape)))
         return
@@ -124,7 +124,7 @@ def _write_tensor(file: BinaryIO, name: str, dtype: str, shape: tuple[int, ...],
 
 
 def _header(tensors: dict[str, Tensor]) -> tuple[bytes, int]:
-    """A safetensors header with its length in front, and the number of data bytes that follow it."""
+    """Returns a safetensors header with its length in front, and the number of data bytes that follow it."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, (dtype, shape) in tensors.items():
@@ -137,7 +137,7 @@ def _header(tensors: dict[str, Tensor]) -> tuple[bytes, int]:
 
 
 def _shards(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """The tensors in order, in files of at most `SHARD_BYTES`."""
+    """Divides the tensors, in order, into files of at most `SHARD_BYTES`."""
     shards: list[dict[str, Tensor]] = [{}]
     filled = 0
     for name, (dtype, shape) in tensors.items():
@@ -184,7 +184,7 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def _write_config(folder: Path, size: str, layout: str, tensors: dict[str, Tensor]) -> None:
-    """config.json: the small one of the golden data, with this checkpoint's dimensions."""
+    """Writes config.json: that of the small golden checkpoint, with this checkpoint's dimensions."""
     shapes = {apple_name(name) if layout == "transformers" else name: shape for name, (_, shape) in tensors.items()}
     vocabulary, hidden = shapes["model.embed_tokens.weight"]
     heads = _HEADS[size]
@@ -217,7 +217,7 @@ def _write_config(folder: Path, size: str, layout: str, tensors: dict[str, Tenso
 
 
 def _write_tokenizer(folder: Path, layout: str) -> None:
-    """The real Qwen2 vocabulary; transformers' layout gives `<image>` an id of its own."""
+    """Writes the real Qwen2 vocabulary; transformers' layout gives `<image>` an id of its own."""
     for source in (_TESTS / "tokenizer" / "qwen2").iterdir():
         shutil.copyfile(source, folder / source.name)
     if layout == "transformers":
@@ -236,13 +236,13 @@ def write_checkpoint(
 
     Args:
         size: `0.5b` (1.5 GB), `1.5b` (4 GB) or `7b` (16 GB).
-        destination: The folder, which must not exist yet; written beside it and renamed when complete.
+        destination: The folder, which must not exist; it is written beside it and renamed when complete.
         layout: `apple` or `transformers`.
         seed: Of the random values.
-        sparse: All zeros, as files that take (almost) no disk space.
+        sparse: Whether to write zeros that take almost no disk space.
 
     Raises:
-        FileExistsError: `destination` exists.
+        FileExistsError: If `destination` exists.
     """
     if destination.exists():
         raise FileExistsError(f"{destination} exists already")
@@ -257,7 +257,7 @@ def write_checkpoint(
 
 
 def main() -> None:
-    """The command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("size", choices=SIZES)
     parser.add_argument("destination", type=Path, help="folder to write; must not exist")

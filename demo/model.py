@@ -1,4 +1,4 @@
-"""FastVLM in its train-time form, in plain PyTorch: what `train.py` trains and what the converter must reproduce.
+"""FastVLM in its train-time form, in plain PyTorch, which `train.py` trains and the converter must reproduce.
 
 Module names are those of Apple's training code (ml-fastvlm, `mobileclip/mobileclip_l`), so `state_dict()` *is* the
 checkpoint: MobileOne and RepMixer branches, large + small kernels and BatchNorms are all still apart.
@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 STAGES = (0, 2, 4, 7, 10)
-"""Where the stages are in `network`, which also holds the downsampling and position encodings between them."""
+"""Indices of the stages in `network`, which also holds the downsampling and position encodings between them."""
 TOWER = "model.vision_tower.vision_tower.model."
 
 

@@ -1,10 +1,10 @@
-"""Compares greedy answers: the checkpoint as it was trained, in PyTorch, against what the runtime folds it into.
+"""Compares greedy answers of the checkpoint as it was trained, in PyTorch, with those of the runtime after folding.
 
     python demo/scenes.py --held-out --out build/held-out
     python demo/parity.py build/held-out/questions.jsonl
 
-The pictures and prompts are prepared by the runtime's processor for both, so that only the networks differ. Then the
-runtime's float16 answers are compared with its float32 ones.
+The runtime's processor prepares images and prompts for both, so that only the networks differ. Then the runtime's
+float16 answers are compared with its float32 answers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CHECKPOINT = Path(__file__).parent.parent / "fastvlm_mlx" / "demo_model"
 
 
 def main() -> None:
-    """Command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description="Compare PyTorch's answers with the runtime's.")
     parser.add_argument("questions", type=Path)
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="in Apple's train-time layout")

@@ -1,10 +1,10 @@
-"""Measures and plots what quantization costs the demo model: accuracy on held-out questions over bytes.
+"""Measures and plots the accuracy of the quantized demo model on held-out questions over its size.
 
     python demo/scenes.py --held-out --out build/held-out
     python demo/quantization.py build/held-out/questions.jsonl --work build/quantized
 
 Writes `quantization.json`, `quantization.md` (the README's table) and `quantization.png` beside this file. Answers are
-kept under `--work`, so that an interrupted run goes on where it stopped.
+stored under `--work`, so that an interrupted run continues where it stopped.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ GROUP_SIZE = 32
 """The demo's layers are narrow."""
 
 CALIBRATION = 32
-"""Scenes to calibrate on, drawn like those of training, none of which is among the questions."""
+"""Number of scenes to calibrate on, drawn like those of training; none is among the questions."""
 
 VARIANTS = {
     "int8": Quantization(preset="int8", group_size=GROUP_SIZE),
@@ -47,12 +47,12 @@ VARIANTS = {
 
 
 def tensor_bytes(folder: Path) -> int:
-    """Bytes of the weights; the demo's tokenizer is not small beside them."""
+    """Returns the bytes of the weights alone; the tokenizer would count for much beside them."""
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def calibration(folder: Path) -> Path:
-    """Returns the folder, with the calibration pictures in it."""
+    """Draws the calibration images into a folder and returns it."""
     folder.mkdir(exist_ok=True)
     for index in range(CALIBRATION):
         image, _ = scene_of(1, index, held_out=False)
@@ -89,7 +89,7 @@ def measure(model: str, questions: Path, work: Path, limit: int | None) -> dict[
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """The README's table."""
+    """Returns the table of the README."""
     lines = ["| | weights | exact answers | of float16's | same answer |", "|---|---|---|---|---|"]
     whole = results[BASELINE]["weight_bytes"]
     for name, row in results.items():
@@ -116,7 +116,7 @@ def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    """Command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description="Accuracy of the demo model by quantization.")
     parser.add_argument("questions", type=Path)
     parser.add_argument("--model", default="demo")

@@ -1,4 +1,4 @@
-"""Measures and plots the demo model's accuracy per kind of question at several resolutions.
+"""Measures and plots the accuracy of the demo model by kind of question at several resolutions.
 
     python demo/scenes.py --held-out --out build/held-out
     python demo/resolution.py build/held-out/questions.jsonl
@@ -55,7 +55,7 @@ def plot(results: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
 
 
 def main() -> None:
-    """Command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description="Accuracy of the demo model by resolution.")
     parser.add_argument("questions", type=Path)
     parser.add_argument("--model", default="demo")

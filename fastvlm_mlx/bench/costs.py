@@ -1,4 +1,4 @@
-"""What an answer costs on any GPU, by part: FLOPs, bytes, kernels, and the least time that a chip's peaks allow."""
+"""Computes the cost of an answer on a GPU by part: FLOPs, bytes, kernels, and the least time on a chip."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -15,20 +15,20 @@ from fastvlm_mlx.model.fastvlm import FastVLM
 from fastvlm_mlx.model.kv_cache import KVCache
 from fastvlm_mlx.model.quantized import quantize_layers
 
-TEXT_POSITIONS = 24
-"""Positions of the default prompt that are not visual tokens."""
+PROMPT_TEXT_TOKENS = 24
+"""Tokens of the default prompt apart from the visual ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """One part of an answer at one resolution.
+    """The cost of one part of an answer at one resolution.
 
     Attributes:
         part: `vision tower`, `projector`, `prefill` (of the whole prompt) or `decode step` (after it).
         resolution: In pixels.
-        kernels: What is launched, with everything fused that can be; FLOPs and bytes are theirs.
-        eager: Launches as MLX counts them without `mx.compile`; None where MLX cannot compile, and so not count.
-        compiled: Launches as MLX counts them with it.
+        kernels: Those launched when everything is fused that can be; FLOPs and bytes are theirs.
+        eager: Number of launches in MLX's own graph without `mx.compile`; None where MLX cannot compile.
+        compiled: Number of launches in MLX's own graph with `mx.compile`; None where MLX cannot compile.
     """
 
     part: str
@@ -44,11 +44,11 @@ class Cost:
 
     @property
     def bytes(self) -> int:
-        """Bytes read and written."""
+        """Bytes that are read and written."""
         return sum(kernel.bytes for kernel in self.kernels)
 
     def roofline(self, chip: "Chip") -> float:
-        """The seconds below which a chip cannot stay: kernel by kernel, arithmetic or memory, whatever takes longer."""
+        """Returns the least seconds on a chip: each kernel's arithmetic or memory traffic, whichever takes longer."""
         return sum(
             max(kernel.flops / (chip.tflops * 1e12), kernel.bytes / (chip.bandwidth_gb_s * 1e9))
             for kernel in self.kernels
@@ -57,11 +57,11 @@ class Cost:
 
 @dataclass(frozen=True, kw_only=True)
 class Chip:
-    """Published peaks of a chip's GPU; not measured here.
+    """Published peaks of a chip's GPU, which are not measured here.
 
     Attributes:
-        name: As its maker calls it.
-        tflops: Floating-point operations in 10¹² per second.
+        name: The maker's name for it.
+        tflops: 10¹² floating-point operations per second.
         bandwidth_gb_s: Memory bandwidth in 10⁹ bytes per second.
     """
 
@@ -71,23 +71,23 @@ class Chip:
 
 
 def chips() -> tuple[tuple[Chip, ...], str]:
-    """The chips in `chips.json`, and where its figures come from."""
+    """Returns the chips in `chips.json` and the sources of its figures."""
     data = json.loads(files("fastvlm_mlx.bench").joinpath("chips.json").read_text(encoding="utf-8"))
     sources = "; ".join(f"{name}: {source}" for name, source in data["sources"].items())
     return tuple(Chip(**chip) for chip in data["chips"]), f"{data['note']} {sources}."
 
 
-def costs(config: ModelConfig, resolutions: Sequence[int], stored: Iterable[str] = ()) -> list[Cost]:
-    """The cost of every part at every resolution, in the dtype of the checkpoint; nothing is computed.
+def costs(config: ModelConfig, resolutions: Sequence[int], tensor_names: Iterable[str] = ()) -> list[Cost]:
+    """Returns the cost of every part at every resolution, in the dtype of the checkpoint; runs no model.
 
     Args:
         config: The architecture.
         resolutions: In pixels.
-        stored: The names of the checkpoint's tensors; needed where it is quantized.
+        tensor_names: Of the checkpoint; needed if it is quantized.
     """
     model = FastVLM(config)
     if config.quantization:
-        quantize_layers(model, config.quantization, list(stored))
+        quantize_layers(model, config.quantization, list(tensor_names))
     dtype = getattr(mx, config.dtype)
 
     def blank(array: mx.array) -> mx.array:
@@ -95,11 +95,11 @@ def costs(config: ModelConfig, resolutions: Sequence[int], stored: Iterable[str]
 
     parameters = {part: tree_map(blank, model[part].parameters()) for part in ("vision_tower", "language_model")}
     parameters["mm_projector"] = [tree_map(blank, layer.parameters()) for layer in model.mm_projector]
-    found = []
+    parts = []
     for side in resolutions:
         tokens = (side // config.vision_config.patch_size) ** 2
         features = _blank((1, tokens, config.vision_config.hidden_size), dtype)
-        prompt = _blank((1, tokens + TEXT_POSITIONS, config.text_config.hidden_size), dtype)
+        prompt = _blank((1, tokens + PROMPT_TEXT_TOKENS, config.text_config.hidden_size), dtype)
         cases: tuple[tuple[str, Function, Any], ...] = (
             ("vision tower", _tower(model), (parameters["vision_tower"], _blank((1, side, side, 3), dtype))),
             ("projector", _projector(model), (parameters["mm_projector"], features)),
@@ -107,7 +107,7 @@ def costs(config: ModelConfig, resolutions: Sequence[int], stored: Iterable[str]
             ("decode step", _step(model), (parameters["language_model"], *_past(config, prompt.shape[1], dtype))),
         )
         for part, function, inputs in cases:
-            found.append(
+            parts.append(
                 Cost(
                     part=part,
                     resolution=side,
@@ -116,11 +116,11 @@ def costs(config: ModelConfig, resolutions: Sequence[int], stored: Iterable[str]
                     compiled=count_launches(function, *inputs, compiled=True),
                 )
             )
-    return found
+    return parts
 
 
 def _blank(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
-    """An array that takes no memory."""
+    """Returns an array that takes no memory."""
     return mx.broadcast_to(mx.array(0, dtype), shape)
 
 
@@ -151,7 +151,7 @@ def _prefill(model: FastVLM) -> Function:
 
 
 def _past(config: ModelConfig, positions: int, dtype: mx.Dtype) -> tuple[mx.array, list[mx.array], list[mx.array]]:
-    """A token and the keys and values of the positions before it, with room for more."""
+    """Returns a token and the keys and values of the positions before it, with room for more."""
     text = config.text_config
     shape = (1, text.num_key_value_heads, positions + KVCache.step, text.head_dim)
     layers = range(text.num_hidden_layers)
@@ -163,7 +163,7 @@ def _step(model: FastVLM) -> Function:
         model.language_model.update(parameters)
         cache = model.language_model.make_cache()
         for layer, key, value in zip(cache, keys, values, strict=True):
-            # Views, because the cache is written in place, and an input of a graph must not be.
+            # Views, because the cache is written in place and inputs of a graph must not be.
             layer.keys, layer.values, layer.offset = key[...], value[...], key.shape[2] - KVCache.step
         logits = model.language_model(token, cache)
         return mx.argmax(logits[:, -1], axis=-1)
@@ -171,10 +171,10 @@ def _step(model: FastVLM) -> Function:
     return run
 
 
-def cost_table(found: Sequence[Cost]) -> list[list[str]]:
-    """One line for each part and resolution."""
+def cost_table(parts: Sequence[Cost]) -> list[list[str]]:
+    """Returns a header and one line for each part and resolution."""
     lines = [["part", "px", "GFLOP", "MB moved", "kernels", "compiled", "FLOP/byte"]]
-    for cost in found:
+    for cost in parts:
         lines.append(
             [
                 cost.part,
@@ -189,12 +189,12 @@ def cost_table(found: Sequence[Cost]) -> list[list[str]]:
     return lines
 
 
-def roofline_table(found: Sequence[Cost], peaks: Sequence[Chip]) -> list[list[str]]:
-    """One line for each chip: the least milliseconds to the first token, and the most tokens per second after it."""
-    sides = list(dict.fromkeys(cost.resolution for cost in found))
+def roofline_table(parts: Sequence[Cost], peaks: Sequence[Chip]) -> list[list[str]]:
+    """Returns a header and one line for each chip: least milliseconds to the first token, most tokens per second."""
+    sides = list(dict.fromkeys(cost.resolution for cost in parts))
     lines = [["chip", "TFLOPS", "GB/s", *(f"TTFT {side} px" for side in sides), "of it tower", "tokens/s"]]
     for chip in peaks:
-        times = {(cost.part, cost.resolution): cost.roofline(chip) for cost in found}
+        times = {(cost.part, cost.resolution): cost.roofline(chip) for cost in parts}
         first = [sum(times[part, side] for part in ("vision tower", "projector", "prefill")) for side in sides]
         lines.append(
             [

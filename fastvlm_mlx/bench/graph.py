@@ -1,16 +1,16 @@
-"""What a computation makes a GPU do, read off MLX's own graph of it, on any machine: kernels, FLOPs, bytes.
+"""Counts the kernels, FLOPs and bytes of a computation on a GPU; reads them off MLX's graph, on any machine.
 
-The graph is that of the GPU's formulation, in whose place MLX builds another one where it has no GPU: there, `mx.fast`
-functions fall apart into their definitions. So each of them is drawn as one opaque node while a graph is built.
+The graph is the one that MLX builds on a GPU. Without a GPU, MLX replaces the functions of `mx.fast` by their
+definitions. So while a graph is built here, each of these functions is replaced by one opaque node.
 
-A **kernel** is what a primitive launches. Views launch nothing (broadcast, transpose, split, slice, reshape), but a
-reshape of a transposed array copies it, a concatenation copies each of its parts, a padding fills and copies, and
-attention with a head size that Metal has no kernel for is what MLX makes of it: product, softmax, product. What
-`mx.compile` fuses is one kernel. Matrix products that MLX splits along the inner dimension count as one.
+A **kernel** is one launch of a primitive. Views (broadcast, transpose, split, slice, reshape) launch nothing, but a
+reshape of a transposed array copies it, a concatenation copies each of its parts, and a padding fills and copies.
+Attention with a head size without a Metal kernel is a product, a softmax and a product. Operations that `mx.compile`
+fuses are one kernel. A matrix product that MLX splits along the inner dimension counts as one.
 
-**FLOPs** are those of matrix products, convolutions and attention (causal ones as if nothing were masked). **Bytes**
-are those that kernels read and write, weights included, if nothing stays in a cache from one kernel to the next and
-element-wise operations are fused into one kernel wherever they follow each other.
+**FLOPs** are those of matrix products, convolutions and attention; causal attention counts as if nothing were masked.
+**Bytes** are those that kernels read and write, weights included. This assumes that no cache carries data from one
+kernel to the next, and that consecutive element-wise operations are fused into one kernel.
 """
 
 import io
@@ -28,7 +28,7 @@ from fastvlm_mlx.backend import mx
 from fastvlm_mlx.model import activations
 
 FUSED_HEAD_DIMS = (64, 80, 96, 128, 256)
-"""Head sizes that Metal has an attention kernel for."""
+"""Head sizes with an attention kernel in Metal."""
 
 _VIEWS = frozenset(
     "Broadcast Transpose Split Slice Squeeze ExpandDims Unflatten Reshape Flatten AsStrided View".split()
@@ -49,8 +49,8 @@ class Kernel:
 
     Attributes:
         name: MLX's name of the primitive.
-        flops: As the module defines them.
-        bytes: Read and written.
+        flops: As defined at the top of this module.
+        bytes: Those read and written.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class _Array:
-    """An array of the graph: where it lives in memory, and how much of that it shows."""
+    """An array of the graph: its place in memory, and its share of that."""
 
     shape: tuple[int, ...]
     nbytes: int
@@ -70,30 +70,30 @@ class _Array:
 
 @contextmanager
 def _replaced(owner: Any, **functions: Function) -> Iterator[None]:
-    kept = {name: getattr(owner, name) for name in functions}
+    originals = {name: getattr(owner, name) for name in functions}
     try:
         for name, function in functions.items():
             setattr(owner, name, function)
         yield
     finally:
-        for name, function in kept.items():
+        for name, function in originals.items():
             setattr(owner, name, function)
 
 
 @contextmanager
 def _gpu_formulation() -> Iterator[None]:
-    """Has graphs built as on a GPU, each function of `mx.fast` as one opaque node."""
+    """Builds graphs as on a GPU, each function of `mx.fast` as one opaque node."""
 
     def opaque(x: mx.array, *others: Any, **options: Any) -> mx.array:
         arrays = [value for value in (*others, *options.values()) if isinstance(value, mx.array)]
         node: mx.array = mx.depends([x], arrays or [x])[0]
         return node
 
-    expanded = mx.fast.scaled_dot_product_attention
+    original = mx.fast.scaled_dot_product_attention
 
     def attention(queries: mx.array, keys: mx.array, values: mx.array, **options: Any) -> mx.array:
         if queries.shape[-1] not in FUSED_HEAD_DIMS:
-            return expanded(queries, keys, values, **options)
+            return original(queries, keys, values, **options)
         return opaque(queries, keys, values)
 
     with ExitStack() as stack:
@@ -105,11 +105,11 @@ def _gpu_formulation() -> Iterator[None]:
 
 
 def kernels(function: Function, *inputs: Any) -> list[Kernel]:
-    """What `function` launches if all is fused that can be; a copy that a reshape makes is called `Copy`.
+    """Returns the kernels that `function` launches if all is fused that can be; copies by reshapes are called `Copy`.
 
     Args:
-        function: From arrays, or trees of them, to a tree of arrays.
-        inputs: Its arguments; never evaluated, so that they need no memory.
+        function: Takes arrays or trees of arrays, returns a tree of arrays.
+        inputs: Its arguments; they are never evaluated and need no memory.
     """
     paths, leaves = zip(*tree_flatten(list(inputs)), strict=True)
 
@@ -135,7 +135,7 @@ def kernels(function: Function, *inputs: Any) -> list[Kernel]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Node:
-    """A primitive that launches something; its inputs and outputs by name."""
+    """A primitive that launches a kernel; its inputs and outputs by name."""
 
     name: str
     inputs: tuple[str, ...]
@@ -143,12 +143,12 @@ class _Node:
     flops: int
 
 
-def _launches(primitives: list[dict[str, Any]], arrays: dict[str, _Array], wanted: set[str]) -> Iterator[Kernel]:
-    """The kernels of primitives in order; `arrays` starts with what they are given and is completed."""
+def _launches(primitives: list[dict[str, Any]], arrays: dict[str, _Array], outputs: set[str]) -> Iterator[Kernel]:
+    """Yields the kernels of primitives in order; `arrays` holds their inputs and is completed."""
     nodes = list(_nodes(primitives, arrays))
     maker = {array: node for node in nodes for array in node.outputs}
     # An element-wise result that only element-wise operations read stays in registers.
-    stored = {arrays[array].base for array in wanted}
+    stored = {arrays[array].base for array in outputs}
     stored |= {arrays[array].base for node in nodes if node.name not in _ELEMENTWISE for array in node.inputs}
     for node in nodes:
         written = sum(arrays[array].nbytes for array in node.outputs)
@@ -168,7 +168,7 @@ def _launches(primitives: list[dict[str, Any]], arrays: dict[str, _Array], wante
 
 
 def _nodes(primitives: list[dict[str, Any]], arrays: dict[str, _Array]) -> Iterator[_Node]:
-    """The primitives that launch something; adds every output to `arrays`."""
+    """Yields the primitives that launch a kernel; adds every output to `arrays`."""
     for primitive in primitives:
         name, names = primitive["name"], tuple(array for array, _, _ in primitive["inputs"])
         inputs = [arrays[array] for array in names]
@@ -188,21 +188,21 @@ def _nodes(primitives: list[dict[str, Any]], arrays: dict[str, _Array]) -> Itera
 
 
 def _sources(node: _Node, arrays: dict[str, _Array], maker: dict[str, _Node], stored: set[str]) -> list[str]:
-    """The arrays in memory that an element-wise operation needs, together with those fused into it."""
-    found, pending, seen = [], list(node.inputs), set()
+    """Returns the arrays in memory that an element-wise operation and those fused into it read."""
+    sources, pending, seen = [], list(node.inputs), set()
     while pending:
         array = pending.pop()
         base = arrays[array].base
         if base in stored or base not in maker or maker[base].name not in _ELEMENTWISE:
-            found.append(array)
+            sources.append(array)
         elif base not in seen:
             seen.add(base)
             pending += maker[base].inputs
-    return found
+    return sources
 
 
 def _read(names: Iterable[str], arrays: dict[str, _Array]) -> int:
-    """Bytes of the arrays, what lives in the same place counted once."""
+    """Returns the bytes of the arrays; those in the same place count once."""
     sizes: dict[str, int] = {}
     for name in names:
         array = arrays[name]
@@ -211,11 +211,11 @@ def _read(names: Iterable[str], arrays: dict[str, _Array]) -> int:
 
 
 _LAUNCHES: dict[str, Callable[[int], int]] = {"Concatenate": lambda parts: parts, "Pad": lambda _: 2}
-"""Kernels of a primitive by the number of its inputs, where that is not one."""
+"""Number of kernels from the number of inputs, for primitives that launch more than one."""
 
 
 def _permutes(shape: tuple[int, ...], axes: list[int]) -> bool:
-    """Whether a transposition changes the order in memory: axes of size 1 may go anywhere."""
+    """Whether a transposition changes the order in memory; axes of size 1 do not matter."""
     moved = [axis for axis in axes if shape[axis] > 1]
     return moved != sorted(moved)
 
@@ -232,9 +232,9 @@ def _flops(name: str, inputs: list[_Array], output: tuple[int, ...]) -> int:
 
 
 def count_launches(function: Function, *inputs: Any, compiled: bool) -> int | None:
-    """The number of kernels in the graph that MLX itself makes, eagerly or with `mx.compile`.
+    """Returns the number of kernels in MLX's own graph, eager or with `mx.compile`.
 
-    None where MLX cannot compile: on a Linux CPU without a C++ compiler.
+    Returns None where MLX cannot compile: on a Linux CPU without a C++ compiler.
     """
     with _gpu_formulation():
         run = mx.compile(function) if compiled else function

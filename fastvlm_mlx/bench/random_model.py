@@ -1,4 +1,4 @@
-"""Full-size models with random weights, made in memory: how fast a model is does not depend on what it has learned."""
+"""Makes full-size models with random weights in memory; their speed is that of trained ones."""
 
 import math
 import re
@@ -16,37 +16,37 @@ from fastvlm_mlx.model.fastvlm import FastVLM
 from fastvlm_mlx.streams import turn
 
 _POOL = 1_048_573
-"""Random numbers that all weights are cut from; a prime, so that no two rows of a matrix are equal."""
+"""How many random numbers all weights are cut from; a prime number, so that no two rows of a matrix are equal."""
 
 _SPECIAL = {END_OF_TEXT: 151643, IM_START: 151644, IM_END: 151645}
 
 
 class WordTokenizer(Tokenizer):
-    """Stands in for Qwen2's: a token a word, which for plain English makes about as many."""
+    """Stands in for Qwen2's tokenizer: one token for each word, which is about as many in plain English."""
 
     def __init__(self) -> None:
-        """Needs no files."""
+        """Reads no files."""
 
     def start(self) -> None:
-        """There is nothing to build."""
+        """Does nothing: there is nothing to build."""
 
     def encode(self, text: str) -> list[int]:
-        """An id for each word with the space before it, run of punctuation or run of space."""
+        """Returns an id for each word with the space before it, each run of punctuation and each run of space."""
         return [zlib.crc32(word.encode()) % _SPECIAL[END_OF_TEXT] for word in re.findall(r" ?\w+|[^\w\s]+|\s+", text)]
 
     def token_id(self, content: str) -> int:
-        """Qwen2's."""
+        """Returns Qwen2's id."""
         return _SPECIAL[content]
 
     def token_bytes(self, token_id: int, *, skip_special_tokens: bool = True) -> bytes:
-        """The number of the token, as no word is known for it."""
+        """Returns the number of the token, since it has no word."""
         return b"" if skip_special_tokens and token_id in _SPECIAL.values() else f" {token_id}".encode()
 
 
 def random_model(config: ModelConfig, *, seed: int = 0) -> tuple[FastVLM, FastVLMProcessor]:
-    """A model of this architecture, computing in `config.dtype` where the device can, and a processor for it.
+    """Makes a model of this architecture, which computes in `config.dtype` where the device can, and its processor.
 
-    The weights are finite and keep activations near 1; they are made when they are first used.
+    The weights are finite and keep activations near 1. They are created when they are first used.
     """
     dtype = compute_dtype(config.dtype)
     values = np.random.default_rng(seed).standard_normal(_POOL, dtype=np.float32)
