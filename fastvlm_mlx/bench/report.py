@@ -301,7 +301,7 @@ def different_conditions(before: Report, after: Report) -> Iterator[str]:
 
     Time, load and this package's version may differ, and memory by 1 %, which the system keeps for itself.
     """
-    models = [" and ".join(_models(report)) for report in (before, after)]
+    models = [" and ".join(map(repr, _models(report))) for report in (before, after)]
     if models[0] != models[1]:
         yield f"model: {models[0]}, {models[1]}"
     first, second = ({**report.conditions.to_dict(), **asdict(report.settings)} for report in (before, after))

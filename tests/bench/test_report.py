@@ -51,7 +51,11 @@ def test_a_metric_without_samples_is_refused() -> None:
 
 def test_comparison_tells_what_was_not_the_same() -> None:
     first, second = make_report(), make_report(make_row(model="7b"), runs=5, chip="Apple M9")
-    assert list(different_conditions(first, second)) == ["model: 0.5b, 7b", "chip: Apple M0, Apple M9", "runs: 3, 5"]
+    assert list(different_conditions(first, second)) == [
+        "model: '0.5b', '7b'",
+        "chip: Apple M0, Apple M9",
+        "runs: 3, 5",
+    ]
 
 
 def test_memory_counts_as_the_same_within_one_per_cent() -> None:

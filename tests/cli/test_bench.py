@@ -167,7 +167,7 @@ def test_comparison_counts_a_lower_decode_rate_as_slower(tmp_path: Path) -> None
 
 def test_comparison_says_when_the_models_differ(tmp_path: Path) -> None:
     result = invoke("compare", written(tmp_path, "a.json"), written(tmp_path, "b.json", make_row(model="7b")))
-    assert (result.exit_code, result.stderr) == (0, "not the same: model: 0.5b, 7b\n")
+    assert (result.exit_code, result.stderr) == (0, "not the same: model: '0.5b', '7b'\n")
 
 
 @pytest.mark.parametrize(
