@@ -77,7 +77,7 @@ def read_manifest(size: str, layout: str) -> dict[str, Tensor]:
     return {name: (dtype, tuple(shape)) for name, (dtype, shape) in ordered}
 
 
-def _values(name: str, shape: tuple[int, ...], seed: int) -> Iterator[NDArray[np.float32]]:
+def values(name: str, shape: tuple[int, ...], seed: int) -> Iterator[NDArray[np.float32]]:
     """Yields the values of a tensor of Apple's layout in chunks of whole rows; they keep activations near 1.
 
     Filters are scaled by their fan-in and sum to zero. Otherwise the positive mean that every GELU adds would hide the
@@ -119,7 +119,7 @@ def _write_tensor(file: BinaryIO, name: str, dtype: str, shape: tuple[int, ...],
         return
     if name == "lm_head.weight" and tied:
         name = "model.embed_tokens.weight"
-    for rows in _values(name, shape, seed):
+    for rows in values(name, shape, seed):
         file.write(rows.view("<u2")[:, 1::2].tobytes())
 
 

@@ -13,7 +13,7 @@ from fastvlm_mlx.machine import Machine
 
 def make_conditions(**changes: Any) -> Conditions:
     """The conditions of a machine that does not exist; `changes` are fields of `Machine`."""
-    machine = {
+    machine: dict[str, Any] = {
         "device": "gpu",
         "chip": "Apple M0",
         "cores": 8,

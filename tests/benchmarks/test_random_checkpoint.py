@@ -51,16 +51,16 @@ def test_large_checkpoints_are_sharded_with_an_index(tmp_path: Path) -> None:
 
 def test_values_depend_on_name_and_seed_alone() -> None:
     name, shape = "model.layers.0.mlp.down_proj.weight", (6, 16)
-    first, again, other = (np.concatenate(list(generator._values(name, shape, seed))) for seed in (0, 0, 1))
+    first, again, other = (np.concatenate(list(generator.values(name, shape, seed))) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other)
-    longer = np.concatenate(list(generator._values(name, (8, 16), 0)))
+    longer = np.concatenate(list(generator.values(name, (8, 16), 0)))
     np.testing.assert_array_equal(longer[:6], first)
 
 
 def test_the_residual_stream_is_carried_by_kernels_near_the_identity() -> None:
     name = "model.vision_tower.vision_tower.model.network.6.reparam_conv.weight"
-    (rows,) = generator._values(name, (768, 1, 7, 7), 0)
+    (rows,) = generator.values(name, (768, 1, 7, 7), 0)
     np.testing.assert_allclose(rows[:, 24], 1, atol=0.1)
     assert np.abs(rows).sum(axis=1).max() < 2
 

@@ -8,7 +8,6 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from fastvlm_mlx.bench import measure as bench
-from fastvlm_mlx.bench import report
 from fastvlm_mlx.bench.candidate import Candidate
 from fastvlm_mlx.bench.report import Row
 from fastvlm_mlx.cli import app
@@ -115,7 +114,7 @@ def test_the_table_is_printed_whatever_becomes_of_the_report(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(report.os, "replace", full)
+    monkeypatch.setattr("os.replace", full)
     result = invoke("-m", "demo", "--json", str(tmp_path / "x.json"))
     assert result.exit_code == 1
     assert "1000" in result.stdout
