@@ -3,7 +3,7 @@
 import hashlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastvlm_mlx.backend import mx, nn
@@ -11,6 +11,7 @@ from fastvlm_mlx.bench.random_model import random_model
 from fastvlm_mlx.checkpoint.folder import weight_files
 from fastvlm_mlx.checkpoint.load import load_model
 from fastvlm_mlx.checkpoint.released import full_size
+from fastvlm_mlx.engine.prefix_cache import PrefixCache
 from fastvlm_mlx.inputs.processor import FastVLMProcessor
 from fastvlm_mlx.model.fastvlm import FastVLM
 from fastvlm_mlx.resolve import Progress, resolve
@@ -30,6 +31,7 @@ class Candidate:
         dtype: The type that loading it was told to use; None for the default.
         load_seconds: Seconds that loading took, without converting; None for random weights.
         sha256: Digest of the weight files in their order; None for random weights.
+        prefix_cache: Shared by all its answers, as in a program that stays alive.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Candidate:
     dtype: str | None = None
     load_seconds: float | None = None
     sha256: str | None = None
+    prefix_cache: PrefixCache = field(default_factory=PrefixCache, repr=False)
 
     @classmethod
     def load(

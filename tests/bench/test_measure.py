@@ -1,18 +1,19 @@
+import copy
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 import fastvlm_mlx
+from fastvlm_mlx import generate
 from fastvlm_mlx.bench.candidate import Candidate
 from fastvlm_mlx.bench.images import Images
 from fastvlm_mlx.bench.measure import PHASES, measure, time_cold, time_generate, time_phases
 from fastvlm_mlx.bench.random_model import random_model
 from fastvlm_mlx.bench.report import Tokens
 from fastvlm_mlx.config import ActivationScales, ModelConfig, TextConfig, VisionConfig
-from fastvlm_mlx.engine.options import GenerationConfig
+from fastvlm_mlx.engine.prefix_cache import PrefixCache
 from fastvlm_mlx.errors import CheckpointError
 from tests.checkpoints import APPLE
 
@@ -53,23 +54,27 @@ def test_every_phase_is_timed_in_order(candidate: Candidate, image: bytes) -> No
     assert min(phases.values()) > 0
 
 
-def test_the_benchmark_and_generate_run_the_same_function(
-    candidate: Candidate, image: bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """`fastvlm generate` calls the public name, as tests/test_cli.py shows; the benchmark the same object."""
-    module = sys.modules[time_generate.__module__]
-    assert fastvlm_mlx.stream_generate is module.stream_generate
-    asked: dict[str, Any] = {}
+def test_the_benchmark_measures_the_public_function() -> None:
+    """`fastvlm generate` calls the public name, as tests/cli/test_generate.py shows; the benchmark the same object."""
+    assert sys.modules[time_generate.__module__].stream_generate is fastvlm_mlx.stream_generate  # type: ignore[attr-defined]
 
-    def stream(model: object, processor: Any, **options: Any) -> Any:
-        asked.update(options)
-        yield "piece"
-        yield "last piece"
 
-    monkeypatch.setattr(module, "stream_generate", stream)
-    assert time_generate(candidate.model, candidate.processor, image, PROMPT, 128, 5) == "last piece"
-    config = GenerationConfig(max_tokens=5, ignore_eos=True)
-    assert asked == {"image": image, "prompt": PROMPT, "resolution": 128, "config": config, "prefix_cache": None}
+def test_an_answer_has_the_requested_length_whatever_the_end_tokens(candidate: Candidate, image: bytes) -> None:
+    model, processor = candidate.model, copy.copy(candidate.processor)
+    question = {"image": image, "prompt": PROMPT, "resolution": 64}
+    processor.eos_token_ids = generate(model, processor, **question, max_tokens=5).token_ids  # type: ignore[arg-type]
+    assert generate(model, processor, **question, max_tokens=5).generated_tokens == 1  # type: ignore[arg-type]
+    assert time_generate(model, processor, image, PROMPT, 64, 5).generated_tokens == 5
+
+
+def test_answers_of_a_candidate_share_the_system_prompt(candidate: Candidate) -> None:
+    cache = PrefixCache()
+    first, second = (
+        time_generate(candidate.model, candidate.processor, Images()(number), PROMPT, 64, 2, cache)
+        for number in range(2)
+    )
+    assert first.reused_tokens == 0
+    assert second.reused_tokens == 14  # the positions in front of the image, which is new
 
 
 def test_a_row_holds_every_metric_with_its_samples_and_no_image_is_shown_twice(candidate: Candidate) -> None:
@@ -91,6 +96,7 @@ def test_a_row_holds_every_metric_with_its_samples_and_no_image_is_shown_twice(c
     assert row.memory.peak_bytes >= row.memory.active_bytes > 0
     assert set(row.precision.values()) == {"float32"}
     assert len(shown) == len(set(shown)) == 9
+    assert len(candidate.prefix_cache) == 3
 
 
 def test_a_cold_start_that_fails_says_why(tmp_path: Path, image: bytes) -> None:

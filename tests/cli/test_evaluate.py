@@ -10,18 +10,15 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from fastvlm_mlx.cli.app import app
-from fastvlm_mlx.convert import convert_checkpoint
 from fastvlm_mlx.generation.generate import generate
-from tests.checkpoints import GOLDEN, SOURCES
+from tests.checkpoints import GOLDEN
 
 Questions = Callable[..., str]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("eval") / "apple"
-    convert_checkpoint(SOURCES["apple"], folder, dtype="float32")
-    return str(folder)
+@pytest.fixture
+def model(converted: Callable[..., Path]) -> str:
+    return str(converted("apple"))
 
 
 @pytest.fixture

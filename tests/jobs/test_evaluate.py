@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from fastvlm_mlx.engine.prefix_cache import PrefixCache
 from fastvlm_mlx.errors import ConfigError, ImageError
 from fastvlm_mlx.generation.generate import GenerationResult
 from fastvlm_mlx.jobs import evaluate as evaluation
@@ -26,12 +27,12 @@ def row(**changes: object) -> dict[str, object]:
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The questions that reach the model, which answers with the question itself; an image called bad fails."""
-    questions: list[str] = []
+def prompts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The prompts that reach the model, which answers with the prompt itself; an image called bad fails."""
+    prompts: list[str] = []
 
     def generate(model: Any, processor: Any, *, image: Path, prompt: str, **_: Any) -> GenerationResult:
-        questions.append(prompt)
+        prompts.append(prompt)
         if image.name == "bad.png":
             raise ImageError(f"{image}: no such file")
         return GenerationResult(
@@ -45,14 +46,14 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         )
 
     monkeypatch.setattr(evaluation, "generate", generate)
-    return questions
+    return prompts
 
 
 def run(path: Path, **options: Any) -> EvaluationReport:
     return evaluate(None, None, read_questions(path), **options)  # type: ignore[arg-type]
 
 
-def test_report_counts_failed_rows_and_names_their_lines(tmp_path: Path, asked: list[str]) -> None:
+def test_report_counts_failed_rows_and_names_their_lines(tmp_path: Path, prompts: list[str]) -> None:
     path = write(
         tmp_path, row(question="Cat!"), row(question="dog", kind="other"), "{", row(image="bad.png", question="cat")
     )
@@ -78,22 +79,22 @@ def test_unknown_metric_is_an_error_that_lists_the_known(tmp_path: Path) -> None
     assert list(METRICS) == ["exact", "vqa", "relaxed", "anls"]
 
 
-def test_interrupted_run_continues_where_it_stopped(tmp_path: Path, asked: list[str]) -> None:
+def test_interrupted_run_continues_where_it_stopped(tmp_path: Path, prompts: list[str]) -> None:
     rows, journal = [row(question=q) for q in ("cat", "dog", "cow")], tmp_path / "journal.jsonl"
     with Predictions(journal, {"model": "m"}) as predictions:
         run(write(tmp_path, *rows[:2]), predictions=predictions)
     path = write(tmp_path, *rows)
     # An interruption may cut the last line anywhere.
     journal.write_text(journal.read_text()[:-9])
-    asked.clear()
+    prompts.clear()
     with Predictions(journal, {"model": "m"}) as predictions:
         report = run(path, predictions=predictions)
-    assert asked == ["dog", "cow"]
+    assert prompts == ["dog", "cow"]
     assert report.total.count == 3
-    asked.clear()
+    prompts.clear()
     with Predictions(journal, {"model": "m"}) as predictions:
         assert run(path, metric="anls", predictions=predictions).answers[0].score == 1
-    assert asked == []
+    assert prompts == []
 
 
 def settings(data: Path, **changes: Any) -> EvaluationSettings:
@@ -113,3 +114,18 @@ def test_other_settings_have_other_files(tmp_path: Path) -> None:
     names |= {settings(path, **change).file_name("demo") for change in ({"resolution": 256}, {"max_tokens": 8})}
     names.add(settings(write(tmp_path, row(), row())).file_name("demo"))
     assert len(names) == 5
+
+
+def test_the_questions_of_a_run_share_one_prefix_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    caches: list[PrefixCache] = []
+
+    def generate(model: Any, processor: Any, *, prefix_cache: PrefixCache, **_: Any) -> GenerationResult:
+        caches.append(prefix_cache)
+        raise ImageError("no such file")
+
+    monkeypatch.setattr(evaluation, "generate", generate)
+    for _ in range(2):
+        run(write(tmp_path, row(), row(question="Who?")))
+    assert caches[0] is caches[1]
+    assert caches[2] is caches[3]
+    assert caches[0] is not caches[2]
