@@ -7,7 +7,7 @@ import pytest
 
 from fastvlm_mlx.engine.prefix_cache import PrefixCache
 from fastvlm_mlx.errors import ConfigError, ImageError
-from fastvlm_mlx.generation.generate import GenerationResult
+from fastvlm_mlx.generation.result import GenerationResult, Timings
 from fastvlm_mlx.jobs import evaluate as evaluation
 from fastvlm_mlx.jobs.evaluate import EvaluationSettings, evaluate
 from fastvlm_mlx.jobs.journal import Predictions
@@ -42,7 +42,7 @@ def prompts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             visual_tokens=0,
             generated_tokens=0,
             finish_reason="stop",
-            timings={},
+            timings=Timings(preprocess=0.0, ttft=0.0, decode=0.0, total=0.0),
         )
 
     monkeypatch.setattr(evaluation, "generate", generate)
