@@ -16,7 +16,7 @@ from fastvlm_mlx.formatting import as_markdown, as_text
 
 if TYPE_CHECKING:
     from fastvlm_mlx.bench.candidate import Candidate
-    from fastvlm_mlx.inputs.processor import Resolution
+    from fastvlm_mlx.inputs.images import Resolution
 
 DEFAULT_MODEL = "apple/FastVLM-0.5B"
 DEFAULT_PROMPT = "Describe the image."

@@ -11,7 +11,7 @@ from fastvlm_mlx.cli.terminal import ByteProgress, LiveLine, note
 from fastvlm_mlx.formatting import as_text
 
 if TYPE_CHECKING:
-    from fastvlm_mlx.inputs.processor import Resolution
+    from fastvlm_mlx.inputs.images import Resolution
     from fastvlm_mlx.jobs.questions import BadRow, Question
     from fastvlm_mlx.jobs.scores import EvaluationReport
 
