@@ -75,18 +75,18 @@ class Peer:
         name: Its name in tables.
         script: The script that one of its processes runs.
         packages: The packages of its environment; empty if it runs in this one.
-        stored: The dtype of its checkpoint; None for the dtype that it computes in.
+        checkpoint_dtype: The dtype of its checkpoint; None for the dtype that it computes in.
         preload: Whether, on a CPU, OpenBLAS takes the place of the BLAS that it is linked to.
     """
 
     name: str
     script: str
     packages: tuple[str, ...] = ()
-    stored: str | None = None
+    checkpoint_dtype: str | None = None
     preload: bool = False
 
 
-OURS = Peer(name="fastvlm-mlx", script="peer_ours.py", stored="float16")
+OURS = Peer(name="fastvlm-mlx", script="peer_ours.py", checkpoint_dtype="float16")
 PEERS = (
     OURS,
     Peer(
@@ -99,7 +99,7 @@ PEERS = (
         name="transformers",
         script="peer_transformers.py",
         packages=(_TORCH, "transformers", "timm"),
-        stored="bfloat16",
+        checkpoint_dtype="bfloat16",
     ),
 )
 
@@ -292,10 +292,10 @@ class Workplace:
             (folder / ".installed").touch()
         return python
 
-    def checkpoint(self, peer: Peer, stored: str | None = None) -> Path:
-        """Returns the folder that a peer loads, with its weights in dtype `stored` instead of the usual one."""
-        stored = stored or peer.stored or self.settings.dtype
-        folder = self._work / f"{peer.name}-{self.settings.size}-{stored}"
+    def checkpoint(self, peer: Peer, dtype: str | None = None) -> Path:
+        """Returns the folder that a peer loads, with its weights in `dtype` instead of the usual one."""
+        dtype = dtype or peer.checkpoint_dtype or self.settings.dtype
+        folder = self._work / f"{peer.name}-{self.settings.size}-{dtype}"
         if folder.exists():
             return folder
         say(f"making {folder}")
@@ -306,10 +306,10 @@ class Workplace:
             self._random(source, "apple")
         partial = folder.with_name(folder.name + ".partial")
         program = ["-m", "mlx_vlm", "convert"] if peer.packages else ["-c", CLI, "convert"]
-        places = (
+        folders = (
             ["--hf-path", str(source), "--mlx-path", str(partial)] if peer.packages else [str(source), str(partial)]
         )
-        command = [str(self.python(peer)), *program, *places, "--dtype", stored]
+        command = [str(self.python(peer)), *program, *folders, "--dtype", dtype]
         done = subprocess.run(command, env=self.environment(peer), capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"error: converting for {peer.name} failed:\n{done.stderr[-2000:]}")

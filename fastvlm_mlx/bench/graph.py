@@ -148,23 +148,24 @@ def _launches(primitives: list[dict[str, Any]], arrays: dict[str, _Array], outpu
     nodes = list(_nodes(primitives, arrays))
     maker = {array: node for node in nodes for array in node.outputs}
     # An element-wise result that only element-wise operations read stays in registers.
-    stored = {arrays[array].base for array in outputs}
-    stored |= {arrays[array].base for node in nodes if node.name not in _ELEMENTWISE for array in node.inputs}
+    in_memory = {arrays[array].base for array in outputs}
+    in_memory |= {arrays[array].base for node in nodes if node.name not in _ELEMENTWISE for array in node.inputs}
     for node in nodes:
-        written = sum(arrays[array].nbytes for array in node.outputs)
+        bytes_written = sum(arrays[array].nbytes for array in node.outputs)
         if node.name in _ELEMENTWISE:
-            if node.outputs[0] in stored:
-                read = _read(_sources(node, arrays, maker, stored), arrays)
-                yield Kernel(name=node.name, flops=0, bytes=read + written)
+            if node.outputs[0] in in_memory:
+                bytes_read = _read(_sources(node, arrays, maker, in_memory), arrays)
+                yield Kernel(name=node.name, flops=0, bytes=bytes_read + bytes_written)
             continue
-        read = _read(node.inputs, arrays)
+        bytes_read = _read(node.inputs, arrays)
         if node.name == "Gather":  # only the rows that are looked up
-            read = written
+            bytes_read = bytes_written
         elif node.name == "SliceUpdate":  # in place
-            read = written = arrays[node.inputs[1]].nbytes
+            bytes_read = bytes_written = arrays[node.inputs[1]].nbytes
         launches = _LAUNCHES.get(node.name, lambda inputs: 1)(len(node.inputs))
+        moved = (bytes_read + bytes_written) // launches
         for launch in range(launches):
-            yield Kernel(name=node.name, flops=node.flops if launch == 0 else 0, bytes=(read + written) // launches)
+            yield Kernel(name=node.name, flops=node.flops if launch == 0 else 0, bytes=moved)
 
 
 def _nodes(primitives: list[dict[str, Any]], arrays: dict[str, _Array]) -> Iterator[_Node]:
@@ -187,13 +188,13 @@ def _nodes(primitives: list[dict[str, Any]], arrays: dict[str, _Array]) -> Itera
             yield _Node(name="Copy" if copies else name, inputs=names, outputs=outputs, flops=flops)
 
 
-def _sources(node: _Node, arrays: dict[str, _Array], maker: dict[str, _Node], stored: set[str]) -> list[str]:
+def _sources(node: _Node, arrays: dict[str, _Array], maker: dict[str, _Node], in_memory: set[str]) -> list[str]:
     """Returns the arrays in memory that an element-wise operation and those fused into it read."""
     sources, pending, seen = [], list(node.inputs), set()
     while pending:
         array = pending.pop()
         base = arrays[array].base
-        if base in stored or base not in maker or maker[base].name not in _ELEMENTWISE:
+        if base in in_memory or base not in maker or maker[base].name not in _ELEMENTWISE:
             sources.append(array)
         elif base not in seen:
             seen.add(base)

@@ -30,5 +30,5 @@ def test_power_conditions_of_a_mac() -> None:
 def test_conditions_survive_the_way_to_json_and_back() -> None:
     here = conditions()
     on_battery = replace(here, power=power(lambda arguments: POWER[" ".join(arguments[1:])]))
-    for found in (here, on_battery):
-        assert Conditions.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+    for value in (here, on_battery):
+        assert Conditions.from_dict(json.loads(json.dumps(value.to_dict()))) == value

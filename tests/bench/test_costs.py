@@ -17,8 +17,8 @@ def blank(*shape: int) -> mx.array:
     return mx.broadcast_to(mx.array(0, mx.float16), shape)
 
 
-def names(*found: Kernel) -> list[str]:
-    return [kernel.name for kernel in found]
+def names(*launched: Kernel) -> list[str]:
+    return [kernel.name for kernel in launched]
 
 
 def test_the_compiled_tower_launches_at_most_420_kernels(released: dict[tuple[str, int], Cost]) -> None:
@@ -82,9 +82,9 @@ def test_attention_is_one_kernel_where_metal_has_one(head_dim: int, expected: li
     def attention(x: mx.array) -> mx.array:
         return mx.fast.scaled_dot_product_attention(x, x, x, scale=0.5)
 
-    found = kernels(attention, blank(1, 2, 8, head_dim))
-    assert names(*found) == expected
-    assert sum(kernel.flops for kernel in found) == 4 * 2 * 8 * 8 * head_dim
+    launched = kernels(attention, blank(1, 2, 8, head_dim))
+    assert names(*launched) == expected
+    assert sum(kernel.flops for kernel in launched) == 4 * 2 * 8 * 8 * head_dim
 
 
 def test_counting_leaves_mlx_as_it_was() -> None:
@@ -100,9 +100,9 @@ def test_the_roofline_takes_the_longer_of_arithmetic_and_memory() -> None:
 
 
 def test_every_chip_has_published_peaks_with_their_source() -> None:
-    found, sources = chips()
-    assert {"M1", "M2 Max", "M3", "M4 Pro", "M5"} <= {chip.name for chip in found}
-    assert all(chip.tflops > 0 and chip.bandwidth_gb_s > 0 for chip in found)
+    known, sources = chips()
+    assert {"M1", "M2 Max", "M3", "M4 Pro", "M5"} <= {chip.name for chip in known}
+    assert all(chip.tflops > 0 and chip.bandwidth_gb_s > 0 for chip in known)
     assert "none of them measured" in sources
     assert "Apple" in sources
 

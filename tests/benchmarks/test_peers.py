@@ -38,7 +38,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int
     monkeypatch.setattr(peers, "sample", measure)
     monkeypatch.setattr(peers, "agree", lambda place, peers, resolution: {"mlx-vlm": answer})
     monkeypatch.setattr(peers.Workplace, "python", lambda self, peer: Path(sys.executable))
-    monkeypatch.setattr(peers.Workplace, "checkpoint", lambda self, peer, stored=None: tmp_path)
+    monkeypatch.setattr(peers.Workplace, "checkpoint", lambda self, peer, dtype=None: tmp_path)
     return measured
 
 

@@ -40,14 +40,14 @@ def test_the_command_measures_a_checkpoint_warm_and_cold(tmp_path: Path, monkeyp
     assert all(line.startswith("| ") for line in lines)
     assert "cold TTFT" in lines[0]
     assert "auto: 128" in lines[2]
-    found = json.loads(Path(files["json"]).read_text())
-    (row,) = found["rows"]
+    written_report = json.loads(Path(files["json"]).read_text())
+    (row,) = written_report["rows"]
     assert (row["resolution"], row["pixels"]) == ("auto", 128)
     assert len(row["weights_sha256"]) == 64
     assert row["metrics"]["cold_ttft"]["median"] > row["metrics"]["wall_ttft"]["median"]
     assert row["metrics"]["load"]["n"] == 1
-    assert found["settings"]["image_sha256"]
-    assert found["conditions"]["chip"]
+    assert written_report["settings"]["image_sha256"]
+    assert written_report["conditions"]["chip"]
     assert str(tmp_path) not in Path(files["json"]).read_text()
     assert "cold_ttft,s,1," in Path(files["csv"]).read_text()
     assert "wall TTFT, measured whole" in Path(files["svg"]).read_text()
