@@ -27,10 +27,10 @@ def peak() -> int:
 def quantize(source: Path, target: Path, preset: str) -> dict[str, Any]:
     """Quantizes with a report; returns seconds, processor seconds and peak bytes."""
     start = time.perf_counter()
-    from fastvlm_mlx.convert.pipeline import produce
+    from fastvlm_mlx.convert.pipeline import convert_and_quantize
     from fastvlm_mlx.convert.quantize.scheme import Quantization
 
-    report = produce(source, target, wanted=Quantization(preset=preset))
+    report = convert_and_quantize(source, target, quantization=Quantization(preset=preset))
     assert report is not None
     return {
         "seconds": time.perf_counter() - start,

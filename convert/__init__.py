@@ -1,7 +1,24 @@
 """Converts any published FastVLM checkpoint to this project's folded MLX format, without torch."""
 
-from fastvlm_mlx.convert.conversion import convert_checkpoint, plan
-from fastvlm_mlx.convert.plan import Dropped, Plan
-from fastvlm_mlx.convert.source.source import open_source
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["Dropped", "Plan", "convert_checkpoint", "open_source", "plan"]
+from fastvlm_mlx.convert.conversion import convert_checkpoint, plan
+
+if TYPE_CHECKING:
+    from fastvlm_mlx.convert.compare.verify import verify
+    from fastvlm_mlx.convert.quantize.checkpoint import quantize_checkpoint
+
+__all__ = ["convert_checkpoint", "plan", "quantize_checkpoint", "verify"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports the functions that run models on first use: a dry run needs no MLX."""
+    if name == "quantize_checkpoint":
+        from fastvlm_mlx.convert.quantize.checkpoint import quantize_checkpoint
+
+        return quantize_checkpoint
+    if name == "verify":
+        from fastvlm_mlx.convert.compare.verify import verify
+
+        return verify
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,46 +1,45 @@
-"""From a checkpoint in any layout to a folder in this project's format."""
+"""Converts a checkpoint in any layout to a folder in this project's format."""
 
-import json
-import re
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
+from fastvlm_mlx.checkpoint.safetensors import Tensor
 from fastvlm_mlx.config import LayerQuantization, ModelConfig, QuantizationConfig
+from fastvlm_mlx.convert.arrays import DTYPES, Array
 from fastvlm_mlx.convert.fold.float16 import Scaling, choose, factors
-from fastvlm_mlx.convert.fold.modules import Recipe, copies, decoder_recipes, projector_recipes, vision_recipes
-from fastvlm_mlx.convert.fold.operations import Array
-from fastvlm_mlx.convert.plan import Plan, dropped_tensors
-from fastvlm_mlx.convert.source import upstream_config as upstream
-from fastvlm_mlx.convert.source.source import Source, open_source
-from fastvlm_mlx.convert.source.upstream import EMBEDDING, Checkpoint
+from fastvlm_mlx.convert.fold.modules import Fold, copies, decoder_folds, projector_folds, vision_folds
+from fastvlm_mlx.convert.parts import by_part
+from fastvlm_mlx.convert.plan import Dropped, Plan, dropped_tensors
+from fastvlm_mlx.convert.progress import Meter, Notify, Progress
+from fastvlm_mlx.convert.source import upstream_config
+from fastvlm_mlx.convert.source.source import open_source
+from fastvlm_mlx.convert.source.upstream import EMBEDDING, UpstreamCheckpoint
 from fastvlm_mlx.convert.source.weights import Weight
-from fastvlm_mlx.convert.write import shards as writer
 from fastvlm_mlx.convert.write.card import card
 from fastvlm_mlx.convert.write.destination import partial_folder, vacant
+from fastvlm_mlx.convert.write.files import INDEX_FILE, copy_licences, licences, write_json
+from fastvlm_mlx.convert.write.shards import ShardWriter, Stored, index, shards
 from fastvlm_mlx.errors import CheckpointError, ConversionError
 from fastvlm_mlx.formatting import names
 from fastvlm_mlx.inputs.processor import FastVLMProcessor
 from fastvlm_mlx.inputs.tokenizer import Tokenizer
 
-Progress = Callable[[int, int, str], None]
-"""Called with bytes done, bytes in all, and what is being done."""
+if TYPE_CHECKING:
+    from fastvlm_mlx.backend import mx
 
 OTHER_PART_REASON = "only the vision tower of this source is used"
 
-_PARTS = ("vision_tower", "mm_projector", "language_model")
-LICENCES = re.compile(r"(licen[cs]e|notice|acknowledg|copying)", re.IGNORECASE)
-
-
 _COPIED_BYTES = 2**24
+"""Bytes of a packed tensor that are copied at a time."""
 
-_KEPT_PACKED = ("language_model.", "mm_projector.2.")
-"""Where quantized weights can stay as they are: neither folded nor scaled, nor their columns permuted."""
+_PACKED_MODULES = ("language_model.", "mm_projector.2.")
+"""Where quantized weights can stay packed: they are neither folded nor scaled, nor are their columns permuted."""
 
 
 def plan(
@@ -51,22 +50,24 @@ def plan(
     vision_from: str | Path | None = None,
     dequantize: bool = False,
 ) -> Plan:
-    """What `convert_checkpoint` would do; reads headers only, and the head where it may equal the embedding.
+    """The plan of `convert_checkpoint`; reads headers only, and the head where it may equal the embedding.
 
     Args:
         source: A folder, a .zip archive, a Hub id or an alias.
         dtype: `float16`, `bfloat16` or `float32`.
         revision: A branch, tag or commit of a Hub id.
         vision_from: The source of the vision tower, for a source that has none.
-        dequantize: Whether quantized weights that could stay as they are are not to.
+        dequantize: Whether to dequantize weights that could stay quantized.
 
     Raises:
         CheckpointError: If the source is missing, incomplete, damaged or of an unknown layout.
         ConfigError: If its config.json describes another architecture.
         ConversionError: If the options do not fit the source.
     """
-    with _open(source, dtype, revision, vision_from, dequantize) as job:
-        return job.plan
+    with open_conversion(
+        source, dtype=dtype, revision=revision, vision_from=vision_from, dequantize=dequantize
+    ) as conversion:
+        return conversion.plan()
 
 
 def convert_checkpoint(
@@ -80,7 +81,7 @@ def convert_checkpoint(
     calibration_images: Iterable[str | Path] = (),
     progress: Progress | None = None,
 ) -> Plan:
-    """Writes `source` to the folder `destination` in this project's format; returns what was done.
+    """Writes `source` to the folder `destination` in this project's format; returns the plan that was carried out.
 
     The folder appears when it is complete. The source is only read.
 
@@ -90,9 +91,9 @@ def convert_checkpoint(
         dtype: `float16`, `bfloat16` or `float32`.
         revision: A branch, tag or commit of a Hub id.
         vision_from: The source of the vision tower, for a source that has none.
-        dequantize: Whether quantized weights that could stay as they are are not to.
-        calibration_images: Pictures that the tower's range is measured on for float16, beside the built-in ones.
-        progress: Called with bytes done, bytes in all and what is being done.
+        dequantize: Whether to dequantize weights that could stay quantized.
+        calibration_images: Images to measure the tower's range on for float16, in addition to the built-in ones.
+        progress: Called with the bytes done, the bytes in all and a label of the current step.
 
     Raises:
         CheckpointError: If the source is missing, incomplete, damaged or of an unknown layout.
@@ -101,242 +102,271 @@ def convert_checkpoint(
         ImageError: If a calibration image cannot be read.
     """
     target = vacant(destination)
-    with (
-        _open(source, dtype, revision, vision_from, dequantize) as job,
-        partial_folder(target, job.plan.output_bytes) as folder,
-    ):
-        return job.write(folder, target.name, tuple(calibration_images), progress or (lambda *_: None))
+    with open_conversion(
+        source, dtype=dtype, revision=revision, vision_from=vision_from, dequantize=dequantize
+    ) as conversion:
+        return conversion.write(target, calibration_images=calibration_images, progress=progress)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Job:
-    """An open conversion.
+@contextmanager
+def open_conversion(
+    source: str | Path,
+    *,
+    dtype: str = "float16",
+    revision: str | None = None,
+    vision_from: str | Path | None = None,
+    dequantize: bool = False,
+) -> Iterator["Conversion"]:
+    """The conversion of `source`, whose files stay open for the duration of a `with` block; arguments as for `plan`."""
+    if dtype not in DTYPES:
+        raise ConversionError(f"dtype must be {', '.join(DTYPES)}, not {dtype!r}")
+    with ExitStack() as stack:
+        main = tower = UpstreamCheckpoint.of(stack.enter_context(open_source(source, revision)))
+        if vision_from is not None:
+            if main.has_tower:
+                raise ConversionError(f"{main.source.name} has a vision tower of its own; leave --vision-from out")
+            tower = UpstreamCheckpoint.of(stack.enter_context(open_source(vision_from)))
+            if not tower.has_tower:
+                raise ConversionError(f"{tower.source.name} has no vision tower either; give another --vision-from")
+        elif not main.has_tower:
+            raise ConversionError(
+                f"{main.source.name} has no vision tower ({main.layout.description}); "
+                "name a checkpoint that has one with --vision-from"
+            )
+        yield Conversion(main, tower, dtype=dtype, dequantize=dequantize)
+
+
+class Conversion:
+    """One source on its way to one folder in this project's format.
+
+    Args:
+        main: The source of the decoder and the projector.
+        tower: The source of the vision tower; usually the same.
+        dtype: `float16`, `bfloat16` or `float32`.
+        dequantize: Whether to dequantize weights that could stay quantized.
 
     Attributes:
-        plan: What is to be done.
-        sources: The source, and that of the vision tower if it is another one.
-        recipes: Of every parameter, in the order in which they are written.
-        weights: The source's tensor at every place.
-        unscale: What takes the scaling of a source in our own format out of its weights.
-        kept: The quantized weights that stay as they are, by parameter.
+        folds: The way to every parameter, in the order in which they are written.
+
+    Raises:
+        CheckpointError: If a tensor does not have the shape that the model needs.
+        ConfigError: If a config.json describes another architecture.
     """
 
-    plan: Plan
-    sources: tuple[Source, ...]
-    recipes: list[Recipe]
-    weights: Mapping[str, Weight]
-    unscale: Mapping[str, float]
-    kept: Mapping[str, Weight]
+    def __init__(
+        self, main: UpstreamCheckpoint, tower: UpstreamCheckpoint, *, dtype: str, dequantize: bool = False
+    ) -> None:
+        self._main, self._tower, self._dtype = main, tower, dtype
+        self._text, self._vision = main.text_config(), tower.vision_config()
+        self.folds: list[Fold] = []
+        self._weights: dict[str, Weight] = {}
+        for checkpoint, folds in (
+            (tower, vision_folds(self._vision, tower.match.targets)),
+            (main, projector_folds(self._vision.hidden_size, self._text.hidden_size)),
+            (main, decoder_folds(self._text)),
+        ):
+            self._add(checkpoint, copies(folds) if checkpoint.layout.folded else folds)
+        packed = {target: weight for target, weight in self._weights.items() if weight.packing}
+        kept = {} if dequantize else {name: weight for name, weight in packed.items() if _can_stay_packed(name, weight)}
+        self._kept: dict[str, Weight] = kept
+        self._dequantized = [target.removesuffix(".weight") for target in packed if target not in self._kept]
+        self._folded_tower: dict[str, mx.array] = {}
 
-    def write(self, folder: Path, title: str, pictures: tuple[str | Path, ...], progress: Progress) -> Plan:
+    def _add(self, checkpoint: UpstreamCheckpoint, folds: Sequence[Fold]) -> None:
+        """Adds folds and the weights of `checkpoint` that they need, without the scaling of our own format."""
+        unscale: dict[str, float] = {}
+        if checkpoint.layout.folded:
+            scales = ModelConfig.from_dict(checkpoint.config).vision_config.scales
+            unscale = {name: 1 / factor for name, factor in factors(Scaling.of(scales)).items()}
+        self.folds += folds
+        for fold in folds:
+            for target, shape in fold.inputs.items():
+                self._weights[target] = checkpoint.weight(target, shape, unscale.get(target, 1.0))
+
+    def plan(self) -> Plan:
+        """What `write` is going to do, derived from headers."""
+        main, tower = self._main, self._tower
+        other = tower is not main
+        shapes = {name: shape for fold in self.folds for name, shape in fold.outputs.items()}
+        tensors: dict[str, Stored] = {}
+        for name, shape in shapes.items():
+            if name in self._kept:
+                parts = self._kept[name].packed.items()
+                tensors |= {_part_name(name, part): Stored(tensor.dtype, tensor.shape) for part, tensor in parts}
+            else:
+                tensors[name] = Stored(DTYPES[self._dtype], shape)
+        config = ModelConfig(
+            vision_config=self._vision,
+            text_config=self._text,
+            dtype=self._dtype,
+            eos_token_id=main.end_tokens(),
+            max_length=upstream_config.max_length(main.config),
+            quantization=_quantization(self._kept),
+            source=self._provenance(),
+        )
+        return Plan(
+            source=main.source.name,
+            layout=main.layout.description,
+            vision_from=(tower.source.name, tower.layout.description) if other else None,
+            config=config,
+            source_bytes=sum(checkpoint.source.nbytes for checkpoint in self._checkpoints),
+            output_bytes=sum(tensor.nbytes for tensor in tensors.values()),
+            shards=tuple(shards(tensors)),
+            parameters=by_part({name: int(np.prod(shape)) for name, shape in shapes.items()}),
+            dropped=tuple(self._dropped()),
+            kept_quantized=len(self._kept),
+            dequantized=tuple(self._dequantized),
+        )
+
+    @property
+    def _checkpoints(self) -> tuple[UpstreamCheckpoint, ...]:
+        return (self._main,) if self._tower is self._main else (self._main, self._tower)
+
+    def _provenance(self) -> dict[str, Any]:
+        """The `source` entry of the config, without hashes."""
+        provenance: dict[str, Any] = {}
+        for prefix, checkpoint in zip(("", "vision_"), self._checkpoints, strict=False):
+            provenance |= {
+                f"{prefix}name": checkpoint.public_name,
+                f"{prefix}revision": checkpoint.source.revision,
+                f"{prefix}layout": checkpoint.layout.name,
+            }
+        return provenance
+
+    def _dropped(self) -> list[Dropped]:
+        """The tensors that are not used."""
+        main, tower = self._main, self._tower
+        dropped: list[Dropped] = dropped_tensors(main.source, main.dropped(self._text))
+        if tower is not main:
+            unused = {**tower.match.dropped, **dict.fromkeys(tower.outside_tower, OTHER_PART_REASON)}
+            dropped += dropped_tensors(tower.source, unused)
+        return dropped
+
+    def calibrate(self, images: Iterable[str | Path], notify: Notify) -> Scaling:
+        """The scaling that keeps the tower within float16 on calibration images; `tensors` reuses the folded tower.
+
+        Args:
+            images: Images of the user, in addition to the built-in ones.
+            notify: Called with a label of the current step.
+        """
+        from fastvlm_mlx.convert.fold import peaks
+
+        pixels = peaks.images(images)
+        for fold in self.folds:
+            if next(iter(fold.outputs)).startswith("vision_tower."):
+                notify("folding")
+                self._folded_tower |= {name: peaks.array(rows) for name, rows in self._outputs(fold).items()}
+        return choose(peaks.activation_peaks(self._vision, self._folded_tower, pixels, notify))
+
+    def tensors(self, scaling: Scaling) -> Iterator[tuple[str, Iterable[npt.NDArray[Any]]]]:
+        """Every tensor of the output, in its order, as chunks of rows: float32, or as stored if it stays quantized.
+
+        Args:
+            scaling: Folded into the weights.
+        """
+        scale = factors(scaling)
+        for fold in self.folds:
+            for name, rows in self._outputs(fold).items():
+                if name in self._kept:
+                    parts = self._kept[name].packed.items()
+                    yield from ((_part_name(name, part), _stored_rows(tensor)) for part, tensor in parts)
+                else:
+                    factor = np.float32(scale.get(name, 1.0))
+                    yield name, rows if factor == 1 else (chunk * factor for chunk in rows)
+
+    def _outputs(self, fold: Fold) -> dict[str, Iterable[Array]]:
+        """The outputs of a fold in float32, unscaled, each in chunks of rows."""
+        if fold.outputs.keys() <= self._folded_tower.keys():
+            from fastvlm_mlx.convert.fold.peaks import view
+
+            return {name: [view(self._folded_tower.pop(name))] for name in fold.outputs}
+        if fold.function is None:
+            (name,) = fold.outputs
+            return {name: self._weights[name].chunks()}
+        with np.errstate(all="ignore"):
+            outputs = fold.function({target: self._weights[target].load() for target in fold.inputs})
+        for name, values in outputs.items():
+            if not np.isfinite(values).all():
+                norms = [target for target in fold.inputs if target.endswith("running_var")]
+                tensors = [self._weights[target].tensor.name for target in norms or fold.inputs]
+                raise CheckpointError(f"{name}: folding gives NaN or infinite values; look at {names(tensors)}")
+        return {name: [values] for name, values in outputs.items()}
+
+    def write(
+        self, target: Path, *, calibration_images: Iterable[str | Path] = (), progress: Progress | None = None
+    ) -> Plan:
+        """Writes the folder `target`; returns the plan with its scales and hashes filled in.
+
+        Args:
+            target: A folder that does not exist yet or is empty.
+            calibration_images: Images to measure the tower's range on for float16.
+            progress: Called with the bytes done, the bytes in all and a label of the current step.
+
+        Raises:
+            CheckpointError: If the source is damaged.
+            ConversionError: If there is no room for the folder, or a weight does not fit the dtype.
+            ImageError: If a calibration image cannot be read.
+        """
+        planned = self.plan()
+        with partial_folder(target, planned.output_bytes) as folder:
+            return self._write(folder, target.name, planned, calibration_images, progress)
+
+    def _write(
+        self, folder: Path, title: str, planned: Plan, images: Iterable[str | Path], progress: Progress | None
+    ) -> Plan:
         """Writes every file into `folder`."""
-        reading = sum(source.nbytes for source in self.sources)
-        meter = Meter(reading + self.plan.output_bytes, progress)
-        digests = [source.sha256(lambda count: meter.advance(count, "reading")) for source in self.sources]
-        keys = ("sha256", "vision_sha256")[: len(digests)]
-        finished = self.plan.with_config(source={**self.plan.config.source, **dict(zip(keys, digests, strict=True))})
-        tower: dict[str, Any] = {}
-        scaling = Scaling.of(finished.config.vision_config.scales)
-        if finished.config.dtype == "float16":
-            tower, scaling = self._calibrated(pictures, meter)
-            vision = replace(finished.config.vision_config, scales=scaling.scales)
-            finished = finished.with_config(vision_config=vision)
-        rescale = factors(scaling)
-        with writer.ShardWriter(folder, finished.shards) as out:
-            for recipe in self.recipes:
-                if packed := self.kept.get(next(iter(recipe.outputs))):
-                    self._copy(out, next(iter(recipe.outputs)), packed, meter)
-                    continue
-                outputs = {name: tower.pop(name) for name in recipe.outputs} if tower else self._rows(recipe)
-                for name, rows in outputs.items():
-                    factor = np.float32(rescale.get(name, 1.0))
-                    values = rows if factor == 1 else (chunk * factor for chunk in rows)
-                    out.write(name, values, lambda count: meter.advance(count, "writing"))
+        meter = Meter(planned.source_bytes + planned.output_bytes, progress)
+        hashes = {
+            f"{prefix}sha256": checkpoint.source.sha256(lambda count: meter.advance(count, "reading"))
+            for prefix, checkpoint in zip(("", "vision_"), self._checkpoints, strict=False)
+        }
+        scaling = Scaling.of(self._vision.scales)
+        if self._dtype == "float16":
+            scaling = self.calibrate(images, meter.notify)
+        finished = planned.with_config(
+            source={**planned.config.source, **hashes}, vision_config=replace(self._vision, scales=scaling.scales)
+        )
+        with ShardWriter(folder, finished.shards) as out:
+            for name, rows in self.tensors(scaling):
+                out.write(name, rows, lambda count: meter.advance(count, "writing"))
         self._write_small_files(folder, title, finished)
         return finished
 
-    def _copy(self, out: writer.ShardWriter, name: str, weight: Weight, meter: "Meter") -> None:
-        for part, tensor in weight.packed.items():
-            step = max(1, _COPIED_BYTES * tensor.shape[0] // tensor.nbytes)
-            rows = (tensor.read(first, min(step, tensor.shape[0] - first)) for first in range(0, tensor.shape[0], step))
-            out.copy(_part(name, part), rows, lambda count: meter.advance(count, "writing"))
-
-    def _rows(self, recipe: Recipe) -> dict[str, Iterator[Array]]:
-        """The unscaled outputs of a recipe, each as chunks of rows."""
-        if recipe.fold is None:
-            (name,) = recipe.outputs
-            return {name: self._unscaled(name, self.weights[name].chunks())}
-        with np.errstate(all="ignore"):
-            outputs = recipe.fold({place: self.weights[place].load() for place in recipe.inputs})
-        for name, values in outputs.items():
-            if not np.isfinite(values).all():
-                norms = [place for place in recipe.inputs if place.endswith("running_var")]
-                tensors = [self.weights[place].tensor.name for place in norms or recipe.inputs]
-                raise CheckpointError(f"{name}: folding gives NaN or infinite values; look at {names(tensors)}")
-        return {name: self._unscaled(name, iter([values])) for name, values in outputs.items()}
-
-    def _unscaled(self, name: str, rows: Iterator[Array]) -> Iterator[Array]:
-        factor = np.float32(self.unscale.get(name, 1.0))
-        return rows if factor == 1 else (chunk * factor for chunk in rows)
-
-    def _calibrated(self, pictures: tuple[str | Path, ...], meter: "Meter") -> tuple[dict[str, Any], Scaling]:
-        """The folded tower, unscaled and ready to be written, and the scaling that it needs in float16."""
-        from fastvlm_mlx.convert.fold import peaks as calibration
-
-        images = calibration.images(pictures)
-        tower = {}
-        for recipe in self.recipes:
-            if next(iter(recipe.outputs)).startswith("vision_tower."):
-                meter.advance(0, "folding")
-                for name, rows in self._rows(recipe).items():
-                    tower[name] = calibration.array(rows)
-        peaks = calibration.peaks(self.plan.config.vision_config, tower, images, lambda label: meter.advance(0, label))
-        return {name: iter([calibration.view(value)]) for name, value in tower.items()}, choose(peaks)
-
     def _write_small_files(self, folder: Path, title: str, finished: Plan) -> None:
-        source, config = self.sources[0], finished.config
-        licences: dict[str, Path] = {}
-        for one in reversed(self.sources):  # where both have a file of that name, the decoder's is kept
-            paths = [path for path in one.folder.iterdir() if path.is_file() and LICENCES.match(path.name)]
-            licences |= {path.name: path for path in paths}
-        for name, path in licences.items():
-            shutil.copyfile(path, folder / name)
+        """Writes the config, the processor's files, licences and the model card."""
+        source, config = self._main.source, finished.config
+        copy_licences((checkpoint.source.folder for checkpoint in self._checkpoints), folder)
+        terms = licences(folder)
         FastVLMProcessor(Tokenizer(source.folder), config).save(folder)
         generation = {**(source.json("generation_config.json") or {}), "eos_token_id": list(config.eos_token_id)}
-        files: dict[str, Mapping[str, Any]] = {
-            "config.json": config.to_dict(),
-            "generation_config.json": generation,
-            "model.safetensors.index.json": writer.index(finished.shards),
-        }
-        for name, values in files.items():
-            (folder / name).write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        readme = card(config, dict(finished.parameters), finished.layout, title, sorted(licences))
+        write_json(folder / "config.json", config.to_dict())
+        write_json(folder / "generation_config.json", generation)
+        write_json(folder / INDEX_FILE, index(finished.shards))
+        readme = card(config, finished.parameters, finished.layout, title, terms)
         (folder / "README.md").write_text(readme, encoding="utf-8")
 
 
-def _part(name: str, part: str) -> str:
+def _part_name(name: str, part: str) -> str:
     """The name of a part of the quantized layer with the weight `name`."""
     return f"{name.removesuffix('weight')}{part}"
 
 
-class Meter:
-    """Adds up bytes for a progress callback.
-
-    Args:
-        total: Bytes in all.
-        progress: Told how far it is.
-    """
-
-    def __init__(self, total: int, progress: Progress) -> None:
-        self._done = 0
-        self._total = total
-        self._progress = progress
-
-    def advance(self, count: int, label: str) -> None:
-        """Says what is being done, and how many bytes of it are done since the last call."""
-        self._done += count
-        self._progress(self._done, self._total, label)
+def _stored_rows(tensor: Tensor) -> Iterator[npt.NDArray[Any]]:
+    """A tensor as it is stored, in chunks of rows."""
+    step = max(1, _COPIED_BYTES * tensor.shape[0] // tensor.nbytes)
+    for first in range(0, tensor.shape[0], step):
+        yield tensor.read(first, min(step, tensor.shape[0] - first))
 
 
-@contextmanager
-def _open(
-    name: str | Path, dtype: str, revision: str | None, vision_from: str | Path | None, dequantize: bool
-) -> Iterator[_Job]:
-    if dtype not in writer.DTYPES:
-        raise ConversionError(f"dtype must be {', '.join(writer.DTYPES)}, not {dtype!r}")
-    with ExitStack() as stack:
-        main = Checkpoint.of(stack.enter_context(open_source(name, revision)))
-        if vision_from is None:
-            if not main.has_tower:
-                raise ConversionError(
-                    f"{main.source.name} has no vision tower ({main.layout.description}); "
-                    "name a checkpoint that has one with --vision-from"
-                )
-            yield _job(main, main, dtype, dequantize)
-        elif main.has_tower:
-            raise ConversionError(f"{main.source.name} has a vision tower of its own; leave --vision-from out")
-        else:
-            vision = Checkpoint.of(stack.enter_context(open_source(vision_from)))
-            if not vision.has_tower:
-                raise ConversionError(f"{vision.source.name} has no vision tower either; give another --vision-from")
-            yield _job(main, vision, dtype, dequantize)
-
-
-def _job(main: Checkpoint, vision: Checkpoint, dtype: str, dequantize: bool) -> _Job:
-    """The conversion of `main`, with the tower of `vision` (mostly the same)."""
-    text, tower = main.text_config(), vision.vision_config()
-    parts = [
-        (vision, vision_recipes(tower, vision.match.places)),
-        (main, projector_recipes(tower.hidden_size, text.hidden_size)),
-        (main, decoder_recipes(text)),
-    ]
-    recipes: list[Recipe] = []
-    weights: dict[str, Weight] = {}
-    for checkpoint, made in parts:
-        used = copies(made) if checkpoint.layout.folded else made
-        recipes += used
-        weights |= {place: checkpoint.weight(place, shape) for recipe in used for place, shape in recipe.inputs.items()}
-    packed = {place: weight for place, weight in weights.items() if weight.packing}
-    kept = {} if dequantize else {place: weight for place, weight in packed.items() if _can_stay(place, weight)}
-    sources = (main.source,) if vision is main else (main.source, vision.source)
-    dropped = dropped_tensors(main.source, main.dropped(text))
-    provenance = {"name": main.public_name, "revision": main.source.revision, "layout": main.layout.name}
-    if vision is not main:
-        unused = {**vision.match.dropped, **dict.fromkeys(vision.outside_tower, OTHER_PART_REASON)}
-        dropped += dropped_tensors(vision.source, unused)
-        provenance |= {
-            "vision_name": vision.public_name,
-            "vision_revision": vision.source.revision,
-            "vision_layout": vision.layout.name,
-        }
-    config = ModelConfig(
-        vision_config=tower,
-        text_config=text,
-        dtype=dtype,
-        eos_token_id=main.end_tokens(),
-        max_length=upstream.max_length(main.config),
-        quantization=_quantization(kept),
-        source=provenance,
-    )
-    shapes = {name: shape for recipe in recipes for name, shape in recipe.outputs.items()}
-    stored: dict[str, writer.Stored] = {}
-    for name, shape in shapes.items():
-        if name in kept:
-            stored |= {
-                _part(name, part): writer.Stored(tensor.dtype, tensor.shape)
-                for part, tensor in kept[name].packed.items()
-            }
-        else:
-            stored[name] = writer.Stored(writer.DTYPES[dtype], shape)
-    sizes = {name: int(np.prod(shape)) for name, shape in shapes.items()}
-    plan = Plan(
-        source=main.source.name,
-        layout=main.layout.description,
-        vision_from=None if vision is main else (vision.source.name, vision.layout.description),
-        config=config,
-        source_bytes=sum(source.nbytes for source in sources),
-        output_bytes=sum(tensor.nbytes for tensor in stored.values()),
-        shards=tuple(writer.shards(stored)),
-        parameters={part: sum(size for name, size in sizes.items() if name.startswith(part)) for part in _PARTS},
-        dropped=tuple(dropped),
-        kept_quantized=len(kept),
-        dequantized=tuple(place.removesuffix(".weight") for place in packed if place not in kept),
-    )
-    unscale = {
-        **{name: factor for name, factor in main.unscale().items() if name.startswith("mm_projector.")},
-        **{name: factor for name, factor in vision.unscale().items() if name.startswith("vision_tower.")},
-    }
-    return _Job(plan=plan, sources=sources, recipes=recipes, weights=weights, unscale=unscale, kept=kept)
-
-
-def _can_stay(place: str, weight: Weight) -> bool:
-    """Whether a quantized weight can; MLX dequantizes an embedding to bfloat16 in every mode but affine."""
+def _can_stay_packed(target: str, weight: Weight) -> bool:
+    """Whether a quantized weight can stay as it is."""
+    # MLX dequantizes an embedding to bfloat16 in every mode but affine.
     affine = weight.packing is not None and weight.packing.mode == "affine"
-    return place.startswith(_KEPT_PACKED) and (affine or place != EMBEDDING)
+    return target.startswith(_PACKED_MODULES) and (affine or target != EMBEDDING)
 
 
-def _quantization(kept: Mapping[str, Weight]) -> QuantizationConfig | None:
-    """How the weights that stay quantized are."""
+def _quantization(kept: dict[str, Weight]) -> QuantizationConfig | None:
+    """The quantization of the weights that stay quantized."""
     layers = {
         name.removesuffix(".weight"): LayerQuantization(
             group_size=weight.packing.group_size, bits=weight.packing.bits, mode=weight.packing.mode

@@ -1,27 +1,34 @@
-"""From any checkpoint to what was asked for in the end: converted, quantized, in this project's format or mlx-vlm's."""
+"""Runs the steps from any checkpoint to the requested one: convert, quantize, export."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 from fastvlm_mlx.checkpoint.folder import is_converted
 from fastvlm_mlx.checkpoint.released import parse_name
 from fastvlm_mlx.config import ModelConfig
-from fastvlm_mlx.convert.compare.agreement import picture_files
-from fastvlm_mlx.convert.conversion import Progress, convert_checkpoint, plan
+from fastvlm_mlx.convert.compare.probes import image_files
+from fastvlm_mlx.convert.conversion import convert_checkpoint, plan
 from fastvlm_mlx.convert.export.mlx_vlm import check_exportable, export_mlx_vlm
+from fastvlm_mlx.convert.plan import Plan
+from fastvlm_mlx.convert.progress import Progress
 from fastvlm_mlx.convert.quantize.checkpoint import quantize_checkpoint
-from fastvlm_mlx.convert.quantize.report import Gate, LossReport
+from fastvlm_mlx.convert.quantize.gates import Gate
+from fastvlm_mlx.convert.quantize.report import QuantizationReport
 from fastvlm_mlx.convert.quantize.scheme import Quantization
 from fastvlm_mlx.convert.scratch import scratch_folder
 from fastvlm_mlx.convert.write.destination import vacant
 from fastvlm_mlx.errors import ConversionError
 
+Step = Callable[..., Plan | QuantizationReport | None]
+"""Called with a source, a destination and `progress=`."""
 
-def produce(
+
+def convert_and_quantize(
     source: str | Path,
     destination: str | Path,
     *,
-    wanted: Quantization | None = None,
+    quantization: Quantization | None = None,
     mlx_vlm: bool = False,
     dtype: str | None = None,
     revision: str | None = None,
@@ -30,64 +37,98 @@ def produce(
     calibration: Iterable[str | Path] = (),
     gates: Sequence[str] = (),
     progress: Progress | None = None,
-) -> LossReport | None:
-    """Writes a checkpoint to the folder `destination`; whatever is impossible is an error before any work starts.
+) -> QuantizationReport | None:
+    """Writes a checkpoint to the folder `destination`; every check comes before any work.
 
     Args:
         source: As for `convert_checkpoint`.
         destination: A folder that does not exist yet or is empty.
-        wanted: How to quantize, if at all.
+        quantization: How to quantize; None to leave it out.
         mlx_vlm: Whether to write mlx-vlm's format.
         dtype: As for `convert_checkpoint`; by default that of a converted source, else float16.
         revision: As for `convert_checkpoint`.
         vision_from: As for `convert_checkpoint`.
         dequantize: Whether to dequantize a quantized source.
-        calibration: Pictures, or folders of them, to measure on beside the built-in ones.
-        gates: Conditions on what quantization costs, such as `top1>=0.95`.
-        progress: Called with bytes done, bytes in all and what is being done.
+        calibration: Images, or folders of them, to measure on in addition to the built-in ones.
+        gates: Conditions on the quantization report, such as `top1>=0.95`.
+        progress: Called with the bytes done, the bytes in all and a label of the current step.
 
     Returns:
-        What quantization cost, if it was quantized.
+        The report, if the checkpoint was quantized.
 
     Raises:
         CheckpointError: If the source is missing, incomplete, damaged or of an unknown layout.
-        ConversionError: If something cannot be done as asked, or a gate is not met.
-        ImageError: If a calibration picture cannot be read.
+        ConversionError: If the request is impossible.
+        GateError: If a gate is not met; nothing is written then.
+        ImageError: If a calibration image cannot be read.
     """
-    target, pictures = vacant(destination), picture_files(map(Path, calibration))
+    target = vacant(destination)
+    steps = planned_steps(
+        source,
+        quantization=quantization,
+        mlx_vlm=mlx_vlm,
+        dtype=dtype,
+        revision=revision,
+        vision_from=vision_from,
+        dequantize=dequantize,
+        images=image_files(map(Path, calibration)),
+        gates=gates,
+    )
+    report = None
+    current: str | Path = source
+    above = next(parent for parent in target.absolute().parents if parent.is_dir())
+    with scratch_folder(above, f"{target.name}.steps") as scratch:
+        for number, step in enumerate(steps, 1):
+            following = target if number == len(steps) else scratch / str(number) / target.name
+            result = step(current, following, progress=progress)
+            report = result if isinstance(result, QuantizationReport) else report
+            current = following
+    return report
+
+
+def planned_steps(
+    source: str | Path,
+    *,
+    quantization: Quantization | None,
+    mlx_vlm: bool,
+    dtype: str | None,
+    revision: str | None,
+    vision_from: str | Path | None,
+    dequantize: bool,
+    images: Sequence[Path],
+    gates: Sequence[str],
+) -> list[Step]:
+    """The steps of `convert_and_quantize`, at least one; each reads the folder that the one before it wrote.
+
+    Raises:
+        CheckpointError: If the source is missing, incomplete, damaged or of an unknown layout.
+        ConversionError: If the request is impossible.
+    """
     for gate in gates:
         Gate.parse(gate)
-    if gates and wanted is None:
+    if gates and quantization is None:
         raise ConversionError("a gate is a condition on what quantization costs, and nothing is to be quantized")
     folder = parse_name(source).path
-    ready = ModelConfig.from_path(folder) if folder and is_converted(folder) else None
-    dtype = dtype or (ready.dtype if ready else "float16")
+    converted = ModelConfig.from_path(folder) if folder and is_converted(folder) else None
+    dtype = dtype or (converted.dtype if converted else "float16")
     options = {"dtype": dtype, "revision": revision, "vision_from": vision_from, "dequantize": dequantize}
     planned = plan(source, **options)
     if dequantize and not planned.dequantized:
         raise ConversionError(f"{source}: is not quantized; there is nothing to dequantize")
-    if wanted is not None:
+    if quantization is not None:
         if planned.kept_quantized or planned.dequantized:
             raise ConversionError(
                 f"{source}: is quantized already; quantize what it was made from, or dequantize it first"
             )
-        layers = wanted.assign(planned.config).layers
+        layers = quantization.allocate(planned.config).layers
         if mlx_vlm:
             check_exportable(layers)
 
-    above = next(parent for parent in target.absolute().parents if parent.is_dir())
-    with scratch_folder(above, f"{target.name}.steps") as scratch:
-        if ready is None or dtype != ready.dtype or dequantize or (wanted is None and not mlx_vlm):
-            last = wanted is None and not mlx_vlm
-            folder = target if last else scratch / "converted"
-            convert_checkpoint(source, folder, **options, calibration_images=pictures, progress=progress)
-        report = None
-        if wanted is not None:
-            quantized = scratch / target.name if mlx_vlm else target
-            report = quantize_checkpoint(
-                folder, quantized, wanted, calibration=pictures, gates=gates, progress=progress
-            )
-            folder = quantized
-        if mlx_vlm:
-            export_mlx_vlm(folder, target, progress=progress)
-    return report
+    steps: list[Step] = []
+    if quantization is not None:
+        steps.append(partial(quantize_checkpoint, quantization=quantization, calibration=images, gates=gates))
+    if mlx_vlm:
+        steps.append(export_mlx_vlm)
+    if converted is None or dtype != converted.dtype or dequantize or not steps:
+        steps.insert(0, partial(convert_checkpoint, **options, calibration_images=images))
+    return steps

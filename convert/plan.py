@@ -1,4 +1,4 @@
-"""What a conversion is going to do, before it does it."""
+"""The plan of a conversion, made before any work."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ class Dropped:
     Attributes:
         name: Its key.
         nbytes: Its size.
-        reason: Why.
+        reason: The reason, as a user reads it.
     """
 
     name: str
@@ -28,20 +28,20 @@ class Dropped:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A conversion, as far as the headers of the source tell it; `str` gives it in a user's words.
+    """A conversion, derived from the headers of the source alone; `str` gives it in a user's words.
 
     Attributes:
         source: The name of the source.
         layout: Its layout.
         vision_from: The name and the layout of the source of the vision tower, if it is another one.
-        config: Of the output; without the scales, which are found by running the tower, and without the source's hash.
+        config: The output's config, without the scales, which are measured later, and without the source's hash.
         source_bytes: Bytes of the files read.
         output_bytes: Bytes of the tensors written.
         shards: The files written.
-        parameters: How many there are in each part.
-        dropped: Every tensor that is not used.
-        kept_quantized: How many quantized layers stay as they are.
-        dequantized: The layers that do not.
+        parameters: The number of parameters of each part.
+        dropped: The tensors that are not used.
+        kept_quantized: The number of quantized layers that stay as they are.
+        dequantized: The quantized layers that do not.
     """
 
     source: str
@@ -63,16 +63,17 @@ class Plan:
     def __str__(self) -> str:
         vision, text = self.config.vision_config, self.config.text_config
         head = "tied to the embedding" if text.tie_word_embeddings else "of its own"
+        decoder = self.parameters["decoder"] + self.parameters["embed"]
         total = sum(self.parameters.values())
         files = ", ".join(shard.file for shard in self.shards)
         lines = {
             "source": f"{self.source}: {self.layout}, {readable_bytes(self.source_bytes)}",
             **({"vision from": f"{self.vision_from[0]}: {self.vision_from[1]}"} if self.vision_from else {}),
             "output": f"{self.config.dtype}, {readable_bytes(self.output_bytes)} in {files}",
-            "vision tower": f"{self.parameters['vision_tower']:,} parameters; depths {list(vision.depths)}, "
+            "vision tower": f"{self.parameters['vision']:,} parameters; depths {list(vision.depths)}, "
             f"widths {list(vision.embed_dims)}, {vision.image_size} px",
-            "projector": f"{self.parameters['mm_projector']:,} parameters; {vision.hidden_size} -> {text.hidden_size}",
-            "decoder": f"{self.parameters['language_model']:,} parameters; {text.num_hidden_layers} layers of "
+            "projector": f"{self.parameters['projector']:,} parameters; {vision.hidden_size} -> {text.hidden_size}",
+            "decoder": f"{decoder:,} parameters; {text.num_hidden_layers} layers of "
             f"{text.hidden_size}, {text.num_attention_heads} heads ({text.num_key_value_heads} key/value), "
             f"{text.vocab_size} tokens, head {head}",
             "total": f"{total:,} parameters",

@@ -18,9 +18,9 @@ from typing import Any
 import matplotlib.pyplot as plt
 from scenes import scene_of
 
-from fastvlm_mlx.convert.pipeline import produce
-from fastvlm_mlx.convert.quantize.report import folder_bytes
+from fastvlm_mlx.convert.pipeline import convert_and_quantize
 from fastvlm_mlx.convert.quantize.scheme import Quantization
+from fastvlm_mlx.convert.write.files import REPORTS, folder_bytes
 from fastvlm_mlx.jobs.evaluate import evaluate
 from fastvlm_mlx.jobs.journal import Predictions
 from fastvlm_mlx.jobs.questions import read_questions
@@ -68,7 +68,9 @@ def measure(model: str, questions: Path, work: Path, limit: int | None) -> dict[
     for name, wanted in VARIANTS.items():
         folders[name] = work / name
         if not folders[name].exists():
-            produce(source, folders[name], wanted=wanted, calibration=[calibration(work / "calibration")])
+            convert_and_quantize(
+                source, folders[name], quantization=wanted, calibration=[calibration(work / "calibration")]
+            )
     reports: dict[str, EvaluationReport] = {}
     results = {}
     for name, folder in folders.items():
@@ -78,7 +80,7 @@ def measure(model: str, questions: Path, work: Path, limit: int | None) -> dict[
         comparison = reports[name].against(reports[BASELINE])
         results[name] = {
             "weight_bytes": tensor_bytes(folder),
-            "folder_bytes": folder_bytes(folder),
+            "folder_bytes": folder_bytes(folder, without=REPORTS),
             **asdict(reports[name].total),
             "kept": reports[name].total.score / max(reports[BASELINE].total.score, 1e-9),
             "agreement": asdict(comparison.agreement),

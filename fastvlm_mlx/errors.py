@@ -17,6 +17,10 @@ class ConversionError(FastVLMError):
     """A conversion or quantization that cannot be carried out."""
 
 
+class GateError(ConversionError):
+    """A quantization that does not meet a condition set for it."""
+
+
 class ImageError(FastVLMError):
     """An image that cannot be read or is not an image."""
 

@@ -1,170 +1,76 @@
-"""How far two checkpoints agree on the same pictures and prompts: visual tokens, and what comes next in an answer.
+"""How far two checkpoints agree on the same images and prompts: visual tokens, and the next token of an answer.
 
-One of them, the reference, answers greedily; the other one is asked, at every position of these answers, how likely it
-finds each token. As long as both find the same token likeliest, that is also the answer it would have given itself.
+One of them, the reference, answers greedily. The other one scores every position of these answers. As long as both
+find the same token most likely, that is also the answer that the other one would have given.
 
-Shapes: B samples, R resolution, N visual tokens, T positions of an answer, L of a prompt, D hidden size, V vocabulary.
+Shapes: B probes, R resolution, N visual tokens, T positions of an answer, L of a prompt, D hidden size, V vocabulary.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw
 
 from fastvlm_mlx.backend import mx
 from fastvlm_mlx.checkpoint.load import load_model
-from fastvlm_mlx.config import IMAGE_TOKEN
-from fastvlm_mlx.convert.compare.layerwise import embedding_stage, splice
-from fastvlm_mlx.convert.fold.operations import Array
-from fastvlm_mlx.errors import ConversionError
-from fastvlm_mlx.inputs.images import load_image, preprocess
-from fastvlm_mlx.inputs.processor import FastVLMProcessor
+from fastvlm_mlx.convert.arrays import Array
+from fastvlm_mlx.convert.compare.probes import Probes
+from fastvlm_mlx.convert.progress import Notify
 from fastvlm_mlx.model.fastvlm import FastVLM
-from fastvlm_mlx.model.language import Qwen2
 
 ANSWER = 10
 """Positions of each answer that are compared."""
 
-SCENES = 5
-"""How many rendered pictures checkpoints are compared on, beside the user's."""
-
-RESOLUTION = 192
-"""Pixels per side: enough for every kind of layer to have its part, and a full-size tower done in a second."""
-
-PROMPTS = (
-    "Describe the image.",
-    "What is written in the image?",
-    "How many objects are there, and which colours do they have?",
-    "What is in the middle of the image?",
-)
-
-_IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-
-Notify = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Probes:
-    """What two checkpoints are asked.
-
-    Attributes:
-        pixels: (B, R, R, 3) in [0, 1].
-        prompts: The token ids (T,) of each, one of them `IMAGE_TOKEN`.
-    """
-
-    pixels: Array
-    prompts: tuple[npt.NDArray[np.int32], ...]
-
-    @classmethod
-    def of(
-        cls, processor: FastVLMProcessor, pictures: Iterable[Path] = (), seeds: Iterable[int] = range(SCENES)
-    ) -> "Probes":
-        """Rendered pictures and those of the user, each with one of `PROMPTS`.
-
-        Raises:
-            ImageError: If a picture cannot be read.
-        """
-        photographs = [preprocess(load_image(path), RESOLUTION).astype(np.float32) / 255 for path in pictures]
-        pixels = np.stack([*map(scene, seeds), *photographs])
-        prompts = [
-            np.array(processor.encode(PROMPTS[number % len(PROMPTS)], n_images=1), np.int32)
-            for number in range(len(pixels))
-        ]
-        return cls(pixels=pixels, prompts=tuple(prompts))
-
-
-def scene(seed: int) -> Array:
-    """Coloured shapes and a text on a background of two colours, (R, R, 3) in [0, 1]."""
-    random = np.random.default_rng(seed)
-    side = RESOLUTION
-    colours = random.integers(0, 256, (16, 3))
-    ramp = np.linspace(0, 1, side)[:, None, None]
-    grain = random.normal(0, random.uniform(0, 8), (side, side, 3))
-    picture = np.clip(colours[0] * (1 - ramp) + colours[1] * ramp + grain, 0, 255).astype(np.uint8)
-    image = Image.fromarray(np.ascontiguousarray(picture))
-    draw = ImageDraw.Draw(image)
-    for colour in colours[2 : 2 + int(random.integers(2, 8))]:
-        x, y = random.integers(0, side, 2)
-        radius = int(random.integers(side // 24, side // 5))
-        box = (x - radius, y - radius, x + radius, y + radius)
-        fill = tuple(map(int, colour))
-        match int(random.integers(4)):
-            case 0:
-                draw.ellipse(box, fill=fill)
-            case 1:
-                draw.rectangle(box, fill=fill)
-            case 2:
-                draw.regular_polygon((int(x), int(y), radius), int(random.integers(3, 7)), fill=fill)
-            case _:
-                draw.ellipse(box, outline=fill, width=radius // 4 + 1)
-    text = "".join(random.choice(list("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 "), int(random.integers(3, 12))))
-    left, top = map(int, random.integers(0, side // 2, 2))
-    draw.text((left, top), text, fill=tuple(map(int, colours[-1])), font_size=int(random.integers(12, 48)))
-    return np.asarray(image, np.float32) / 255
-
-
-def picture_files(paths: Iterable[Path]) -> list[Path]:
-    """The pictures that `paths` name, those of a folder in the order of their names.
-
-    Raises:
-        ConversionError: If one does not exist, or a folder holds no picture.
-    """
-    files = []
-    for path in paths:
-        if not path.exists():
-            raise ConversionError(f"{path}: no such picture or folder of calibration pictures")
-        found = [path]
-        if path.is_dir():
-            found = sorted(file for file in path.iterdir() if file.suffix.lower() in _IMAGES)
-        if not found:
-            raise ConversionError(f"{path}: holds no picture to calibrate on ({', '.join(sorted(_IMAGES))})")
-        files += found
-    return files
-
 
 @dataclass(frozen=True)
 class Reference:
-    """What the reference gave.
+    """The answers of the reference to some probes.
 
     Attributes:
         visual: Visual tokens (B, N, D).
         answers: Token ids (B, T).
-        counted: Which positions (B, T) are compared: those up to the end of each answer.
+        compared: Whether a position (B, T) is compared: those up to the end of each answer are.
         logits: (B, T, V).
     """
 
     visual: Array
     answers: npt.NDArray[np.int32]
-    counted: npt.NDArray[np.bool_]
+    compared: npt.NDArray[np.bool_]
     logits: Array
 
     @classmethod
-    def of(cls, folder: Path, probes: Probes, notify: Notify, length: int = ANSWER) -> "Reference":
-        """Runs the converted checkpoint in `folder`, the decoder's weights being read when the tower's are gone."""
-        notify("reference: pictures")
-        visual = _evaluated(load_model(folder, lazy=True).encode_image(probes.pixels))
-        mx.clear_cache()
-        notify("reference: answers")
+    def of(cls, folder: Path, probes: Sequence[Probes], notify: Notify, length: int = ANSWER) -> list["Reference"]:
+        """The answers of the converted checkpoint in `folder` to several sets of probes.
+
+        Loads the model once: the tower encodes all images and is freed before the decoder's weights are read.
+        """
         model = load_model(folder, lazy=True)
-        decoder = model.language_model
-        embedded, padding = _prompts(model, probes, mx.array(visual))
-        cache = decoder.make_cache(padding)
-        step = decoder.prefill(embedded, cache)
-        logits, answers = [], []
-        for number in range(length):
-            notify(f"reference: token {number + 1} of {length}")
-            tokens = mx.argmax(step, axis=-1)
-            logits.append(_evaluated(step))
-            answers.append(np.array(tokens))
-            if number < length - 1:
-                step = decoder(tokens[:, None], cache)[:, -1]
-        ids = np.stack(answers, axis=1)
-        ended = np.isin(ids, model.config.eos_token_id)
-        counted: npt.NDArray[np.bool_] = np.cumsum(ended, axis=1) - ended == 0
-        return cls(visual=visual, answers=ids, counted=counted, logits=np.stack(logits, axis=1))
+        notify("reference: images")
+        visual = [_evaluated(model.encode_image(each.pixels)) for each in probes]
+        model.free_vision_tower()
+        mx.clear_cache()
+        return [_answers(model, each, tokens, notify, length) for each, tokens in zip(probes, visual, strict=True)]
+
+
+def _answers(model: FastVLM, probes: Probes, visual: Array, notify: Notify, length: int) -> Reference:
+    """The greedy answers, up to `length` tokens long, to `probes` with visual tokens (B, N, D)."""
+    notify("reference: answers")
+    ids, mask = _padded(probes.prompts)
+    step, cache = model.prefill(ids, attention_mask=mask, visual_tokens=mx.array(visual))
+    logits, answers = [], []
+    for number in range(length):
+        notify(f"reference: token {number + 1} of {length}")
+        tokens = mx.argmax(step, axis=-1)
+        logits.append(_evaluated(step))
+        answers.append(np.array(tokens))
+        if number < length - 1:
+            step = model.language_model(tokens[:, None], cache)[:, -1]
+    ids = np.stack(answers, axis=1)
+    ended = np.isin(ids, model.config.eos_token_id)
+    compared: npt.NDArray[np.bool_] = np.cumsum(ended, axis=1) - ended == 0
+    return Reference(visual=visual, answers=ids, compared=compared, logits=np.stack(logits, axis=1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,11 +78,11 @@ class Agreement:
     """How far a checkpoint agrees with a reference.
 
     Attributes:
-        positions: How many next-token distributions were compared.
+        positions: The number of next-token distributions that were compared.
         visual_cosine: Mean cosine similarity of the visual tokens.
         kl: Mean Kullback-Leibler divergence of the next-token distributions from the reference's, in nats.
-        top1: Share of the positions at which both find the same token likeliest.
-        top5: Share of the reference's five likeliest tokens that are among the checkpoint's.
+        top1: Share of the positions at which both find the same token most likely.
+        top5: Share of the reference's five most likely tokens that are among the checkpoint's.
         greedy: Share of the reference's answers that comes before the first token that differs.
     """
 
@@ -192,17 +98,17 @@ class Agreement:
         """Compares a checkpoint with the reference."""
         visual = model.encode_image(probes.pixels)
         logits = _answer_logits(model, probes, visual, reference.answers)
-        counted = reference.counted
-        mine, theirs = logits[counted], reference.logits[counted]
+        compared = reference.compared
+        mine, theirs = logits[compared], reference.logits[compared]
         same = np.argmax(logits, axis=-1) == np.argmax(reference.logits, axis=-1)
-        before = np.cumprod(same | ~counted, axis=1, dtype=np.bool_) & counted
+        before = np.cumprod(same | ~compared, axis=1, dtype=np.bool_) & compared
         return cls(
-            positions=int(counted.sum()),
+            positions=int(compared.sum()),
             visual_cosine=float(np.mean(_cosines(_evaluated(visual), reference.visual))),
             kl=float(np.mean(divergences(theirs, mine))),
-            top1=float(np.mean(same[counted])),
+            top1=float(np.mean(same[compared])),
             top5=float(np.mean([np.isin(a, b).mean() for a, b in zip(_top(theirs), _top(mine), strict=True)])),
-            greedy=float(before.sum() / counted.sum()),
+            greedy=float(before.sum() / compared.sum()),
         )
 
 
@@ -210,27 +116,24 @@ def _evaluated(value: mx.array) -> Array:
     return np.array(value.astype(mx.float32))
 
 
-def _prompts(model: FastVLM, probes: Probes, visual: mx.array) -> tuple[mx.array, list[int] | None]:
-    """Embeddings (B, L, D), padded on the left, and the padding of each row if there is any."""
-    embed = embedding_stage(model).run
-    rows = [
-        splice(ids, embed(mx.array(ids[ids != IMAGE_TOKEN])), picture[None])[0]
-        for ids, picture in zip(probes.prompts, visual, strict=True)
-    ]
-    length = max(len(row) for row in rows)
-    padding = [length - len(row) for row in rows]
-    padded = [mx.pad(row, [(left, 0), (0, 0)]) for row, left in zip(rows, padding, strict=True)]
-    return mx.stack(padded), padding if any(padding) else None
+def _padded(rows: Sequence[npt.NDArray[np.int32]]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
+    """Token ids (B, L), padded on the left, and the mask that is False where they are padding."""
+    length = max(map(len, rows))
+    ids = np.stack([np.pad(row, (length - len(row), 0)) for row in rows])
+    mask = np.stack([np.arange(length) >= length - len(row) for row in rows])
+    return ids, mask
 
 
 def _answer_logits(model: FastVLM, probes: Probes, visual: mx.array, answers: npt.NDArray[np.int32]) -> Array:
     """The logits (B, T, V) at every position of given answers, in one pass."""
-    decoder: Qwen2 = model.language_model
-    embedded, padding = _prompts(model, probes, visual)
-    following = embedding_stage(model).run(mx.array(answers[:, :-1]))
-    length = answers.shape[1]
-    hidden = decoder.model(None, decoder.make_cache(padding), mx.concatenate([embedded, following], axis=1))
-    return _evaluated(decoder.head(hidden[:, -length:]))
+    rows = [np.concatenate([prompt, answer[:-1]]) for prompt, answer in zip(probes.prompts, answers, strict=True)]
+    ids, mask = _padded(rows)
+    embeddings = model.embed(ids, attention_mask=mask, visual_tokens=visual)
+    padding = (~mask).sum(axis=1).tolist()
+    decoder = model.language_model
+    cache = decoder.make_cache(padding if any(padding) else None)
+    hidden = decoder.model(None, cache, embeddings)
+    return _evaluated(decoder.head(hidden[:, -answers.shape[1] :]))
 
 
 def _cosines(first: Array, second: Array) -> Array:

@@ -1,35 +1,38 @@
-"""Writes a converted checkpoint as mlx-vlm does, for it and for mlx-swift-lm's FastVLM.
+"""Writes a converted checkpoint in mlx-vlm's format, for it and for mlx-swift-lm's FastVLM.
 
-There the tower has a BatchNorm and layer scales again (that change nothing), 1x1 convolutions instead of linears,
-upstream's order of channels, and true magnitudes: what keeps a tower within float16 here is taken out, since mlx-vlm's
-GELU does not know of it.
+In that format the tower has a BatchNorm and layer scales again (that change nothing), 1x1 convolutions instead of
+linears, upstream's order of channels, and activations of true magnitude: mlx-vlm's GELU knows nothing of the scaling
+for float16, so it is taken out.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from fastvlm_mlx.checkpoint.safetensors import Tensor
 from fastvlm_mlx.config import IMAGE_TOKEN, ModelConfig
-from fastvlm_mlx.convert.conversion import Meter, Progress
+from fastvlm_mlx.convert.arrays import DTYPES, Array, Shape, float32
 from fastvlm_mlx.convert.fold.float16 import Scaling, factors
-from fastvlm_mlx.convert.fold.operations import BATCH_NORM_EPS, Array, even_odd
-from fastvlm_mlx.convert.quantize.checkpoint import copy_small_files, write_json
-from fastvlm_mlx.convert.quantize.report import REPORT_FILE
-from fastvlm_mlx.convert.source import layouts
+from fastvlm_mlx.convert.fold.operations import BATCH_NORM_EPS, even_odd
+from fastvlm_mlx.convert.progress import Meter, Progress
+from fastvlm_mlx.convert.source.layouts import LAYOUTS
+from fastvlm_mlx.convert.source.match import expand
 from fastvlm_mlx.convert.source.source import open_source
-from fastvlm_mlx.convert.source.weights import float32
-from fastvlm_mlx.convert.write import shards as writer
 from fastvlm_mlx.convert.write.destination import partial_folder, vacant
+from fastvlm_mlx.convert.write.files import INDEX_FILE, REPORT_FILE, copy_small_files, write_json
+from fastvlm_mlx.convert.write.shards import ShardWriter, Stored, index, shards
 from fastvlm_mlx.errors import ConversionError
 from fastvlm_mlx.inputs.tokenizer import IM_END, Tokenizer
 
 PROJECTION_DIM = 768
-"""Of CLIP's head, which mlx-vlm has weights for and FastVLM does not use."""
+"""The width of CLIP's head, which mlx-vlm has weights for and FastVLM does not use."""
 
-_FLOATING = set(writer.DTYPES.values())
+HEAD = "vision_tower.vision_model.head.proj"
+
+_REARRANGED = ("vision_tower.", "mm_projector.")
 _DOUBLED = ("downsample.conv", "conv_exp.conv", "se.expand")
 _ROWS = tuple(f"{name}.{leaf}" for name in _DOUBLED for leaf in ("weight", "bias"))
 _COLUMNS = (".downsample.proj.weight", "se.reduce.weight", "mm_projector.0.weight")
@@ -41,7 +44,7 @@ def export_mlx_vlm(source: str | Path, destination: str | Path, *, progress: Pro
     Args:
         source: A folder in this project's format; its decoder and embedding may be quantized.
         destination: A folder that does not exist yet or is empty.
-        progress: Called with bytes done, bytes in all and what is being done.
+        progress: Called with the bytes done, the bytes in all and a label of the current step.
 
     Raises:
         CheckpointError: If the source is incomplete or damaged.
@@ -52,21 +55,25 @@ def export_mlx_vlm(source: str | Path, destination: str | Path, *, progress: Pro
     with open_source(folder) as opened:
         check_exportable([name.removesuffix(".scales") for name in opened.tensors if name.endswith(".scales")])
         with partial_folder(target, opened.nbytes) as out:
-            meter = Meter(opened.nbytes, progress or (lambda *_: None))
-            _write(opened.tensors, out, config, meter)
+            meter = Meter(opened.nbytes, progress)
+            files = shards(_stored(opened.tensors, config))
+            with ShardWriter(out, files) as writer:
+                for key, values in _tensors(opened.tensors, config):
+                    writer.write(key, [values], lambda count: meter.advance(count, "exporting"))
+            write_json(out / INDEX_FILE, index(files))
             copy_small_files(folder, out)
-            for name, values in _configs(config, Tokenizer(folder)).items():
-                write_json(out / name, values)
+            for name, contents in _configs(config, Tokenizer(folder)).items():
+                write_json(out / name, contents)
             for name in ("README.md", REPORT_FILE):
                 if (folder / name).is_file():
                     (out / name).write_text((folder / name).read_text(encoding="utf-8"), encoding="utf-8")
 
 
 def check_exportable(quantized: Iterable[str]) -> None:
-    """Lets the paths of quantized layers pass that mlx-vlm's format can have.
+    """Checks that mlx-vlm's format can have quantized layers at these paths.
 
     Raises:
-        ConversionError: If there are others.
+        ConversionError: If it cannot.
     """
     if other := [path for path in quantized if not path.startswith("language_model.")]:
         raise ConversionError(
@@ -75,44 +82,50 @@ def check_exportable(quantized: Iterable[str]) -> None:
         )
 
 
-def _write(tensors: Mapping[str, Tensor], folder: Path, config: ModelConfig, meter: Meter) -> None:
-    unscale = factors(Scaling.of(config.vision_config.scales))
-    keys = _keys(config)
-    dtype = writer.DTYPES[config.dtype]
-    made: dict[str, Tensor | Array] = {}
+def _stored(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Stored]:
+    """The dtype and shape of every tensor of the export, in the order of `_tensors`."""
+    keys, dtype = _keys(config), DTYPES[config.dtype]
+    stored: dict[str, Stored] = {}
     for name, tensor in tensors.items():
-        if not name.startswith(("vision_tower.", "mm_projector.")):
-            made[name] = tensor
-            continue
-        values = _upstream(name, float32(tensor.read(), tensor.dtype) / np.float32(unscale.get(name, 1.0)))
-        place = name.replace("conv_ffn.conv.weight", "conv_ffn.conv.conv.weight")
-        made[keys[place]] = values
-    made |= {keys[place]: values for place, values in _identities(config).items()}
-    head = (config.vision_config.hidden_size, PROJECTION_DIM)
-    made["vision_tower.vision_model.head.proj"] = np.zeros(head, np.float32)
-    planned = {
-        key: writer.Stored(value.dtype if isinstance(value, Tensor) else dtype, tuple(value.shape))
-        for key, value in made.items()
-    }
-    files = writer.shards(planned)
-    with writer.ShardWriter(folder, files) as out:
-        for key, value in made.items():
-            if isinstance(value, Tensor):
-                out.copy(key, [value.read()], lambda count: meter.advance(count, "exporting"))
-            else:
-                out.write(key, [value], lambda count: meter.advance(count, "exporting"))
-    write_json(folder / "model.safetensors.index.json", writer.index(files))
+        if name.startswith(_REARRANGED):
+            stored[keys[_target(name)]] = Stored(dtype, _upstream_shape(name, tensor.shape))
+        else:
+            stored[name] = Stored(tensor.dtype, tensor.shape)
+    for target, values in _identities(config).items():
+        stored[keys[target]] = Stored(dtype, values.shape)
+    stored[HEAD] = Stored(dtype, (config.vision_config.hidden_size, PROJECTION_DIM))
+    return stored
+
+
+def _tensors(tensors: Mapping[str, Tensor], config: ModelConfig) -> Iterator[tuple[str, npt.NDArray[Any]]]:
+    """Every tensor of the export, read one at a time."""
+    keys = _keys(config)
+    scale = factors(Scaling.of(config.vision_config.scales))
+    for name, tensor in tensors.items():
+        if name.startswith(_REARRANGED):
+            values = float32(tensor.read(), tensor.dtype) / np.float32(scale.get(name, 1.0))
+            yield keys[_target(name)], _upstream(name, values)
+        else:
+            yield name, tensor.read()
+    for target, values in _identities(config).items():
+        yield keys[target], values
+    yield HEAD, np.zeros((config.vision_config.hidden_size, PROJECTION_DIM), np.float32)
+
+
+def _target(name: str) -> str:
+    """The target that the rules of mlx-vlm's layout have for one of our parameters."""
+    return name.replace("conv_ffn.conv.weight", "conv_ffn.conv.conv.weight")
 
 
 def _keys(config: ModelConfig) -> dict[str, str]:
-    """mlx-vlm's key of every place of tower and projector, by the rules that read its layout."""
-    layout = next(layout for layout in layouts.LAYOUTS if layout.name == "mlx-vlm")
+    """mlx-vlm's key of every target in tower and projector, by the rules that read its layout."""
+    layout = next(layout for layout in LAYOUTS if layout.name == "mlx-vlm")
     return {
-        place: key
+        target: key
         for rule in layout.rules
-        if rule.place is not None and not rule.place.startswith("language_model.")
-        for pairs in layouts.expand(rule, max(config.vision_config.depths))
-        for key, place in pairs
+        if rule.target is not None and not rule.target.startswith("language_model.")
+        for pairs in expand(rule, max(config.vision_config.depths))
+        for key, target in pairs
     }
 
 
@@ -122,14 +135,19 @@ def _upstream(name: str, values: Array) -> Array:
         values = values[np.argsort(even_odd(len(values)))]
     if name.endswith(_COLUMNS):
         values = values[:, np.argsort(even_odd(values.shape[1]))]
+    return values.reshape(_upstream_shape(name, values.shape))
+
+
+def _upstream_shape(name: str, shape: Shape) -> Shape:
+    """The shape of a parameter of tower or projector upstream, where linears outside attention are 1x1 convolutions."""
     attention = name.endswith(("token_mixer.qkv.weight", "token_mixer.proj.weight"))
-    if values.ndim == 2 and name.startswith("vision_tower.") and not attention:
-        values = values[:, None, None, :]
-    return values
+    if len(shape) == 2 and name.startswith("vision_tower.") and not attention:
+        return (shape[0], 1, 1, shape[1])
+    return shape
 
 
 def _identities(config: ModelConfig) -> dict[str, Array]:
-    """The BatchNorms and layer scales that are folded here, as ones that change nothing, by place."""
+    """BatchNorms and layer scales that change nothing, in the place of the folded ones, by target."""
     vision = config.vision_config
     values: dict[str, Array] = {}
     for stage, (depth, channels) in enumerate(zip(vision.depths, vision.embed_dims, strict=True)):
@@ -146,7 +164,7 @@ def _identities(config: ModelConfig) -> dict[str, Array]:
 
 
 def _configs(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
-    """The configs that differ from ours, by file."""
+    """The config files that differ from ours, by name."""
     vision, text = config.vision_config, config.text_config
     side = vision.image_size
     entry = config.quantization.to_dict() if config.quantization else None

@@ -1,8 +1,9 @@
 """Keeps the activations of a FastViTHD within float16 (±65504) without changing its result.
 
-The residual stream of a trained tower can leave that range. So an activation that comes too close to it is divided by a
-power of two, which is exact: whatever writes it has its weights divided, whatever reads it has them multiplied. Only
-what is not homogeneous has to know at run time: the GELUs, and the LayerNorms, whose eps is divided by the square.
+The residual stream of a trained tower can leave that range. An activation that comes too close to the limit is divided
+by a power of two, which is exact: the weights of the layers that write it are divided, those of the layers that read it
+are multiplied. At run time only functions that are not homogeneous need to know: the GELUs, and the LayerNorms, whose
+eps is divided by the square.
 """
 
 import math
@@ -13,16 +14,16 @@ from fastvlm_mlx.config import ActivationScales, StageScales
 
 FLOAT16_MAX = 65504.0
 MARGIN = 8.0
-"""How far below `FLOAT16_MAX` the activations of the calibration images are kept, for the sake of all other images."""
+"""How far below `FLOAT16_MAX` the activations of calibration images are kept: those of other images may be larger."""
 
 
 @dataclass(frozen=True)
 class Scaling:
-    """What a tower's activations are divided by.
+    """The powers of two that a tower's activations are divided by.
 
     Attributes:
-        scales: What the runtime has to know.
-        convolutions: For every block of every stage, the output of the ConvFFN's 7x7, which only the weights know.
+        scales: Those that the runtime has to know.
+        convolutions: Those of the ConvFFN's 7x7 outputs, for every block of every stage; only the weights need them.
     """
 
     scales: ActivationScales
@@ -30,15 +31,15 @@ class Scaling:
 
     @classmethod
     def of(cls, scales: ActivationScales) -> "Scaling":
-        """The scaling of a checkpoint that records `scales`: how its 7x7s were scaled makes no difference."""
+        """The scaling of a checkpoint that records `scales`; the factors of its 7x7s cancel out."""
         return cls(scales, tuple((1.0,) * len(stage.hidden) for stage in scales.stages))
 
 
 def choose(peaks: Mapping[str, float]) -> Scaling:
-    """The smallest powers of two that keep every activation below a `MARGIN`-th of float16's largest value; mostly 1.
+    """The smallest powers of two, mostly 1, that keep activations below a `MARGIN`-th of float16's largest value.
 
     Args:
-        peaks: The largest magnitude of every activation, as `FastViTHD.trace` names them.
+        peaks: The largest magnitude of every activation, by the names of `FastViTHD.trace`.
     """
 
     def scale(*names: str) -> float:
@@ -63,7 +64,7 @@ def choose(peaks: Mapping[str, float]) -> Scaling:
 
 
 def _stream(peaks: Mapping[str, float], stage: int) -> list[str]:
-    """What is written to the residual stream of a stage, and the stream itself."""
+    """The names of a stage's residual stream and of the activations that are added to it."""
     inside = (".downsample.conv", ".downsample.proj", ".conv_ffn.conv", ".conv_ffn.fc1")
     return [name for name in peaks if name.startswith(f"stages.{stage}.") and not name.endswith(inside)]
 
@@ -74,7 +75,7 @@ def power_of_two(peak: float) -> float:
 
 
 def factors(scaling: Scaling) -> dict[str, float]:
-    """What each parameter of an unscaled model is multiplied by; those that are not named stay as they are."""
+    """The factor for each parameter of an unscaled model; parameters that are not named stay as they are."""
     scales = scaling.scales
     result: dict[str, float] = {}
 

@@ -1,15 +1,16 @@
-"""What every parameter of the model is made from: one recipe per module, over the places that `layouts` fills.
+"""Builds every module of the model from a source's tensors: one `Fold` per module.
 
-A recipe names its inputs with the shapes they must have, its outputs with theirs, and the fold between them.
+A fold names its inputs (targets of `source.layouts`) and its outputs (parameters), each with their shapes, and the
+function between them.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
-from fastvlm_mlx.config import TextConfig, VisionConfig
-from fastvlm_mlx.convert.fold import operations as fold
-from fastvlm_mlx.convert.fold.operations import Affine, Array, BatchNorm
-from fastvlm_mlx.convert.source.weights import Shape
+from fastvlm_mlx.config import ModelConfig, TextConfig, VisionConfig
+from fastvlm_mlx.convert.arrays import Array, Shape
+from fastvlm_mlx.convert.fold import operations
+from fastvlm_mlx.convert.fold.operations import Affine, BatchNorm
 
 Arrays = Mapping[str, Array]
 
@@ -17,49 +18,56 @@ _BRANCH_SIZES = {"pointwise": 1, "small": 3}
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How some of the model's parameters come from the source.
+class Fold:
+    """The way from some of a source's tensors to some of the model's parameters.
 
     Attributes:
-        inputs: Places and the shapes that they must have.
+        inputs: Targets and the shapes that their tensors must have.
         outputs: Parameters and their shapes.
-        fold: From inputs to outputs; None if the only output is its only input.
+        function: Computes the outputs from the inputs; None if the only output is the only input.
     """
 
     inputs: Mapping[str, Shape]
     outputs: Mapping[str, Shape]
-    fold: Callable[[Arrays], dict[str, Array]] | None = None
+    function: Callable[[Arrays], dict[str, Array]] | None = None
 
 
-def copies(recipes: Collection[Recipe]) -> list[Recipe]:
-    """The recipes for a source that holds the same parameters folded already."""
-    return [_copy(name, shape) for recipe in recipes for name, shape in recipe.outputs.items()]
+def copies(folds: Collection[Fold]) -> list[Fold]:
+    """The folds for a source that holds the same parameters folded already."""
+    return [_copy(name, shape) for fold in folds for name, shape in fold.outputs.items()]
 
 
-def vision_recipes(config: VisionConfig, places: Collection[str]) -> list[Recipe]:
-    """The recipes for the tower.
+def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
+    """The shape of every parameter of a model, by name."""
+    vision, text = config.vision_config, config.text_config
+    folds = [*vision_folds(vision, ()), *projector_folds(vision.hidden_size, text.hidden_size), *decoder_folds(text)]
+    return {name: shape for fold in folds for name, shape in fold.outputs.items()}
+
+
+def vision_folds(config: VisionConfig, targets: Collection[str]) -> list[Fold]:
+    """The folds for the tower.
 
     Args:
         config: Its architecture.
-        places: The places that the source fills, which decide between branches and merged convolutions.
+        targets: The targets that the source fills; they decide between branches and merged convolutions.
     """
-    return list(_Tower(config, places).recipes())
+    return list(_Tower(config, targets).folds())
 
 
-def projector_recipes(features: int, hidden: int) -> list[Recipe]:
-    """The recipes for the projector from (…, `features`) to (…, `hidden`)."""
+def projector_folds(features: int, hidden: int) -> list[Fold]:
+    """The folds for the projector from (…, `features`) to (…, `hidden`)."""
     name = "mm_projector.0.weight"
-    order = fold.even_odd(features)
+    order = operations.even_odd(features)
     return [
-        Recipe({name: (hidden, features)}, {name: (hidden, features)}, lambda inputs: {name: inputs[name][:, order]}),
+        Fold({name: (hidden, features)}, {name: (hidden, features)}, lambda inputs: {name: inputs[name][:, order]}),
         _copy("mm_projector.0.bias", (hidden,)),
         _copy("mm_projector.2.weight", (hidden, hidden)),
         _copy("mm_projector.2.bias", (hidden,)),
     ]
 
 
-def decoder_recipes(config: TextConfig) -> list[Recipe]:
-    """The recipes for the decoder: nothing in it is folded."""
+def decoder_folds(config: TextConfig) -> list[Fold]:
+    """The folds for the decoder, all of them copies."""
     hidden, heads = config.hidden_size, config.num_attention_heads * config.head_dim
     cached = config.num_key_value_heads * config.head_dim
     layer: dict[str, Shape] = {
@@ -85,18 +93,18 @@ def decoder_recipes(config: TextConfig) -> list[Recipe]:
     return [_copy(name, shape) for name, shape in shapes.items()]
 
 
-def _copy(name: str, shape: Shape) -> Recipe:
-    return Recipe({name: shape}, {name: shape})
+def _copy(name: str, shape: Shape) -> Fold:
+    return Fold({name: shape}, {name: shape})
 
 
 class _Tower:
-    """Walks the tower in the order of its forward pass."""
+    """Lists the folds of the tower in the order of its forward pass."""
 
-    def __init__(self, config: VisionConfig, places: Collection[str]) -> None:
+    def __init__(self, config: VisionConfig, targets: Collection[str]) -> None:
         self.config = config
-        self.places = sorted(places)
+        self.targets = sorted(targets)
 
-    def recipes(self) -> Iterator[Recipe]:
+    def folds(self) -> Iterator[Fold]:
         dims = self.config.embed_dims
         yield self.convolution("stem.0", dims[0], 3, per_group=3)
         yield self.convolution("stem.1", dims[0], 3)
@@ -119,43 +127,43 @@ class _Tower:
         yield self.convolution("conv_exp.conv", features, 3, doubling=True)
         yield from self.squeeze_excite("conv_exp.se", features, features // 16)
 
-    def convolution(self, name: str, channels: int, size: int, *, per_group: int = 1, doubling: bool = False) -> Recipe:
+    def convolution(self, name: str, channels: int, size: int, *, per_group: int = 1, doubling: bool = False) -> Fold:
         """A convolution with `channels` outputs; `doubling` if it has two filters per input channel."""
         name = f"vision_tower.{name}"
 
         def folded(inputs: Arrays) -> dict[str, Array]:
             weight, bias = _merged(name, inputs, size, per_group)
-            order = fold.even_odd(channels) if doubling else slice(None)
+            order = operations.even_odd(channels) if doubling else slice(None)
             return {f"{name}.weight": weight[order], f"{name}.bias": bias[order]}
 
         shapes = {f"{name}.weight": (channels, size, size, per_group), f"{name}.bias": (channels,)}
-        return Recipe(self.inputs(name, channels, size, per_group), shapes, folded)
+        return Fold(self.inputs(name, channels, size, per_group), shapes, folded)
 
-    def linear(self, name: str, channels: int, *, even_odd: bool = False) -> Recipe:
+    def linear(self, name: str, channels: int, *, even_odd: bool = False) -> Fold:
         """A 1x1 convolution that becomes a linear layer; `even_odd` if its input comes from a doubling one."""
         name = f"vision_tower.{name}"
 
         def folded(inputs: Arrays) -> dict[str, Array]:
-            weight, bias = fold.pointwise(_merged(name, inputs, 1, channels))
-            columns = fold.even_odd(channels) if even_odd else slice(None)
+            weight, bias = operations.pointwise(_merged(name, inputs, 1, channels))
+            columns = operations.even_odd(channels) if even_odd else slice(None)
             return {f"{name}.weight": weight[:, columns], f"{name}.bias": bias}
 
         shapes = {f"{name}.weight": (channels, channels), f"{name}.bias": (channels,)}
-        return Recipe(self.inputs(name, channels, 1, channels), shapes, folded)
+        return Fold(self.inputs(name, channels, 1, channels), shapes, folded)
 
     def inputs(self, name: str, channels: int, size: int, per_group: int) -> dict[str, Shape]:
-        """The places under a convolution, merged or in branches, with their shapes."""
+        """The targets under a convolution, merged or in branches, with their shapes."""
         shapes: dict[str, Shape] = {}
-        for place in self.places:
-            if not place.startswith(f"{name}."):
+        for target in self.targets:
+            if not target.startswith(f"{name}."):
                 continue
-            *path, leaf = place.removeprefix(f"{name}.").split(".")
+            *path, leaf = target.removeprefix(f"{name}.").split(".")
             is_kernel = leaf == "weight" and (not path or path[-1] in ("conv", "encoding"))
-            own = _BRANCH_SIZES.get(path[path.index("branches") + 1], size) if "branches" in path else size
-            shapes[place] = (channels, own, own, per_group) if is_kernel else (channels,)
+            side = _BRANCH_SIZES.get(path[path.index("branches") + 1], size) if "branches" in path else size
+            shapes[target] = (channels, side, side, per_group) if is_kernel else (channels,)
         return shapes
 
-    def attention(self, block: str, channels: int) -> Iterator[Recipe]:
+    def attention(self, block: str, channels: int) -> Iterator[Fold]:
         block = f"vision_tower.{block}"
         yield _copy(f"{block}.norm.weight", (channels,))
         yield _copy(f"{block}.norm.bias", (channels,))
@@ -164,11 +172,11 @@ class _Tower:
         shapes = {f"{proj}.weight": (channels, channels), f"{proj}.bias": (channels,)}
 
         def folded(inputs: Arrays) -> dict[str, Array]:
-            return _named(proj, fold.layer_scale(_affine(inputs, proj), inputs[gamma]))
+            return _named(proj, operations.layer_scale(_affine(inputs, proj), inputs[gamma]))
 
-        yield Recipe({**shapes, gamma: (channels,)}, shapes, folded)
+        yield Fold({**shapes, gamma: (channels,)}, shapes, folded)
 
-    def conv_ffn(self, name: str, channels: int) -> Recipe:
+    def conv_ffn(self, name: str, channels: int) -> Fold:
         name = f"vision_tower.{name}"
         hidden = self.config.mlp_ratio * channels
         linears = {
@@ -181,8 +189,8 @@ class _Tower:
 
         def folded(inputs: Arrays) -> dict[str, Array]:
             weight, bias = _branch(inputs, f"{name}.conv")
-            fc1 = fold.bias_through(bias, _affine(inputs, f"{name}.fc1"))
-            fc2 = fold.layer_scale(_affine(inputs, f"{name}.fc2"), inputs[f"{name}.layer_scale"])
+            fc1 = operations.bias_through(bias, _affine(inputs, f"{name}.fc1"))
+            fc2 = operations.layer_scale(_affine(inputs, f"{name}.fc2"), inputs[f"{name}.layer_scale"])
             return {f"{name}.conv.weight": weight, **_named(f"{name}.fc1", fc1), **_named(f"{name}.fc2", fc2)}
 
         inputs = {
@@ -191,16 +199,16 @@ class _Tower:
             **linears,
             f"{name}.layer_scale": (channels,),
         }
-        return Recipe(inputs, {f"{name}.conv.weight": kernel, **linears}, folded)
+        return Fold(inputs, {f"{name}.conv.weight": kernel, **linears}, folded)
 
-    def squeeze_excite(self, name: str, channels: int, reduced: int) -> Iterator[Recipe]:
+    def squeeze_excite(self, name: str, channels: int, reduced: int) -> Iterator[Fold]:
         reduce, expand = f"vision_tower.{name}.reduce", f"vision_tower.{name}.expand"
-        order = fold.even_odd(channels)
+        order = operations.even_odd(channels)
         shapes: dict[str, Shape] = {f"{reduce}.weight": (reduced, channels)}
-        yield Recipe(shapes, shapes, lambda inputs: {name: value[:, order] for name, value in inputs.items()})
+        yield Fold(shapes, shapes, lambda inputs: {name: value[:, order] for name, value in inputs.items()})
         yield _copy(f"{reduce}.bias", (reduced,))
         shapes = {f"{expand}.weight": (channels, reduced), f"{expand}.bias": (channels,)}
-        yield Recipe(shapes, shapes, lambda inputs: {name: value[order] for name, value in inputs.items()})
+        yield Fold(shapes, shapes, lambda inputs: {name: value[order] for name, value in inputs.items()})
 
 
 def _affine(inputs: Arrays, name: str) -> Affine:
@@ -216,22 +224,22 @@ def _norm(inputs: Arrays, name: str) -> BatchNorm:
 
 
 def _branch(inputs: Arrays, name: str) -> Affine:
-    return fold.batch_norm(inputs[f"{name}.conv.weight"], _norm(inputs, f"{name}.bn"))
+    return operations.batch_norm(inputs[f"{name}.conv.weight"], _norm(inputs, f"{name}.bn"))
 
 
 def _merged(name: str, inputs: Arrays, size: int, per_group: int) -> Affine:
-    """The convolution `name` in one kernel, from whichever form the source has it in."""
+    """The convolution `name` as one kernel, merged from its branches if the source has it in branches."""
     if f"{name}.weight" in inputs:
         return _affine(inputs, name)
     if f"{name}.encoding.weight" in inputs:
-        return fold.rep_cpe(_affine(inputs, f"{name}.encoding"))
+        return operations.rep_cpe(_affine(inputs, f"{name}.encoding"))
     if f"{name}.layer_scale" in inputs:
         mixer = _merged(f"{name}.mixer", inputs, size, per_group)
-        return fold.rep_mixer(mixer, _norm(inputs, f"{name}.norm"), inputs[f"{name}.layer_scale"])
+        return operations.rep_mixer(mixer, _norm(inputs, f"{name}.norm"), inputs[f"{name}.layer_scale"])
     start, end = f"{name}.branches.", ".conv.weight"
-    kernels = [place for place in inputs if place.startswith(start) and place.endswith(end)]
+    kernels = [target for target in inputs if target.startswith(start) and target.endswith(end)]
     convolutions = [_branch(inputs, kernel.removesuffix(end)) for kernel in kernels]
     if f"{name}.skip.weight" in inputs:
         skip = _norm(inputs, f"{name}.skip")
-        convolutions.append(fold.batch_norm(fold.identity_kernel(len(skip.weight), size, per_group), skip))
-    return fold.branches(convolutions)
+        convolutions.append(operations.batch_norm(operations.identity_kernel(len(skip.weight), size, per_group), skip))
+    return operations.branches(convolutions)

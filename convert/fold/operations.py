@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-Array = npt.NDArray[np.float32]
+from fastvlm_mlx.convert.arrays import Array
 
 BATCH_NORM_EPS = 1e-5
 """PyTorch's default, which no block of FastViTHD overrides."""

@@ -1,6 +1,6 @@
-"""Finds how large a tower's activations get, on images that are rendered here and on the user's."""
+"""Measures how large a tower's activations get, on rendered images and on those of the user."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +8,8 @@ from PIL import Image, ImageDraw
 
 from fastvlm_mlx.backend import mx
 from fastvlm_mlx.config import VisionConfig
-from fastvlm_mlx.convert.fold.operations import Array
+from fastvlm_mlx.convert.arrays import Array
+from fastvlm_mlx.convert.progress import Notify
 from fastvlm_mlx.errors import ConversionError
 from fastvlm_mlx.inputs.images import load_image, preprocess
 from fastvlm_mlx.model.vision import FastViTHD
@@ -20,9 +21,9 @@ _PREFIX = "vision_tower."
 
 
 def images(paths: Iterable[str | Path] = ()) -> Array:
-    """Extreme and ordinary pictures, the same every time, and those of the user: (B, R, R, 3) in [0, 1].
+    """Calibration images (B, R, R, 3) in [0, 1]: four rendered ones, always the same, and those of the user.
 
-    An edge between black and white, colour gradients, checks over noise, a page of text.
+    The rendered ones are an edge between black and white, colour gradients, checks over noise, and a page of text.
 
     Raises:
         ImageError: If one of `paths` cannot be read.
@@ -39,7 +40,7 @@ def images(paths: Iterable[str | Path] = ()) -> Array:
 
 
 def _page() -> Array:
-    """A page of text-like writing with a coloured figure."""
+    """A page of text with a coloured figure."""
     page = Image.new("RGB", (RESOLUTION, RESOLUTION), "white")
     draw = ImageDraw.Draw(page)
     for line in range(4, RESOLUTION // 2, 12):
@@ -50,38 +51,38 @@ def _page() -> Array:
 
 
 def array(rows: Iterable[Array]) -> mx.array:
-    """MLX's copy of a tensor given in chunks of rows."""
+    """An MLX copy of a tensor that comes in chunks of rows."""
     value = mx.array(np.concatenate(list(rows)))
     mx.eval(value)
     return value
 
 
 def view(value: mx.array) -> Array:
-    """The memory of a float32 MLX array."""
+    """A NumPy view of a float32 MLX array."""
     return np.array(value, copy=False)
 
 
-def peaks(
-    config: VisionConfig, weights: Mapping[str, mx.array], pictures: Array, notify: Callable[[str], None]
+def activation_peaks(
+    config: VisionConfig, weights: Mapping[str, mx.array], pixels: Array, notify: Notify
 ) -> dict[str, float]:
-    """The largest magnitude of every activation of a tower over all `pictures`, by the names of `FastViTHD.trace`.
+    """The largest magnitude of every activation of a tower over all images, by the names of `FastViTHD.trace`.
 
     Args:
         config: The tower's architecture, unscaled.
         weights: Its parameters in float32, `vision_tower.…`.
-        pictures: (B, R, R, 3) in [0, 1].
-        notify: Told what is being done.
+        pixels: (B, R, R, 3) in [0, 1].
+        notify: Called with a label of the current step.
 
     Raises:
         ConversionError: If an activation is not finite even in float32.
     """
     tower = FastViTHD(config)
     tower.load_weights([(name.removeprefix(_PREFIX), value) for name, value in weights.items()])
-    result: dict[str, float] = {}
-    for number, picture in enumerate(pictures, 1):
-        notify(f"calibrating float16 on picture {number} of {len(pictures)}")
-        for name, peak in tower.trace(mx.array(picture)[None]).items():
-            result[name] = float(np.maximum(result.get(name, 0.0), peak.item()))
-    if broken := [name for name, peak in result.items() if not np.isfinite(peak)]:
+    peaks: dict[str, float] = {}
+    for number, image in enumerate(pixels, 1):
+        notify(f"calibrating float16 on image {number} of {len(pixels)}")
+        for name, peak in tower.trace(mx.array(image)[None]).items():
+            peaks[name] = float(np.maximum(peaks.get(name, 0.0), peak.item()))
+    if broken := [name for name, peak in peaks.items() if not np.isfinite(peak)]:
         raise ConversionError(f"the vision tower's activations overflow even float32, first at {broken[0]}")
-    return result
+    return peaks

@@ -1,144 +1,103 @@
-"""Quantizes a model stage by stage, each layer on the inputs that the quantized layers before it give.
+"""Quantizes a model with GPTQ, segment by segment: each layer sees the inputs that quantized layers before it give.
 
-So what an earlier layer lost is part of what a later one sees, and it can make up for some of it.
+The error of an earlier layer is thus part of a later layer's input, and the later layer can compensate for some of it.
 """
-
-from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from fastvlm_mlx.backend import mx, nn
-from fastvlm_mlx.checkpoint.load import load_model
-from fastvlm_mlx.config import IMAGE_TOKEN
-from fastvlm_mlx.convert.compare.agreement import Notify, Probes, Reference
-from fastvlm_mlx.convert.compare.layerwise import (
-    Stage,
-    decoder_stages,
-    embedding_stage,
-    projector_stage,
-    splice,
-    tower_stages,
-)
-from fastvlm_mlx.convert.quantize.gptq import Packed, compensated
-from fastvlm_mlx.convert.quantize.report import Squares
-from fastvlm_mlx.convert.quantize.scheme import Assignment
-from fastvlm_mlx.inputs.processor import FastVLMProcessor
+from fastvlm_mlx.convert.arrays import Packed
+from fastvlm_mlx.convert.compare.agreement import Reference
+from fastvlm_mlx.convert.compare.layerwise import Segment, module_at, replace_module, run, segments
+from fastvlm_mlx.convert.compare.probes import Probes
+from fastvlm_mlx.convert.compare.weights import WeightError
+from fastvlm_mlx.convert.progress import Notify
+from fastvlm_mlx.convert.quantize.gptq import compensated
+from fastvlm_mlx.convert.quantize.scheme import BitAllocation
 from fastvlm_mlx.model.fastvlm import FastVLM
 
-SEEDS = range(1000, 1032)
-"""The rendered pictures to calibrate on, others than those that checkpoints are compared on."""
+Hessians = dict[str, npt.NDArray[np.float64]]
 
 
 class Recorder(nn.Module):
-    """Stands in for a linear and adds up XᵀX of its inputs.
+    """Stands in for a linear and sums XᵀX of its inputs.
+
+    Args:
+        linear: The layer that it stands in for.
 
     Attributes:
-        linear: What it stands in for.
-        moments: (in, in).
+        hessian: The sum so far, (in, in).
     """
 
     def __init__(self, linear: nn.Module) -> None:
         super().__init__()
         self.linear = linear
         inputs = linear.weight.shape[1]
-        self.moments: npt.NDArray[np.float64] = np.zeros((inputs, inputs))
+        self.hessian: npt.NDArray[np.float64] = np.zeros((inputs, inputs))
 
     def __call__(self, x: mx.array) -> mx.array:
-        """What the linear gives."""
+        """(…, in) -> (…, out), as the linear."""
         rows = x.reshape(-1, x.shape[-1]).astype(mx.float32)
-        self.moments += np.array(rows.T @ rows)
+        self.hessian += np.array(rows.T @ rows)
         y: mx.array = self.linear(x)
         return y
 
 
 def compensate(
-    folder: Path, assignment: Assignment, pictures: Iterable[Path], notify: Notify
-) -> dict[str, tuple[Packed, Squares]]:
-    """The quantized linears of a converted checkpoint and what that changed, by path; embedding and head excepted.
+    model: FastVLM, allocation: BitAllocation, probes: Probes, reference: Reference, notify: Notify
+) -> dict[str, tuple[Packed, WeightError]]:
+    """The quantized linears of a model and their errors, by path; embedding and head are left out.
 
     Args:
-        folder: The checkpoint.
-        assignment: What each layer gets; all affine.
-        pictures: To calibrate on, beside the rendered ones.
-        notify: Told what is being done.
+        model: The exact model in float32; its linears are replaced by their dequantized weights.
+        allocation: The scheme of each layer; all are affine.
+        probes: The images and prompts to calibrate on.
+        reference: The exact model's answers to them.
+        notify: Called with a label of the current step.
     """
-    probes = Probes.of(FastVLMProcessor.from_folder(folder), pictures, SEEDS)
-    answers = Reference.of(folder, probes, notify).answers
-    model = load_model(folder, dtype="float32", lazy=True)
-    run = _Run(model, assignment, notify)
-    visual = [mx.array(picture)[None] for picture in probes.pixels]
-    for stage in (*tower_stages(model), projector_stage(model)):
-        visual = run(stage, visual)
-    embed = embedding_stage(model).run
-    states = []
-    for prompt, answer, tokens in zip(probes.prompts, answers, visual, strict=True):
-        ids = np.concatenate([prompt, answer])
-        states.append(splice(ids, embed(mx.array(ids[ids != IMAGE_TOKEN])), tokens))
-    for stage in decoder_stages(model):
-        states = run(stage, states)
-    return run.packed
+    parts = segments(model)
+    packed: dict[str, tuple[Packed, WeightError]] = {}
+    states = [mx.array(image)[None] for image in probes.pixels]
+    for segment in parts.vision:
+        packed |= _quantize(model, segment, allocation, states, notify)
+        states = run([segment], states)
+    states = [
+        model.embed(np.concatenate([prompt, answer]), visual_tokens=visual)
+        for prompt, answer, visual in zip(probes.prompts, reference.answers, states, strict=True)
+    ]
+    for segment in parts.blocks:
+        packed |= _quantize(model, segment, allocation, states, notify)
+        states = run([segment], states)
+    return packed
 
 
-class _Run:
-    """Runs stages on calibration inputs and quantizes their linears.
-
-    Attributes:
-        packed: The result so far.
-    """
-
-    def __init__(self, model: FastVLM, assignment: Assignment, notify: Notify) -> None:
-        self._model, self._assignment, self._notify = model, assignment, notify
-        self.packed: dict[str, tuple[Packed, Squares]] = {}
-
-    def __call__(self, stage: Stage, states: list[mx.array]) -> list[mx.array]:
-        """The outputs of the stage for the inputs `states`, after its linears have been quantized."""
-        paths = [path for path in self._assignment.layers if stage.holds(path)]
-        if paths:
-            self._notify(f"compensating {stage.name}")
-            for path, moments in self._moments(stage, paths, states).items():
-                self._quantize(path, moments)
-        return _outputs(stage.run, states)
-
-    def _moments(self, stage: Stage, paths: list[str], states: list[mx.array]) -> dict[str, npt.NDArray[np.float64]]:
-        recorders = {path: Recorder(module_at(self._model, path)) for path in paths}
-        for path, recorder in recorders.items():
-            replace_module(self._model, path, recorder)
-        _outputs(stage.run, states)
-        for path, recorder in recorders.items():
-            replace_module(self._model, path, recorder.linear)
-        return {path: recorder.moments for path, recorder in recorders.items()}
-
-    def _quantize(self, path: str, moments: npt.NDArray[np.float64]) -> None:
-        linear = module_at(self._model, path)
+def _quantize(
+    model: FastVLM, segment: Segment, allocation: BitAllocation, states: list[mx.array], notify: Notify
+) -> dict[str, tuple[Packed, WeightError]]:
+    """The quantized linears of one segment for its inputs `states`; the model gets their dequantized weights."""
+    paths = [path for path in allocation.layers if segment.holds(path)]
+    if not paths:
+        return {}
+    notify(f"compensating {segment.name}")
+    packed = {}
+    for path, hessian in _hessians(model, segment, paths, states).items():
+        linear = module_at(model, path)
         exact = np.array(linear.weight)
-        packed, rounded = compensated(exact, moments, self._assignment.layers[path], self._model.config.dtype)
-        self.packed[path] = packed, (float(np.square(rounded - exact).sum()), float(np.square(exact).sum()))
+        parts, rounded = compensated(exact, hessian, allocation.layers[path], model.config.dtype)
+        packed[path] = parts, WeightError(float(np.square(rounded - exact).sum()), float(np.square(exact).sum()))
         linear.weight = mx.array(rounded)
+    return packed
 
 
-def _outputs(run: Callable[[mx.array], mx.array], states: list[mx.array]) -> list[mx.array]:
-    outputs = []
-    for state in states:
-        outputs.append(run(state))
-        mx.eval(outputs[-1])
-    return outputs
-
-
-def module_at(root: nn.Module, path: str) -> nn.Module:
-    """The module at a path of the tree."""
-    node = root
-    for name in path.split("."):
-        node = node[int(name)] if isinstance(node, list) else node[name]
-    return node
-
-
-def replace_module(root: nn.Module, path: str, module: nn.Module) -> None:
-    """Puts another module at a path of the tree."""
-    parent, _, name = path.rpartition(".")
-    node = module_at(root, parent)
-    if isinstance(node, list):
-        node[int(name)] = module
-    else:
-        node[name] = module
+def _hessians(model: FastVLM, segment: Segment, paths: list[str], states: list[mx.array]) -> Hessians:
+    """XᵀX of the inputs of linears of a segment, by path."""
+    recorders = {path: Recorder(module_at(model, path)) for path in paths}
+    try:
+        for path, recorder in recorders.items():
+            replace_module(model, path, recorder)
+        run([segment], states)
+    finally:
+        for path, recorder in recorders.items():
+            replace_module(model, path, recorder.linear)
+    return {path: recorder.hessian for path, recorder in recorders.items()}

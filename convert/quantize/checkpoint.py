@@ -1,66 +1,75 @@
-"""From a converted checkpoint to a quantized one, with a report of what was lost."""
+"""Quantizes a converted checkpoint and reports what that cost."""
 
-import functools
-import json
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
-from fastvlm_mlx.backend import device, mx
+from fastvlm_mlx.backend import mx
 from fastvlm_mlx.checkpoint.load import load_model
-from fastvlm_mlx.checkpoint.safetensors import Tensor
 from fastvlm_mlx.config import ModelConfig
-from fastvlm_mlx.convert.compare.agreement import Agreement, Probes, Reference, picture_files
-from fastvlm_mlx.convert.conversion import LICENCES, Meter, Progress
-from fastvlm_mlx.convert.quantize.gptq import Packed
-from fastvlm_mlx.convert.quantize.report import REPORT_FILE, Gate, LossReport, Squares, folder_bytes, part_losses
-from fastvlm_mlx.convert.quantize.scheme import AUTO, Assignment, Quantization, Settings
+from fastvlm_mlx.convert.arrays import DTYPES, Packed, float32
+from fastvlm_mlx.convert.compare.agreement import Agreement, Reference
+from fastvlm_mlx.convert.compare.probes import CALIBRATION_SEEDS, Probes, image_files
+from fastvlm_mlx.convert.compare.weights import WeightError
+from fastvlm_mlx.convert.parts import by_part
+from fastvlm_mlx.convert.progress import Meter, Notify, Progress
+from fastvlm_mlx.convert.quantize.auto_bits import allocate_bits, sensitivities
+from fastvlm_mlx.convert.quantize.calibrated import compensate
+from fastvlm_mlx.convert.quantize.gates import Gate
+from fastvlm_mlx.convert.quantize.report import QuantizationReport, part_reports
+from fastvlm_mlx.convert.quantize.rounding import rounded
+from fastvlm_mlx.convert.quantize.scheme import AUTO, BitAllocation, Quantization
 from fastvlm_mlx.convert.source.source import Source, open_source
-from fastvlm_mlx.convert.source.weights import float32
-from fastvlm_mlx.convert.write import shards as writer
 from fastvlm_mlx.convert.write.card import card
 from fastvlm_mlx.convert.write.destination import partial_folder, vacant
+from fastvlm_mlx.convert.write.files import (
+    INDEX_FILE,
+    REPORT_FILE,
+    REPORTS,
+    copy_small_files,
+    folder_bytes,
+    licences,
+    write_json,
+)
+from fastvlm_mlx.convert.write.shards import ShardWriter, Stored, index, shards
 from fastvlm_mlx.errors import ConversionError
 from fastvlm_mlx.inputs.processor import FastVLMProcessor
-from fastvlm_mlx.machine import cpu_threads
-from fastvlm_mlx.model.cpu.quantized import column_slices
 
-_CHUNK = 2**22
-"""Weights quantized at a time on each stream."""
+Compensated = Mapping[str, tuple[Packed, WeightError]]
+"""The layers that GPTQ has quantized, with their errors, by path."""
 
 
 def quantize_checkpoint(
     source: str | Path,
     destination: str | Path,
-    wanted: Quantization,
+    quantization: Quantization,
     *,
     calibration: Iterable[str | Path] = (),
     gates: Sequence[str] = (),
     progress: Progress | None = None,
-) -> LossReport:
-    """Writes the converted checkpoint `source` to the folder `destination`, quantized; returns what was lost.
+) -> QuantizationReport:
+    """Writes the converted checkpoint `source` to the folder `destination`, quantized; returns a report.
 
     The folder appears when it is complete and meets the gates. The source is only read.
 
     Args:
         source: A folder in this project's format, not quantized.
         destination: A folder that does not exist yet or is empty.
-        wanted: What is asked for.
-        calibration: Pictures, or folders of them, to measure on beside the built-in ones.
+        quantization: The request.
+        calibration: Images, or folders of them, to measure on in addition to the built-in ones.
         gates: Conditions on the report, such as `top1>=0.95`.
-        progress: Called with bytes done, bytes in all and what is being done.
+        progress: Called with the bytes done, the bytes in all and a label of the current step.
 
     Raises:
         CheckpointError: If the source is incomplete or damaged.
-        ConversionError: If something cannot be done as asked, or a gate is not met.
-        ImageError: If a calibration picture cannot be read.
+        ConversionError: If the request is impossible.
+        GateError: If a gate is not met; nothing is written then.
+        ImageError: If a calibration image cannot be read.
     """
     conditions = [Gate.parse(text) for text in gates]
-    pictures = picture_files(map(Path, calibration))
+    images = image_files(map(Path, calibration))
     folder, target = Path(source).expanduser(), vacant(destination)
     config = ModelConfig.from_path(folder)
     if config.quantization:
@@ -68,170 +77,111 @@ def quantize_checkpoint(
             f"{folder}: is quantized already ({config.quantization.default.bits} bits); quantize what it was made "
             "from, or dequantize it first (fastvlm quantize --dequantize)"
         )
-    assignment = wanted.assign(config)
+    allocation = quantization.allocate(config)
     with open_source(folder) as opened, partial_folder(target, opened.nbytes) as out:
-        meter = Meter(opened.nbytes, progress or (lambda *_: None))
-        probes = Probes.of(FastVLMProcessor.from_folder(folder), pictures)
-        reference = Reference.of(folder, probes, lambda label: meter.advance(0, label))
+        meter = Meter(opened.nbytes, progress)
+        processor = FastVLMProcessor.from_folder(folder)
+        probes = [Probes.of(processor, images)]
+        if quantization.method == "gptq":
+            probes.append(Probes.of(processor, images, CALIBRATION_SEEDS))
+        references = Reference.of(folder, probes, meter.notify)
         mx.clear_cache()
-        if wanted.preset == AUTO:
-            from fastvlm_mlx.convert.quantize.auto_bits import allot
-
-            assert wanted.target_bpw is not None
-            assignment = allot(folder, assignment, wanted.target_bpw, probes, lambda label: meter.advance(0, label))
-        packed: Mapping[str, tuple[Packed, Squares]] = {}
-        if wanted.method == "gptq":
-            from fastvlm_mlx.convert.quantize.calibrated import compensate
-
-            packed = compensate(folder, assignment, pictures, lambda label: meter.advance(0, label))
-        squares = write_weights(opened, out, config, assignment, packed, meter)
-        quantized = replace(config, quantization=assignment.config())
+        allocation, compensated = _calibrated(folder, quantization, allocation, probes, references, meter.notify)
+        errors = write_weights(opened, out, config.dtype, allocation, compensated, meter)
+        del compensated
+        quantized = replace(config, quantization=allocation.config())
         copy_small_files(folder, out)
         write_json(out / "config.json", quantized.to_dict())
-        meter.advance(0, "comparing with the source")
+        meter.notify("comparing with the source")
         with open_source(out) as result:
-            parts = part_losses(opened, result, squares)
-        report = LossReport(
-            quantization=wanted.name,
+            parts = part_reports(opened, result, errors)
+        report = QuantizationReport(
+            quantization=quantization.name,
             parts=parts,
-            kept=assignment.kept,
-            agreement=Agreement.of(load_model(out), probes, reference),
-            folder_bytes_before=folder_bytes(folder),
-            folder_bytes_after=folder_bytes(out),
+            kept=allocation.kept,
+            agreement=Agreement.of(load_model(out), probes[0], references[0]),
+            folder_bytes_before=folder_bytes(folder, without=REPORTS),
+            folder_bytes_after=folder_bytes(out, without=REPORTS),
         )
         for condition in conditions:
             condition.check(report)
         write_json(out / REPORT_FILE, report.to_dict())
-        licences = sorted(path.name for path in out.iterdir() if LICENCES.match(path.name))
-        parameters = {
-            part: sum(tensor.size for name, tensor in opened.tensors.items() if name.startswith(part))
-            for part in ("vision_tower", "mm_projector", "language_model")
-        }
+        parameters = by_part({name: tensor.size for name, tensor in opened.tensors.items()})
         layout = str(config.source.get("layout", ""))
-        text = card(quantized, parameters, layout, target.name, licences, report.markdown())
+        text = card(quantized, parameters, layout, target.name, licences(out), report.markdown())
         (out / "README.md").write_text(text, encoding="utf-8")
     return report
 
 
-def write_weights(
-    source: Source,
+def _calibrated(
     folder: Path,
-    config: ModelConfig,
-    assignment: Assignment,
-    packed: Mapping[str, tuple[Packed, Squares]],
-    meter: Meter,
-) -> dict[str, Squares]:
-    """Writes the weights of `source` to `folder`, quantized; returns what that changed, by path.
+    quantization: Quantization,
+    allocation: BitAllocation,
+    probes: Sequence[Probes],
+    references: Sequence[Reference],
+    notify: Notify,
+) -> tuple[BitAllocation, Compensated]:
+    """The allocation with measured bits where the preset asks for them, and the layers that GPTQ quantizes.
+
+    Loads the exact model, in float32, if the request needs it. The last of `probes` are those to calibrate GPTQ on.
+    """
+    if quantization.preset != AUTO and quantization.method != "gptq":
+        return allocation, {}
+    exact = load_model(folder, dtype="float32", lazy=True)
+    if quantization.preset == AUTO:
+        assert quantization.target_bpw is not None
+        effects = sensitivities(exact, allocation, probes[0], notify)
+        allocation = allocate_bits(effects, allocation, quantization.target_bpw)
+    if quantization.method != "gptq":
+        return allocation, {}
+    return allocation, compensate(exact, allocation, probes[-1], references[-1], notify)
+
+
+def write_weights(
+    source: Source, folder: Path, dtype: str, allocation: BitAllocation, compensated: Compensated, meter: Meter
+) -> dict[str, WeightError]:
+    """Writes the weights of `source` to `folder`, quantized; returns the error of each tensor or layer by its path.
 
     Args:
         source: The checkpoint.
-        folder: Where to.
-        config: Of the checkpoint.
-        assignment: What each layer gets.
-        packed: Layers that are quantized already, and what that changed.
-        meter: Told how far it is.
+        folder: The folder of the result.
+        dtype: The dtype of the scales: `float16`, `bfloat16` or `float32`.
+        allocation: The scheme of each layer.
+        compensated: The layers that are quantized already; others are rounded.
+        meter: Counts the bytes read.
     """
-    files = writer.shards(dict(_planned(source, config, assignment)))
-    squares: dict[str, Squares] = {}
-    with writer.ShardWriter(folder, files) as out:
+    files = shards(dict(_stored(source, dtype, allocation)))
+    errors: dict[str, WeightError] = {}
+    with ShardWriter(folder, files) as out:
         for name, tensor in source.tensors.items():
             path = name.removesuffix(".weight")
-            if path not in assignment.layers:
+            scheme = allocation.layers.get(path)
+            if scheme is None:
                 values = tensor.read()
-                squares[path] = 0.0, float(np.square(float32(values, tensor.dtype)).sum())
-                out.copy(name, [values], lambda count: meter.advance(count, "quantizing"))
+                errors[path] = WeightError(0.0, float(np.square(float32(values, tensor.dtype)).sum()))
+                out.write(name, [values], lambda count: meter.advance(count, "quantizing"))
                 continue
-            settings = assignment.layers[path]
-            parts, squares[path] = packed[path] if path in packed else rounded(tensor, settings)
+            parts, errors[path] = compensated[path] if path in compensated else rounded(tensor, scheme)
             for part, values in parts.items():
-                out.copy(f"{path}.{part}", [values], lambda _: None)
+                out.write(f"{path}.{part}", [values], lambda _: None)
             meter.advance(tensor.nbytes, "quantizing")
-    write_json(folder / "model.safetensors.index.json", writer.index(files))
-    return squares
+    write_json(folder / INDEX_FILE, index(files))
+    return errors
 
 
-def _planned(source: Source, config: ModelConfig, assignment: Assignment) -> Iterator[tuple[str, writer.Stored]]:
-    """What is going to be written, in order."""
+def _stored(source: Source, dtype: str, allocation: BitAllocation) -> Iterator[tuple[str, Stored]]:
+    """The tensors of the result, in order."""
     for name, tensor in source.tensors.items():
         path = name.removesuffix(".weight")
-        settings = assignment.layers.get(path)
-        if settings is None:
-            yield name, writer.Stored(tensor.dtype, tensor.shape)
+        scheme = allocation.layers.get(path)
+        if scheme is None:
+            yield name, Stored(tensor.dtype, tensor.shape)
             continue
         rows, columns = tensor.shape
-        groups = (rows, columns // settings.group_size)
-        yield name, writer.Stored("U32", (rows, columns * settings.bits // 32))
-        if settings.mode == "affine":
-            yield f"{path}.scales", writer.Stored(writer.DTYPES[config.dtype], groups)
-            yield f"{path}.biases", writer.Stored(writer.DTYPES[config.dtype], groups)
+        groups = (rows, columns // scheme.group_size)
+        yield name, Stored("U32", (rows, columns * scheme.bits // 32))
+        if scheme.mode == "affine":
+            yield f"{path}.scales", Stored(DTYPES[dtype], groups)
+            yield f"{path}.biases", Stored(DTYPES[dtype], groups)
         else:
-            yield f"{path}.scales", writer.Stored("U8", groups)
-
-
-def rounded(tensor: Tensor, settings: Settings) -> tuple[Packed, Squares]:
-    """A layer, each weight rounded to the nearest level, and what that changed; a part of the rows on each stream."""
-    streams = _streams()
-    rows, columns = tensor.shape
-    step = max(1, min(_CHUNK // columns, -(-rows // len(streams))))
-    parts: dict[str, list[npt.NDArray[np.generic]]] = {}
-    change = norm = 0.0
-    for first in range(0, rows, step * len(streams)):
-        work = []
-        for stream, start in zip(streams, range(first, rows, step), strict=False):
-            exact = tensor.read(start, min(step, rows - start))
-            with mx.stream(stream):
-                work.append(_rounded(_array(exact, tensor.dtype), settings))
-        mx.eval(work)
-        for arrays, squares in work:
-            for name, value in zip(("weight", "scales", "biases"), arrays, strict=False):
-                parts.setdefault(name, []).append(_stored(value))
-            change, norm = change + float(squares[0]), norm + float(squares[1])
-    return {name: np.concatenate(pieces) for name, pieces in parts.items()}, (change, norm)
-
-
-def _array(values: npt.NDArray[np.generic], dtype: str) -> mx.array:
-    return mx.array(values).view(mx.bfloat16) if dtype == "BF16" else mx.array(values)
-
-
-def _stored(value: mx.array) -> npt.NDArray[np.generic]:
-    return np.array(value.view(mx.uint16) if value.dtype == mx.bfloat16 else value)
-
-
-@functools.cache
-def _streams() -> list[mx.Stream]:
-    """A CPU stream of MLX is one thread."""
-    return [mx.new_stream(mx.default_device()) for _ in range(cpu_threads() if device() == "cpu" else 1)]
-
-
-def _rounded(exact: mx.array, settings: Settings) -> tuple[Sequence[mx.array], tuple[mx.array, mx.array]]:
-    """The arrays of quantized weights, and the squares of the change and of the weights."""
-    wide = exact.astype(mx.float32)  # a CPU is slow in half precision
-    weight, *companions = mx.quantize(wide, settings.group_size, settings.bits, settings.mode)
-    if settings.mode == "affine":
-        stored = [companion.astype(exact.dtype) for companion in companions]
-        companions = [companion.astype(mx.float32) for companion in stored]
-    else:
-        stored = companions
-    scales, biases = companions[0], companions[1] if len(companions) > 1 else None
-    slices = column_slices(weight, scales, biases, **asdict(settings))
-    errors = [_square(wide[:, i :: len(slices)] - values) for i, values in enumerate(slices)]
-    return (weight, *stored), (functools.reduce(mx.add, errors), _square(wide))
-
-
-def _square(values: mx.array) -> mx.array:
-    """The sum of the squares, as a product that the BLAS computes."""
-    flat = values.reshape(1, -1)
-    return (flat @ flat.T)[0, 0]
-
-
-def copy_small_files(source: Path, target: Path) -> None:
-    """Everything but weights and what is written anew."""
-    anew = {"config.json", "README.md", "model.safetensors.index.json", REPORT_FILE}
-    for file in source.iterdir():
-        if file.is_file() and file.suffix != ".safetensors" and file.name not in anew:
-            shutil.copyfile(file, target / file.name)
-
-
-def write_json(path: Path, values: Mapping[str, object]) -> None:
-    """Writes a file as the other JSON files of a checkpoint are written."""
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            yield f"{path}.scales", Stored("U8", groups)

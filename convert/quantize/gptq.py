@@ -1,56 +1,53 @@
-"""Quantizes a layer with error compensation (GPTQ, arXiv 2210.17323): closed form, no training.
+"""Quantizes a layer with error compensation (GPTQ, arXiv 2210.17323), in closed form and without training.
 
-Columns are rounded one by one, and what rounding a column adds to the layer's output is taken off again by changing the
-columns not yet rounded, as far as the calibration inputs X (rows, in) allow: the least squares of X·(W − Ŵ)ᵀ, for which
-only XᵀX is needed.
+Columns are rounded one by one. The error that rounding a column adds to the layer's output is compensated by changing
+the columns that are not rounded yet, to the least squares of X·(W − Ŵ)ᵀ over the calibration inputs X (rows, in). This
+needs XᵀX only, which GPTQ calls the Hessian.
 """
 
 import numpy as np
 import numpy.typing as npt
 
 from fastvlm_mlx.backend import mx
-from fastvlm_mlx.convert.fold.operations import Array
-from fastvlm_mlx.convert.quantize.scheme import Settings
+from fastvlm_mlx.convert.arrays import Array, Packed, from_mlx
+from fastvlm_mlx.convert.quantize.scheme import LayerScheme
 
 DAMPING = 0.01
-"""Added to the diagonal of XᵀX, as a fraction of its mean: inputs that calibration hardly shows occur elsewhere."""
+"""Added to the diagonal of the Hessian, as a fraction of its mean: regularizes rarely excited directions."""
 
 _BLOCK = 128
 _CLIPS = np.linspace(1.0, 0.7, 7, dtype=np.float32)
-"""How much of a group's range its grid may span; the least squared error decides."""
-
-Packed = dict[str, npt.NDArray[np.generic]]
-"""The `weight`, `scales` and `biases` of a quantized layer, as stored."""
+"""The fractions of a group's range that its grid may span; the one with the least squared error is taken."""
 
 
 def compensated(
-    weight: Array, moments: npt.NDArray[np.float64], settings: Settings, dtype: str
+    weight: Array, hessian: npt.NDArray[np.float64], scheme: LayerScheme, dtype: str
 ) -> tuple[Packed, Array]:
-    """A layer quantized with compensation, and the weights that it then stands for.
+    """A layer quantized with compensation, and its dequantized weights.
 
     Args:
         weight: (out, in).
-        moments: XᵀX of its inputs, (in, in).
-        settings: Affine.
-        dtype: Of the scales: `float16`, `bfloat16` or `float32`.
+        hessian: XᵀX of its inputs, (in, in).
+        scheme: An affine one.
+        dtype: The dtype of the scales: `float16`, `bfloat16` or `float32`.
     """
     weight = weight.copy()
-    factor = _factor(moments)
+    factor = _factor(hessian)
     inputs = weight.shape[1]
     levels = np.empty(weight.shape, np.uint8)
-    scales = np.empty((weight.shape[0], inputs // settings.group_size), np.float32)
+    scales = np.empty((weight.shape[0], inputs // scheme.group_size), np.float32)
     biases = np.empty_like(scales)
     for start in range(0, inputs, _BLOCK):
         end = min(start + _BLOCK, inputs)
         block = weight[:, start:end]
         errors = np.empty_like(block)
         for offset, column in enumerate(range(start, end)):
-            group = column // settings.group_size
-            if column % settings.group_size == 0:
-                members = block[:, offset : offset + settings.group_size]
-                scales[:, group], biases[:, group] = _grid(members, settings.bits, dtype)
+            group = column // scheme.group_size
+            if column % scheme.group_size == 0:
+                members = block[:, offset : offset + scheme.group_size]
+                scales[:, group], biases[:, group] = _grid(members, scheme.bits, dtype)
             level = np.rint((block[:, offset] - biases[:, group]) / scales[:, group])
-            level = np.clip(level, 0, 2**settings.bits - 1)
+            level = np.clip(level, 0, 2**scheme.bits - 1)
             levels[:, column] = level
             rounded = level * scales[:, group] + biases[:, group]
             errors[:, offset] = (block[:, offset] - rounded) / factor[column, column]
@@ -58,17 +55,17 @@ def compensated(
             block[:, offset] = rounded
         weight[:, end:] -= errors @ factor[start:end, end:]
     packed: Packed = {
-        "weight": pack(levels, settings.bits),
-        "scales": stored(scales, dtype),
-        "biases": stored(biases, dtype),
+        "weight": pack(levels, scheme.bits),
+        "scales": _stored(scales, dtype),
+        "biases": _stored(biases, dtype),
     }
     return packed, weight
 
 
-def _factor(moments: npt.NDArray[np.float64]) -> Array:
+def _factor(hessian: npt.NDArray[np.float64]) -> Array:
     """The upper triangular U with UᵀU = (XᵀX + damping)⁻¹, by the Cholesky factor of the matrix read backwards."""
-    diagonal = np.diagonal(moments)
-    damped = moments + np.eye(len(moments)) * (DAMPING * diagonal.mean() or 1.0)
+    diagonal = np.diagonal(hessian)
+    damped = hessian + np.eye(len(hessian)) * (DAMPING * diagonal.mean() or 1.0)
     lower = np.linalg.cholesky(damped[::-1, ::-1])
     return np.ascontiguousarray(np.linalg.inv(lower)[::-1, ::-1], np.float32)
 
@@ -91,14 +88,14 @@ def _grid(members: Array, bits: int, dtype: str) -> tuple[Array, Array]:
 
 
 def _rounded(values: Array, dtype: str) -> Array:
-    """Float32 values that `dtype` holds."""
+    """Float32 values rounded to `dtype`."""
     return np.array(mx.array(values).astype(getattr(mx, dtype)).astype(mx.float32))
 
 
-def stored(values: Array, dtype: str) -> npt.NDArray[np.generic]:
-    """Values in a floating-point dtype, bfloat16 as the uint16 of its bits."""
-    cast = mx.array(values).astype(getattr(mx, dtype))
-    return np.array(cast.view(mx.uint16) if dtype == "bfloat16" else cast)
+def _stored(values: Array, dtype: str) -> npt.NDArray[np.generic]:
+    """Values as a file of that dtype holds them."""
+    stored: npt.NDArray[np.generic] = from_mlx(mx.array(values).astype(getattr(mx, dtype)))
+    return stored
 
 
 def pack(levels: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint32]:

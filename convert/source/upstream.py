@@ -1,17 +1,17 @@
-"""An upstream checkpoint whose every tensor has its place in our module tree."""
+"""An upstream checkpoint, its tensors matched with targets in our module tree."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fastvlm_mlx.config import ModelConfig, TextConfig, VisionConfig
-from fastvlm_mlx.convert.fold.float16 import Scaling, factors
-from fastvlm_mlx.convert.source import layouts
-from fastvlm_mlx.convert.source import upstream_config as upstream
-from fastvlm_mlx.convert.source.layouts import Layout, Match
+from fastvlm_mlx.config import LayerQuantization, ModelConfig, QuantizationConfig, TextConfig, VisionConfig
+from fastvlm_mlx.convert.arrays import Shape
+from fastvlm_mlx.convert.source import upstream_config
+from fastvlm_mlx.convert.source.layouts import OURS, Layout
+from fastvlm_mlx.convert.source.match import Match, match, recognise
 from fastvlm_mlx.convert.source.source import Source
-from fastvlm_mlx.convert.source.weights import Shape, Weight, weight
+from fastvlm_mlx.convert.source.weights import Weight, weight
 from fastvlm_mlx.errors import CheckpointError
 from fastvlm_mlx.inputs.tokenizer import END_OF_TEXT, IM_END, Tokenizer
 
@@ -23,23 +23,25 @@ _TOWER = "vision_tower."
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checkpoint:
-    """A source, understood.
+class UpstreamCheckpoint:
+    """A source whose layout and config are known.
 
     Attributes:
         source: The open source.
         config: Its config.json.
         layout: Its layout.
-        match: What each of its tensors is.
+        match: The use of each of its tensors.
+        quantization: How its quantized layers are quantized, by the module paths of the source.
     """
 
     source: Source
     config: Mapping[str, Any]
     layout: Layout
     match: Match
+    quantization: QuantizationConfig
 
     @classmethod
-    def of(cls, source: Source) -> "Checkpoint":
+    def of(cls, source: Source) -> "UpstreamCheckpoint":
         """Recognises the layout of `source` and checks its config and its keys.
 
         Raises:
@@ -51,68 +53,69 @@ class Checkpoint:
             raise CheckpointError(f"{source.name}: has no config.json")
         if "fastvlm_format" in config:
             ModelConfig.from_dict(config)
-            layout = layouts.OURS
+            layout = OURS
         else:
-            layout = layouts.recognise(source.tensors, source.name)
-        upstream.check(config)
-        match = layouts.match(layout, source.tensors, source.name)
-        return cls(source=source, config=config, layout=layout, match=match)
+            layout = recognise(source.tensors, source.name)
+        upstream_config.check(config)
+        matched = match(layout, source.tensors, source.name)
+        entry = config.get("quantization") or config.get("quantization_config")
+        known = entry is not None and matched.packed
+        quantization = QuantizationConfig.from_dict(entry) if known else QuantizationConfig(default=LayerQuantization())
+        return cls(source=source, config=config, layout=layout, match=matched, quantization=quantization)
 
     @property
     def has_tower(self) -> bool:
         """Whether it has a vision tower."""
-        return any(place.startswith(_TOWER) for place in self.match.places)
+        return any(target.startswith(_TOWER) for target in self.match.targets)
 
     @property
     def outside_tower(self) -> list[str]:
-        """The keys of everything else."""
-        return [key for place, key in self.match.places.items() if not place.startswith(_TOWER)]
+        """The keys of everything but the vision tower."""
+        return [key for target, key in self.match.targets.items() if not target.startswith(_TOWER)]
 
-    def weight(self, place: str, shape: Shape) -> Weight:
-        """The tensor at a place, in the shape in which it is used.
+    def weight(self, target: str, shape: Shape, factor: float = 1.0) -> Weight:
+        """The tensor for a target, in the shape in which it is used.
+
+        Args:
+            target: A name in our module tree.
+            shape: The shape that it must have there.
+            factor: A power of two that its values are multiplied by.
 
         Raises:
             CheckpointError: If it has another shape.
         """
-        key = self.match.places[place]
+        key = self.match.targets[target]
         tensors = self.source.tensors
         return weight(
             tensors[key],
             shape,
             channels_last=self.layout.channels_last,
             companions=tuple(tensors[companion] for companion in self.match.packed.get(key, ())),
-            quantization=self.config.get("quantization") or self.config.get("quantization_config"),
+            quantization=self.quantization.for_layer(key.removesuffix(".weight")),
+            factor=factor,
         )
 
     def vision_config(self) -> VisionConfig:
         """The architecture of its tower, unscaled."""
         depths = tuple(self._count(f"{_TOWER}stages.{stage}.blocks.") for stage in range(5))
-        vision: VisionConfig = upstream.vision_config(self.config, self._shape, depths)
+        vision: VisionConfig = upstream_config.vision_config(self.config, self._shape, depths)
         return vision
 
     def text_config(self) -> TextConfig:
         """The architecture of its decoder; the head is tied if it is absent or equals the embedding."""
         layers = self._count("language_model.model.layers.")
-        text: TextConfig = upstream.text_config(self.config, self._shape, layers)
+        text: TextConfig = upstream_config.text_config(self.config, self._shape, layers)
         shape = (text.vocab_size, text.hidden_size)
-        places = self.match.places
-        tied = LM_HEAD not in places or self.weight(LM_HEAD, shape).equals(self.weight(EMBEDDING, shape))
+        tied = LM_HEAD not in self.match.targets or self.weight(LM_HEAD, shape).equals(self.weight(EMBEDDING, shape))
         return replace(text, tie_word_embeddings=tied)
 
     def dropped(self, text: TextConfig) -> dict[str, str]:
         """The reason for every tensor that is not used."""
-        head = self.match.places.get(LM_HEAD)
+        head = self.match.targets.get(LM_HEAD)
         return {**self.match.dropped, **({head: TIED_REASON} if head and text.tie_word_embeddings else {})}
 
-    def unscale(self) -> dict[str, float]:
-        """What takes the scaling of a checkpoint in our own format out of its parameters."""
-        if not self.layout.folded:
-            return {}
-        scales = ModelConfig.from_dict(self.config).vision_config.scales
-        return {name: 1 / factor for name, factor in factors(Scaling.of(scales)).items()}
-
     def end_tokens(self) -> tuple[int, ...]:
-        """The tokens that end an answer: ChatML's, and what the configs name.
+        """The tokens that end an answer: ChatML's, and those that the configs name.
 
         Raises:
             CheckpointError: If it has no tokenizer.
@@ -126,15 +129,15 @@ class Checkpoint:
 
     @property
     def public_name(self) -> str:
-        """The repository, or the name of a folder or archive without its path, which is nobody's business."""
+        """The repository, or the name of a folder or archive without its path, which may be private."""
         source = self.source
         return source.name if source.revision else Path(source.name).expanduser().resolve().name
 
-    def _shape(self, place: str) -> Shape:
-        """The shape of the tensor at a place, as it is stored."""
-        return self.source.tensors[self.match.places[place]].shape
+    def _shape(self, target: str) -> Shape:
+        """The shape of the tensor for a target, as it is stored."""
+        return self.source.tensors[self.match.targets[target]].shape
 
     def _count(self, prefix: str) -> int:
-        """How many blocks or layers there are behind `prefix`."""
-        places = self.match.places
-        return len({place[len(prefix) :].partition(".")[0] for place in places if place.startswith(prefix)})
+        """The number of blocks or layers behind `prefix`."""
+        targets = self.match.targets
+        return len({target[len(prefix) :].partition(".")[0] for target in targets if target.startswith(prefix)})

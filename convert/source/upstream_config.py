@@ -1,11 +1,11 @@
-"""Reads an upstream config.json: what only it knows, with everything that would change the arithmetic checked."""
+"""Reads an upstream config.json and checks every key that would change the arithmetic."""
 
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from fastvlm_mlx.config import ActivationScales, TextConfig, VisionConfig
-from fastvlm_mlx.convert.source.weights import Shape
+from fastvlm_mlx.convert.arrays import Shape
 from fastvlm_mlx.errors import CheckpointError, ConfigError
 
 _DEFAULT_IMAGE_SIZE = 1024
@@ -24,7 +24,7 @@ _REQUIRED: dict[str, tuple[Any, ...]] = {
     "vision_feature_layer": (-1,),
     "model_type": ("llava_qwen2", "fast_vlm", "fastvlm", "qwen2"),
 }
-"""The values under which the model is the one that is built here; a missing key or null means the same."""
+"""The values of the architecture that is built here; a missing key or null means the same."""
 
 
 def check(config: Mapping[str, Any]) -> None:
@@ -62,27 +62,27 @@ def vision_values(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def text_config(config: Mapping[str, Any], shape: Callable[[str], Shape], layers: int) -> TextConfig:
-    """The decoder's architecture, its sizes from the tensors; whether the head is tied is not decided here.
+    """The decoder's architecture, its sizes from the tensors; the caller decides whether the head is tied.
 
     Args:
         config: The source's config.json.
-        shape: The shape of the tensor at a place.
-        layers: How many layers the tensors have.
+        shape: Returns the shape of the tensor for a target.
+        layers: The number of layers among the tensors.
 
     Raises:
         CheckpointError: If the config belongs to a model of another size.
-        ConfigError: If a key is missing or asks for something that is not supported.
+        ConfigError: If a key is missing or its value is not supported.
     """
     values = dict(decoder_values(config))
     layer = "language_model.model.layers.0"
-    found = {
+    sizes = {
         "hidden_size": shape("language_model.model.norm.weight")[0],
         "intermediate_size": shape(f"{layer}.mlp.gate_proj.weight")[0],
         "num_hidden_layers": layers,
         "vocab_size": shape("language_model.model.embed_tokens.weight")[0],
     }
-    for key, value in found.items():
-        # transformers pads the vocabulary, so that more rows than tokens are fine
+    for key, value in sizes.items():
+        # transformers pads the vocabulary: more rows than tokens are fine
         if (said := values.get(key, value)) != value and not (key == "vocab_size" and said < value):
             raise CheckpointError(
                 f"config.json says {key} {said}, the tensors have {value}; it belongs to another model"
@@ -90,7 +90,7 @@ def text_config(config: Mapping[str, Any], shape: Callable[[str], Shape], layers
     for key in ("num_attention_heads", "num_key_value_heads"):
         if not isinstance(values.get(key), int):
             raise ConfigError(f"config.json: {key} is missing, and tensors cannot tell it")
-    text = TextConfig.from_dict({**values, **found, "model_type": "qwen2"})
+    text = TextConfig.from_dict({**values, **sizes, "model_type": "qwen2"})
     cached = shape(f"{layer}.self_attn.k_proj.bias")[0]
     if cached != text.num_key_value_heads * text.head_dim:
         raise CheckpointError(
@@ -105,8 +105,8 @@ def vision_config(config: Mapping[str, Any], shape: Callable[[str], Shape], dept
 
     Args:
         config: The config.json of the source of the tower.
-        shape: The shape of the tensor at a place.
-        depths: The blocks that the tensors have in each stage.
+        shape: Returns the shape of the tensor for a target.
+        depths: The number of blocks of each stage among the tensors.
 
     Raises:
         ConfigError: If the widths are not those of a FastViTHD.
@@ -132,7 +132,7 @@ def _image_size(config: Mapping[str, Any]) -> int:
 
 
 def max_length(config: Mapping[str, Any]) -> int:
-    """The longest sequence in positions that the model was tuned for: our key, or LLaVA's.
+    """The longest sequence, in positions, that the model was tuned for: our key, or LLaVA's.
 
     Raises:
         ConfigError: If it is not a number.

@@ -1,18 +1,15 @@
-"""A source tensor as the converter uses it: float32, channels last, dequantized, whole or a few rows at a time."""
+"""Reads source tensors as the converter uses them: float32, channels last, dequantized, whole or by rows."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from fastvlm_mlx.checkpoint.safetensors import Tensor
-from fastvlm_mlx.convert.fold.operations import Array
+from fastvlm_mlx.config import LayerQuantization
+from fastvlm_mlx.convert.arrays import Array, Shape, dequantize, float32, to_mlx
 from fastvlm_mlx.errors import CheckpointError
-
-Shape = tuple[int, ...]
 
 _CHUNK_ELEMENTS = 2**20
 """Elements handled at a time: 4 MB in float32, which a processor's cache holds."""
@@ -20,7 +17,7 @@ _CHUNK_ELEMENTS = 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class Packing:
-    """What a quantized tensor needs beside its packed integers, as MLX stores them.
+    """The companions and settings of a quantized tensor, as MLX stores them.
 
     Attributes:
         scales: One per group.
@@ -43,18 +40,20 @@ class Weight:
 
     Attributes:
         tensor: The bytes.
-        shape: Channels last; (O, I) for what becomes a linear layer.
+        shape: Channels last; (O, I) for the weight of a linear layer.
         transpose: Whether the source has a convolution's input channels second.
         packing: How it is quantized, if it is.
+        factor: A power of two that its values are multiplied by.
     """
 
     tensor: Tensor
     shape: Shape
     transpose: bool
     packing: Packing | None = None
+    factor: float = 1.0
 
     def chunks(self) -> Iterator[Array]:
-        """The rows in float32, some at a time.
+        """The rows in float32, a few at a time.
 
         Raises:
             CheckpointError: If the file is truncated or a value is not finite.
@@ -72,13 +71,13 @@ class Weight:
 
     @property
     def packed(self) -> dict[str, Tensor]:
-        """What a quantized tensor is stored as, by the names that a quantized layer has for it."""
+        """The stored tensors of a quantized one: `weight`, `scales` and, where there are any, `biases`."""
         assert self.packing is not None
         parts = {"weight": self.tensor, "scales": self.packing.scales, "biases": self.packing.biases}
         return {name: part for name, part in parts.items() if part is not None}
 
     def equals(self, other: "Weight") -> bool:
-        """Whether both hold the same values; compared some rows at a time, until the first difference."""
+        """Whether both hold the same values; compares a few rows at a time, up to the first difference."""
         if self.shape != other.shape:
             return False
         stored_alike = self.tensor.dtype == other.tensor.dtype and not (self.packing or other.packing)
@@ -110,14 +109,9 @@ class Weight:
             values = np.moveaxis(values, 1, -1)
         if not np.isfinite(values).all():
             raise CheckpointError(f"{self.tensor.file.label}: tensor {self.tensor.name} holds NaN or infinite values")
+        if self.factor != 1:
+            values = values * np.float32(self.factor)
         return np.ascontiguousarray(values.reshape(count, *self.shape[1:]))
-
-
-def float32(stored: npt.NDArray[Any], dtype: str) -> Array:
-    """Values as `Tensor.read` gives them, in float32."""
-    if dtype == "BF16":
-        return (stored.astype(np.uint32) << 16).view(np.float32)
-    return stored.astype(np.float32, copy=False)
 
 
 def weight(
@@ -126,23 +120,25 @@ def weight(
     *,
     channels_last: bool,
     companions: tuple[Tensor, ...] = (),
-    quantization: Mapping[str, Any] | None = None,
+    quantization: LayerQuantization | None = None,
+    factor: float = 1.0,
 ) -> Weight:
-    """The tensor in the shape that the model needs it in.
+    """The tensor in the shape that the model needs.
 
     Args:
         tensor: From the source.
-        shape: The shape wanted: channels last, (O, I) for a linear layer, (C,) for a vector.
-        channels_last: Whether the source's convolutions are.
+        shape: The shape needed: channels last, (O, I) for a linear layer, (C,) for a vector.
+        channels_last: Whether the source's convolutions are channels last.
         companions: A quantized tensor's scales and, where it has them, biases.
-        quantization: The `quantization` entry of the source's config.
+        quantization: How it is quantized, by the source's config.
+        factor: A power of two that its values are multiplied by.
 
     Raises:
         CheckpointError: If the tensor has another shape or dtype, or the quantization does not fit.
     """
     if companions:
-        packing = _packing(tensor, shape, companions, quantization or {})
-        return Weight(tensor=tensor, shape=shape, transpose=False, packing=packing)
+        packing = _packing(tensor, shape, companions, quantization or LayerQuantization())
+        return Weight(tensor=tensor, shape=shape, transpose=False, packing=packing, factor=factor)
     if tensor.dtype not in ("F32", "F16", "BF16"):
         raise CheckpointError(f"{tensor.file.label}: tensor {tensor.name} is {tensor.dtype}; expected F32, F16 or BF16")
     transpose = len(tensor.shape) == 4 and not channels_last
@@ -158,13 +154,11 @@ def weight(
         raise CheckpointError(
             f"{tensor.file.label}: tensor {tensor.name} has shape {list(tensor.shape)}, expected {list(expected)}"
         )
-    return Weight(tensor=tensor, shape=shape, transpose=transpose)
+    return Weight(tensor=tensor, shape=shape, transpose=transpose, factor=factor)
 
 
-def _packing(tensor: Tensor, shape: Shape, companions: tuple[Tensor, ...], quantization: Mapping[str, Any]) -> Packing:
-    """The quantization of a tensor, which the shapes decide and the config has to agree with."""
-    override = quantization.get(tensor.name.removesuffix(".weight"))
-    settings = {**quantization, **override} if isinstance(override, Mapping) else quantization
+def _packing(tensor: Tensor, shape: Shape, companions: tuple[Tensor, ...], expected: LayerQuantization) -> Packing:
+    """The quantization of a tensor: the shapes decide, and the config has to agree."""
     scales, biases = companions[0], companions[1] if len(companions) > 1 else None
     rows, columns = shape[0], shape[-1]
     groups = scales.shape[-1] if scales.shape else 0
@@ -183,33 +177,22 @@ def _packing(tensor: Tensor, shape: Shape, companions: tuple[Tensor, ...], quant
             f"{tensor.file.label}: quantized tensor {tensor.name} ({tensor.dtype} {list(tensor.shape)}, scales "
             f"{list(scales.shape)}) cannot hold {list(shape)}"
         )
-    found = {"group_size": columns // groups, "bits": tensor.shape[1] * 32 // columns}
-    for key, value in found.items():
-        if settings.get(key, value) != value:
+    group_size, bits = columns // groups, tensor.shape[1] * 32 // columns
+    for key, value, said in (("group_size", group_size, expected.group_size), ("bits", bits, expected.bits)):
+        if said is not None and said != value:
             raise CheckpointError(
-                f"{tensor.file.label}: tensor {tensor.name} is quantized with {key} {value}, "
-                f"config.json says {settings[key]}"
+                f"{tensor.file.label}: tensor {tensor.name} is quantized with {key} {value}, config.json says {said}"
             )
-    mode = str(settings.get("mode", "affine"))
-    if (biases is None) == (mode == "affine"):
+    if (biases is None) == (expected.mode == "affine"):
         state = "no" if biases is None else "unexpected"
-        raise CheckpointError(f"{tensor.file.label}: tensor {tensor.name} has {state} biases for mode {mode!r}")
-    return Packing(scales=scales, biases=biases, mode=mode, **found)
+        raise CheckpointError(
+            f"{tensor.file.label}: tensor {tensor.name} has {state} biases for mode {expected.mode!r}"
+        )
+    return Packing(scales=scales, biases=biases, group_size=group_size, bits=bits, mode=expected.mode)
 
 
 def _dequantize(tensor: Tensor, packing: Packing, first: int, count: int) -> Array:
-    from fastvlm_mlx.backend import mx
-
-    def companion(part: Tensor) -> Any:
-        stored = part.read(first, count)
-        return mx.array(stored if part.dtype == "U8" else float32(stored, part.dtype))
-
-    values = mx.dequantize(
-        mx.array(tensor.read(first, count)),
-        companion(packing.scales),
-        companion(packing.biases) if packing.biases else None,
-        group_size=packing.group_size,
-        bits=packing.bits,
-        mode=packing.mode,
-    )
-    return np.array(values.astype(mx.float32), copy=False)
+    weight, scales = (to_mlx(part.read(first, count), part.dtype) for part in (tensor, packing.scales))
+    biases = packing.biases and to_mlx(packing.biases.read(first, count), packing.biases.dtype)
+    settings = {"group_size": packing.group_size, "bits": packing.bits, "mode": packing.mode}
+    return np.array(dequantize(weight, scales, biases, **settings), copy=False)

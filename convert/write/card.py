@@ -1,6 +1,6 @@
-"""The README.md of a converted checkpoint: a model card for the Hub."""
+"""Writes the README.md of a converted checkpoint: a model card for the Hub."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from fastvlm_mlx.config import ModelConfig
 
@@ -37,46 +37,56 @@ print(generate(model, processor, image="photo.jpg", prompt="Describe the image."
 | source layout | {layout} |
 | source SHA-256 | `{digest}` |
 
-{loss}## Licence
+{report}## Licence
 
 {licence}
 """
 
 
 def card(
-    config: ModelConfig, parameters: dict[str, int], layout: str, title: str, licences: Collection[str], loss: str = ""
+    config: ModelConfig,
+    parameters: Mapping[str, int],
+    layout: str,
+    title: str,
+    licences: Collection[str],
+    report: str = "",
 ) -> str:
-    """The model card.
+    """The text of the model card.
 
     Args:
-        config: Of the converted checkpoint.
-        parameters: How many each part has.
+        config: The config of the converted checkpoint.
+        parameters: The number of parameters of each part.
         layout: The layout of the source.
         title: The name of the checkpoint.
         licences: The licence files that were copied.
-        loss: The section on what quantization cost.
+        report: The section on what quantization cost.
     """
     name, revision = config.source["name"], config.source["revision"]
     vision, text = config.vision_config, config.text_config
     apple = name.startswith("apple/")
-    quantized = "base_model_relation: quantized\n"
     origin = f"[{name}](https://huggingface.co/{name}) at `{revision}`" if revision else f"`{name}`"
+    base_model = f"base_model: {name}\n" if revision else ""
+    if revision and config.quantization:
+        base_model += "base_model_relation: quantized\n"
     millions = {part: count / 1e6 for part, count in parameters.items()}
-    terms = "The weights keep the licence of the source" + (
-        f": see {', '.join(f'[{file}]({file})' for file in licences)}."
-        if licences
-        else ", which came without a licence file."
-    )
+    if licences:
+        terms = (
+            f"The weights keep the licence of the source: see {', '.join(f'[{file}]({file})' for file in licences)}."
+        )
+    else:
+        terms = "The weights keep the licence of the source, which came without a licence file."
+    if apple:
+        terms += " Apple's released weights are for research only."
     return _TEMPLATE.format(
         licence_tags="license: apple-amlr\n" if apple else "",
-        base_model=(f"base_model: {name}\n" + quantized * bool(config.quantization)) if revision else "",
+        base_model=base_model,
         title=title,
         origin=origin,
         dtype="quantized" if config.quantization else config.dtype,
-        loss=f"{loss}\n" if loss else "",
-        tower=millions["vision_tower"],
-        projector=millions["mm_projector"],
-        decoder=millions["language_model"],
+        report=f"{report}\n" if report else "",
+        tower=millions["vision"],
+        projector=millions["projector"],
+        decoder=millions["decoder"] + millions["embed"],
         size=vision.image_size,
         tokens=(vision.image_size // vision.patch_size) ** 2,
         layers=text.num_hidden_layers,
@@ -85,5 +95,5 @@ def card(
         tied=", embedding and head tied" if text.tie_word_embeddings else "",
         layout=layout,
         digest=config.source["sha256"],
-        licence=terms + " Apple's released weights are for research only." * apple,
+        licence=terms,
     )

@@ -1,4 +1,4 @@
-"""Writes safetensors shards in a stream: every header is known in advance, so memory holds one piece at a time."""
+"""Writes safetensors shards as a stream: headers are known in advance, so memory holds a few rows at a time."""
 
 import json
 import math
@@ -11,29 +11,25 @@ import numpy as np
 import numpy.typing as npt
 
 from fastvlm_mlx.checkpoint.safetensors import ITEM_BYTES
-from fastvlm_mlx.convert.fold.operations import Array
-from fastvlm_mlx.convert.source.weights import Shape
+from fastvlm_mlx.convert.arrays import DTYPES, Array, Shape
 from fastvlm_mlx.errors import ConversionError
 
 SHARD_BYTES = 5 * 10**9
-"""The size that the Hub's tools split at."""
+"""The largest shard, as in the Hub's tools."""
 
 _OVERFLOW = {"F16": (2 - 2**-11) * 2.0**15, "BF16": (2 - 2**-8) * 2.0**127, "F32": np.inf}
 """The smallest values that round to infinity."""
 
-DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
-"""What a checkpoint can be stored in, and safetensors' name for it."""
-
 
 class Stored(NamedTuple):
-    """How a tensor lies in a file: safetensors' name of its dtype, and its shape."""
+    """The dtype, by safetensors' name, and the shape of a tensor in a file."""
 
     dtype: str
     shape: Shape
 
     @property
     def nbytes(self) -> int:
-        """Its bytes."""
+        """Its size in bytes."""
         size: int = ITEM_BYTES[self.dtype] * math.prod(self.shape)
         return size
 
@@ -44,7 +40,7 @@ class Shard:
 
     Attributes:
         file: Its name.
-        tensors: What it holds, in the order in which it is written.
+        tensors: Its tensors, in the order in which they are written.
     """
 
     file: str
@@ -69,7 +65,12 @@ def shards(tensors: Mapping[str, Stored], limit: int = SHARD_BYTES) -> list[Shar
 
 
 class ShardWriter:
-    """Writes tensors in the order of `shards`; a context manager."""
+    """Writes tensors in the order of `shards`; a context manager.
+
+    Args:
+        folder: The folder for the files.
+        files: The planned shards.
+    """
 
     def __init__(self, folder: Path, files: Iterable[Shard]) -> None:
         self._folder = folder
@@ -84,24 +85,24 @@ class ShardWriter:
         if self._file:
             self._file.close()
 
-    def write(self, name: str, rows: Iterable[Array], advance: Callable[[int], None]) -> None:
-        """Appends a tensor of float32 values, cast to its dtype; `advance` is told the bytes of each chunk.
+    def write(self, name: str, rows: Iterable[npt.NDArray[Any]], advance: Callable[[int], None]) -> None:
+        """Appends a tensor.
+
+        Args:
+            name: The next tensor of the shards.
+            rows: Its values in chunks of rows: float32 is cast to the tensor's dtype, others are written as they are.
+            advance: Called with the bytes of each chunk.
 
         Raises:
             ConversionError: If a value does not fit the dtype.
         """
-        file, dtype = self._turn(name)
+        file, dtype = self._next(name)
         for chunk in rows:
-            advance(file.write(np.ascontiguousarray(cast(chunk, dtype, name)).data))
+            values = cast(chunk, dtype, name) if chunk.dtype == np.float32 else chunk
+            advance(file.write(np.ascontiguousarray(values).data))
 
-    def copy(self, name: str, rows: Iterable[npt.NDArray[Any]], advance: Callable[[int], None]) -> None:
-        """Appends a tensor of values as they are to be stored."""
-        file, _ = self._turn(name)
-        for chunk in rows:
-            advance(file.write(np.ascontiguousarray(chunk).data))
-
-    def _turn(self, name: str) -> tuple[IO[bytes], str]:
-        """The file that a tensor goes to, and its dtype."""
+    def _next(self, name: str) -> tuple[IO[bytes], str]:
+        """The file and the dtype of the next tensor, which must be `name`."""
         if not self._left:
             self._next_file()
         assert self._file is not None
@@ -142,15 +143,15 @@ def index(files: Collection[Shard]) -> dict[str, Any]:
 
 
 def cast(values: Array, dtype: str, name: str) -> npt.NDArray[Any]:
-    """Rounded to nearest even, bfloat16 as the uint16 of its bits; `dtype` is safetensors' name.
+    """Values rounded to nearest even, bfloat16 as the uint16 of its bits; `dtype` is safetensors' name.
 
     Raises:
         ConversionError: If a value becomes infinite.
     """
     largest = max(values.max(), -values.min())
     if largest >= _OVERFLOW[dtype]:
-        wanted = next(name for name, stored in DTYPES.items() if stored == dtype)
-        raise ConversionError(f"{name} holds {largest:.4g}, too large for {wanted}; convert with another --dtype")
+        public = next(name for name, stored in DTYPES.items() if stored == dtype)
+        raise ConversionError(f"{name} holds {largest:.4g}, too large for {public}; convert with another --dtype")
     stored: npt.NDArray[Any]
     if dtype == "BF16":
         bits = values.view(np.uint32)

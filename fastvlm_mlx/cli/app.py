@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 
 from fastvlm_mlx import __version__
 from fastvlm_mlx.cli import bench, convert, evaluate, generate, info, quantize, verify
-from fastvlm_mlx.errors import FastVLMError
+from fastvlm_mlx.errors import FastVLMError, GateError
 from fastvlm_mlx.machine import tune_allocator
 
 DEBUG_VARIABLE = "FASTVLM_DEBUG"
@@ -34,7 +34,7 @@ class _Group(TyperGroup):
             if ctx.params["debug"]:
                 raise
             typer.echo(f"error: {_one_line(error)}", err=True)
-            raise typer.Exit(1) from error
+            raise typer.Exit(3 if isinstance(error, GateError) else 1) from error
 
 
 def _one_line(error: Exception) -> str:

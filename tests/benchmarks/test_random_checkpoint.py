@@ -36,7 +36,7 @@ def test_a_checkpoint_of_full_size_is_one_that_converts(tmp_path: Path, size: st
     assert decoder in str(planned)
     assert planned.config.text_config.tie_word_embeddings == (size == "0.5b")
     assert planned.config.vision_config.image_size == 1024
-    assert round(planned.parameters["vision_tower"] / 1e6, 1) == 122.7
+    assert round(planned.parameters["vision"] / 1e6, 1) == 122.7
 
 
 def test_large_checkpoints_are_sharded_with_an_index(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from fastvlm_mlx.checkpoint.folder import read_weights
 from fastvlm_mlx.checkpoint.load import load_model
 from fastvlm_mlx.config import LayerQuantization, ModelConfig, QuantizationConfig
 from fastvlm_mlx.convert import convert_checkpoint, plan
-from fastvlm_mlx.convert.write import shards as writer
+from fastvlm_mlx.convert.write.shards import Stored, cast, shards
 from fastvlm_mlx.errors import ConversionError
 from fastvlm_mlx.inputs.processor import FastVLMProcessor
 from fastvlm_mlx.model.fastvlm import FastVLM
@@ -202,7 +202,7 @@ def test_a_padded_vocabulary_is_kept(tmp_path: Path) -> None:
 
 
 def test_large_checkpoints_are_sharded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer, "shards", partial(writer.shards, limit=300_000))
+    monkeypatch.setattr("fastvlm_mlx.convert.conversion.shards", partial(shards, limit=300_000))
     done = convert_checkpoint(SOURCES["apple"], tmp_path / "out", dtype="float32")
     files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
     assert files == [f"model-0000{number}-of-0000{len(files)}.safetensors" for number in range(1, len(files) + 1)]
@@ -257,7 +257,7 @@ def test_progress_grows_from_nothing_to_all(tmp_path: Path) -> None:
     done, totals, labels = zip(*calls, strict=True)
     assert list(done) == sorted(done)
     assert set(totals) == {done[-1]}
-    assert [label for label in dict.fromkeys(labels) if "picture" not in label] == ["reading", "folding", "writing"]
+    assert [label for label in dict.fromkeys(labels) if "calibrating" not in label] == ["reading", "folding", "writing"]
 
 
 def test_a_plan_reads_headers_and_says_what_would_be_done(tmp_path: Path) -> None:
@@ -343,17 +343,17 @@ def test_quantized_weights_of_mlx_vlm_stay_as_they_are_and_give_its_logits(name:
 
 def test_shards_hold_at_most_their_limit_or_one_tensor() -> None:
     shapes = {"a": (10, 10), "b": (10, 10), "c": (50, 10), "d": (1,)}
-    stored = {name: writer.Stored("F16", shape) for name, shape in shapes.items()}
-    files = writer.shards(stored, limit=400)
+    stored = {name: Stored("F16", shape) for name, shape in shapes.items()}
+    files = shards(stored, limit=400)
     assert [list(file.tensors) for file in files] == [["a", "b"], ["c"], ["d"]]
     assert files[1].file == "model-00002-of-00003.safetensors"
-    assert writer.shards(stored)[0].file == "model.safetensors"
+    assert shards(stored)[0].file == "model.safetensors"
 
 
 def test_casts_round_to_nearest_even() -> None:
     values = np.random.default_rng(0).standard_normal(10_000).astype(np.float32)
     values[:3] = 1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8  # halfway between two bfloat16s
     expected = np.array(mx.array(values).astype(mx.bfloat16).view(mx.uint16))
-    np.testing.assert_array_equal(writer.cast(values, "BF16", "x"), expected)
+    np.testing.assert_array_equal(cast(values, "BF16", "x"), expected)
     with pytest.raises(ConversionError, match=r"x holds 3.4e\+38, too large for bfloat16"):
-        writer.cast(np.array([3.4e38], np.float32), "BF16", "x")
+        cast(np.array([3.4e38], np.float32), "BF16", "x")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fastvlm_mlx.convert import convert_checkpoint
-from fastvlm_mlx.convert.pipeline import produce
+from fastvlm_mlx.convert.pipeline import convert_and_quantize
 from fastvlm_mlx.convert.quantize.scheme import Quantization
 from tests.checkpoints import SOURCES, tensors
 
@@ -16,7 +16,7 @@ from tests.checkpoints import SOURCES, tensors
 def test_an_export_converts_back_to_the_same_weights(name: str, tmp_path: Path) -> None:
     dtype = "float32"
     convert_checkpoint(SOURCES[name], tmp_path / "ours", dtype=dtype)
-    produce(SOURCES[name], tmp_path / "theirs", dtype=dtype, mlx_vlm=True)
+    convert_and_quantize(SOURCES[name], tmp_path / "theirs", dtype=dtype, mlx_vlm=True)
     convert_checkpoint(tmp_path / "theirs", tmp_path / "back", dtype=dtype)
     first, second = tensors(tmp_path / "ours"), tensors(tmp_path / "back")
     assert first.keys() == second.keys()
@@ -28,7 +28,7 @@ def test_an_export_converts_back_to_the_same_weights(name: str, tmp_path: Path) 
 def test_scaling_for_float16_is_taken_out(tmp_path: Path) -> None:
     convert_checkpoint(SOURCES["apple-hot"], tmp_path / "exact", dtype="float32")
     convert_checkpoint(SOURCES["apple-hot"], tmp_path / "scaled", dtype="float16")
-    produce(tmp_path / "scaled", tmp_path / "theirs", mlx_vlm=True)
+    convert_and_quantize(tmp_path / "scaled", tmp_path / "theirs", mlx_vlm=True)
     convert_checkpoint(tmp_path / "theirs", tmp_path / "back", dtype="float32")
     first, second = tensors(tmp_path / "exact"), tensors(tmp_path / "back")
     for key in ("vision_tower.stages.3.downsample.proj.weight", "mm_projector.0.weight"):
@@ -36,7 +36,7 @@ def test_scaling_for_float16_is_taken_out(tmp_path: Path) -> None:
 
 
 def test_keys_shapes_and_configs_are_mlx_vlms(tmp_path: Path) -> None:
-    produce(SOURCES["apple"], tmp_path / "out", dtype="float32", mlx_vlm=True)
+    convert_and_quantize(SOURCES["apple"], tmp_path / "out", dtype="float32", mlx_vlm=True)
     ours, theirs = tensors(tmp_path / "out"), tensors(SOURCES["mlx-vlm"])
     head = "vision_tower.vision_model.head.proj"  # as wide as the released ones'
     assert ours.pop(head).shape == (theirs.pop(head).shape[0], 768)
@@ -52,9 +52,9 @@ def test_keys_shapes_and_configs_are_mlx_vlms(tmp_path: Path) -> None:
 
 
 def test_quantized_layers_of_the_decoder_are_exported_as_they_are(tmp_path: Path) -> None:
-    wanted = Quantization(bits=4, group_size=32, parts={"vision": 0, "projector": 0})
-    produce(SOURCES["apple"], tmp_path / "ours", wanted=wanted)
-    produce(tmp_path / "ours", tmp_path / "theirs", mlx_vlm=True)
+    quantization = Quantization(bits=4, group_size=32, parts={"vision": 0, "projector": 0})
+    convert_and_quantize(SOURCES["apple"], tmp_path / "ours", quantization=quantization)
+    convert_and_quantize(tmp_path / "ours", tmp_path / "theirs", mlx_vlm=True)
     first, second = tensors(tmp_path / "ours"), tensors(tmp_path / "theirs")
     names = [name for name in first if name.startswith("language_model.")]
     assert any(name.endswith(".scales") for name in names)

@@ -16,10 +16,11 @@ from fastvlm_mlx.cli import app
 from fastvlm_mlx.config import ModelConfig
 from fastvlm_mlx.convert import convert_checkpoint
 from fastvlm_mlx.convert.compare.verify import verify
-from fastvlm_mlx.convert.pipeline import produce
-from fastvlm_mlx.convert.quantize import calibrated as compensation
-from fastvlm_mlx.convert.quantize.report import LossReport
-from fastvlm_mlx.convert.quantize.scheme import PARTS, Quantization
+from fastvlm_mlx.convert.parts import PARTS
+from fastvlm_mlx.convert.pipeline import convert_and_quantize
+from fastvlm_mlx.convert.quantize import checkpoint as quantize
+from fastvlm_mlx.convert.quantize.report import QuantizationReport
+from fastvlm_mlx.convert.quantize.scheme import Quantization
 from fastvlm_mlx.convert.write import upload as hub
 from fastvlm_mlx.errors import ConversionError
 from fastvlm_mlx.resolve import load
@@ -41,16 +42,16 @@ def exact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def quantized(exact: Path) -> tuple[Path, LossReport]:
+def quantized(exact: Path) -> tuple[Path, QuantizationReport]:
     folder = exact.parent / "int4"
     before = {path.name: path.stat().st_mtime_ns for path in exact.iterdir()}
-    report = produce(exact, folder, wanted=INT4)
+    report = convert_and_quantize(exact, folder, quantization=INT4)
     assert report is not None
     assert {path.name: path.stat().st_mtime_ns for path in exact.iterdir()} == before  # only read
     return folder, report
 
 
-def test_a_quantized_checkpoint_answers_and_says_what_was_lost(quantized: tuple[Path, LossReport]) -> None:
+def test_a_quantized_checkpoint_answers_and_says_what_was_lost(quantized: tuple[Path, QuantizationReport]) -> None:
     folder, report = quantized
     model, processor = load(folder)
     assert model.generate(**processor([IMAGE], "Describe the image."), max_tokens=3)
@@ -70,10 +71,10 @@ def test_a_quantized_checkpoint_answers_and_says_what_was_lost(quantized: tuple[
 
 
 def test_dequantizing_leaves_exactly_the_error_of_quantization(
-    exact: Path, quantized: tuple[Path, LossReport], tmp_path: Path
+    exact: Path, quantized: tuple[Path, QuantizationReport], tmp_path: Path
 ) -> None:
     folder, report = quantized
-    produce(folder, tmp_path / "back", dequantize=True)
+    convert_and_quantize(folder, tmp_path / "back", dequantize=True)
     assert ModelConfig.from_path(tmp_path / "back").quantization is None
     found = verify(tmp_path / "back", exact, notify=lambda _: None)
     for part, error in found.weight_errors.items():
@@ -81,7 +82,7 @@ def test_dequantizing_leaves_exactly_the_error_of_quantization(
     assert found.agreement.kl == pytest.approx(report.agreement.kl, rel=1e-3)
     assert found.agreement.top1 == report.agreement.top1
     # The tower's stem is no quantized layer: nothing is off there.
-    assert found.stages[0].output_error == found.stages[0].weight_error == 0
+    assert found.segments[0].output_error == found.segments[0].weight_error == 0
 
 
 def test_a_conversion_to_float16_is_verified_against_its_source(tmp_path: Path) -> None:
@@ -95,7 +96,9 @@ def test_a_conversion_to_float16_is_verified_against_its_source(tmp_path: Path) 
     assert max(found["weight_errors"].values()) < 2**-11
 
 
-def test_quantized_layers_are_within_what_their_bits_allow(exact: Path, quantized: tuple[Path, LossReport]) -> None:
+def test_quantized_layers_are_within_what_their_bits_allow(
+    exact: Path, quantized: tuple[Path, QuantizationReport]
+) -> None:
     result = invoke("verify", quantized[0], "--against", exact)
     assert result.exit_code == 0, result.output
     assert "weights off by: decoder" in result.stdout
@@ -106,7 +109,7 @@ LAYERS = ("language_model.model.layers.1.mlp.down_proj", "vision_tower.stages.3.
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_verify_names_the_layer_whose_scales_are_doubled(
-    exact: Path, quantized: tuple[Path, LossReport], tmp_path: Path, layer: str
+    exact: Path, quantized: tuple[Path, QuantizationReport], tmp_path: Path, layer: str
 ) -> None:
     def double(values: dict[str, Any]) -> None:
         for part in ("scales", "biases"):
@@ -114,13 +117,11 @@ def test_verify_names_the_layer_whose_scales_are_doubled(
 
     broken = changed(quantized[0], tmp_path / "broken", edit=double)
     result = invoke("verify", broken, "--against", exact)
-    assert result.exit_code == 1
+    assert result.exit_code == 3
     assert f"error: {layer} is the first part that drifts" in result.stderr
 
 
 def test_the_gate_stops_a_broken_layer(exact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastvlm_mlx.convert.quantize import checkpoint as quantize
-
     rounded = quantize.rounded
 
     def broken(tensor: Any, settings: Any) -> Any:
@@ -129,20 +130,22 @@ def test_the_gate_stops_a_broken_layer(exact: Path, tmp_path: Path, monkeypatch:
             parts |= {name: parts[name] * 2 for name in ("scales", "biases")}
         return parts, squares
 
-    wanted = Quantization(bits=8, group_size=32)
+    quantization = Quantization(bits=8, group_size=32)
     gate = "kl<0.05"
-    assert produce(exact, tmp_path / "good", wanted=wanted, gates=[gate]) is not None
+    assert convert_and_quantize(exact, tmp_path / "good", quantization=quantization, gates=[gate]) is not None
     monkeypatch.setattr(quantize, "rounded", broken)
     with pytest.raises(ConversionError, match=r"the gate kl<0.05 is not met: kl is .*; nothing was written"):
-        produce(exact, tmp_path / "bad", wanted=wanted, gates=[gate])
+        convert_and_quantize(exact, tmp_path / "bad", quantization=quantization, gates=[gate])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["good"]
 
 
 def test_compensation_loses_less_than_rounding(
-    exact: Path, quantized: tuple[Path, LossReport], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    exact: Path, quantized: tuple[Path, QuantizationReport], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compensation, "SEEDS", range(1000, 1004))
-    better = produce(exact, tmp_path / "out", wanted=Quantization(bits=4, group_size=32, method="gptq"))
+    monkeypatch.setattr(quantize, "CALIBRATION_SEEDS", range(1000, 1004))
+    better = convert_and_quantize(
+        exact, tmp_path / "out", quantization=Quantization(bits=4, group_size=32, method="gptq")
+    )
     assert better is not None
     plain = quantized[1]
     assert better.folder_bytes_after == pytest.approx(plain.folder_bytes_after, abs=10)
@@ -151,12 +154,12 @@ def test_compensation_loses_less_than_rounding(
 
 
 def test_auto_spends_its_bits_where_they_matter(
-    exact: Path, quantized: tuple[Path, LossReport], tmp_path: Path
+    exact: Path, quantized: tuple[Path, QuantizationReport], tmp_path: Path
 ) -> None:
-    wanted = Quantization(preset="auto", target_bpw=5.0, group_size=32)
-    report = produce(exact, tmp_path / "out", wanted=wanted)
+    quantization = Quantization(preset="auto", target_bpw=5.0, group_size=32)
+    report = convert_and_quantize(exact, tmp_path / "out", quantization=quantization)
     assert report is not None
-    layers = Quantization(bits=4, group_size=32).assign(ModelConfig.from_path(exact)).layers
+    layers = Quantization(bits=4, group_size=32).allocate(ModelConfig.from_path(exact)).layers
     entry = json.loads((tmp_path / "out" / "config.json").read_text())["quantization"]
     bits = {path: entry.get(path, entry)["bits"] for path in layers}
     assert len(set(bits.values())) > 1
@@ -165,7 +168,7 @@ def test_auto_spends_its_bits_where_they_matter(
 
 @pytest.mark.parametrize("mode", ["mxfp4", "mxfp8", "nvfp4"])
 def test_floating_point_modes_are_written_and_read(exact: Path, tmp_path: Path, mode: str) -> None:
-    report = produce(exact, tmp_path / "out", wanted=Quantization(mode=mode))
+    report = convert_and_quantize(exact, tmp_path / "out", quantization=Quantization(mode=mode))
     assert report is not None
     assert report.weight_error < 0.15
     entry = ModelConfig.from_path(tmp_path / "out").quantization
@@ -176,14 +179,16 @@ def test_floating_point_modes_are_written_and_read(exact: Path, tmp_path: Path, 
 
 def test_bfloat16_checkpoints_are_quantized(tmp_path: Path) -> None:
     convert_checkpoint(SOURCES["apple"], tmp_path / "source", dtype="bfloat16")
-    report = produce(tmp_path / "source", tmp_path / "out", wanted=Quantization(preset="int8", group_size=32))
+    report = convert_and_quantize(
+        tmp_path / "source", tmp_path / "out", quantization=Quantization(preset="int8", group_size=32)
+    )
     assert report is not None
     assert report.weight_error < 0.01
     scales = mx.load(str(tmp_path / "out" / "model.safetensors"))["mm_projector.2.scales"]
     assert scales.dtype == mx.bfloat16
 
 
-def test_weights_are_rounded_as_mlx_does(exact: Path, quantized: tuple[Path, LossReport]) -> None:
+def test_weights_are_rounded_as_mlx_does(exact: Path, quantized: tuple[Path, QuantizationReport]) -> None:
     source, result = tensors(exact), tensors(quantized[0])
     name = "language_model.model.layers.0.mlp.up_proj"
     for part, value in zip(
@@ -211,7 +216,7 @@ def test_convert_quantizes_in_one_command(tmp_path: Path) -> None:
 
 def empty_folder(path: Path) -> Path:
     path.mkdir()
-    (path / "notes.txt").write_text("no picture")
+    (path / "notes.txt").write_text("no image")
     return path
 
 
@@ -221,8 +226,8 @@ def empty_folder(path: Path) -> Path:
         (lambda _: ["--q-bits", "7"], "bits in mode affine must be one of 2, 3, 4, 5, 6, 8, not 7"),
         (lambda _: ["--gate", "beauty>=1"], "there is no metric 'beauty'; there are visual_cosine, kl, top1"),
         (lambda _: ["--gate", "top1=1"], "gate 'top1=1' cannot be read; write for instance 'top1>=0.95'"),
-        (lambda path: ["--calibration", path / "none"], "no such picture or folder of calibration pictures"),
-        (lambda path: ["--calibration", empty_folder(path / "e")], "holds no picture to calibrate on (.bmp, .gif"),
+        (lambda path: ["--calibration", path / "none"], "no such image or folder of calibration images"),
+        (lambda path: ["--calibration", empty_folder(path / "e")], "holds no image to calibrate on (.bmp, .gif"),
         (lambda _: ["--dequantize"], "is not quantized; there is nothing to dequantize"),
         (lambda _: ["--upload-repo", "nowhere"], "'nowhere' cannot be uploaded to; write it as owner/name"),
         (lambda _: ["--format", "mlx-vlm", "--q-vision", "8"], "mlx-vlm's readers need tower and projector in"),
@@ -262,13 +267,13 @@ def test_nothing_is_converted_for_what_cannot_be_written_or_measured_on(
     assert (taken.exit_code, taken.stderr.partition(";")[0]) == (1, f"error: {tmp_path / 'taken'}: exists already")
     missing = invoke("quantize", SOURCES["apple"], tmp_path / "out", "--calibration", typo)
     assert missing.exit_code == 1
-    assert missing.stderr == f"error: {typo}: no such picture or folder of calibration pictures\n"
+    assert missing.stderr == f"error: {typo}: no such image or folder of calibration images\n"
 
 
-def test_quantizing_twice(quantized: tuple[Path, LossReport], tmp_path: Path) -> None:
+def test_quantizing_twice(quantized: tuple[Path, QuantizationReport], tmp_path: Path) -> None:
     for source in (quantized[0], SOURCES["mlx-vlm-q8"]):
         with pytest.raises(ConversionError, match="is quantized already; quantize what it was made from"):
-            produce(source, tmp_path / "out", wanted=INT4)
+            convert_and_quantize(source, tmp_path / "out", quantization=INT4)
 
 
 def test_models_of_different_shapes_are_not_compared(exact: Path, tmp_path: Path) -> None:

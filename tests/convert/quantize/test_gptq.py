@@ -5,7 +5,7 @@ import pytest
 
 from fastvlm_mlx.backend import mx
 from fastvlm_mlx.convert.quantize.gptq import compensated, pack
-from fastvlm_mlx.convert.quantize.scheme import Settings
+from fastvlm_mlx.convert.quantize.scheme import LayerScheme
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
@@ -22,7 +22,9 @@ def test_compensation_halves_the_error_of_the_output_on_correlated_inputs(dtype:
     weight = random.normal(size=(48, 256)).astype(np.float32)
     mixture = random.normal(size=(512, 32)) @ random.normal(size=(32, 256))
     inputs = (mixture + 0.1 * random.normal(size=mixture.shape)).astype(np.float32)
-    packed, rounded = compensated(weight, (inputs.T @ inputs).astype(np.float64), Settings(64, 4), dtype)
+    packed, rounded = compensated(
+        weight, (inputs.T @ inputs).astype(np.float64), LayerScheme(group_size=64, bits=4), dtype
+    )
     parts = {name: mx.array(value) for name, value in packed.items()}
     if dtype == "bfloat16":
         parts |= {name: parts[name].view(mx.bfloat16) for name in ("scales", "biases")}
@@ -36,11 +38,13 @@ def test_compensation_halves_the_error_of_the_output_on_correlated_inputs(dtype:
 
 def test_inputs_that_are_always_zero_do_no_harm() -> None:
     weight = np.random.default_rng(0).normal(size=(8, 64)).astype(np.float32)
-    moments = np.zeros((64, 64))
-    _, rounded = compensated(weight, moments, Settings(32, 8), "float32")
+    hessian = np.zeros((64, 64))
+    _, rounded = compensated(weight, hessian, LayerScheme(group_size=32, bits=8), "float32")
     np.testing.assert_allclose(rounded, weight, atol=0.02)
 
 
 def test_a_constant_group_is_kept_exactly() -> None:
-    _, rounded = compensated(np.full((3, 32), 0.75, np.float32), np.eye(32), Settings(32, 4), "float16")
+    _, rounded = compensated(
+        np.full((3, 32), 0.75, np.float32), np.eye(32), LayerScheme(group_size=32, bits=4), "float16"
+    )
     np.testing.assert_array_equal(rounded, 0.75)

@@ -7,7 +7,7 @@ import pytest
 
 from fastvlm_mlx.config import ModelConfig
 from fastvlm_mlx.convert import plan
-from fastvlm_mlx.convert.quantize.scheme import PRESETS, Quantization, Settings, is_sensitive
+from fastvlm_mlx.convert.quantize.scheme import PRESETS, LayerScheme, Quantization, is_sensitive
 from fastvlm_mlx.errors import ConversionError
 from tests.checkpoints import SOURCES
 
@@ -47,9 +47,9 @@ def test_impossible_combinations_say_what_is_possible(asked: dict[str, Any], mes
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_give_each_part_its_bits(config: ModelConfig, preset: str) -> None:
-    layers = Quantization(preset=preset, group_size=32).assign(config).layers
+    layers = Quantization(preset=preset, group_size=32).allocate(config).layers
     bits = PRESETS[preset].bits
-    assert layers["language_model.model.embed_tokens"] == Settings(32, bits["embed"])
+    assert layers["language_model.model.embed_tokens"] == LayerScheme(group_size=32, bits=bits["embed"])
     assert layers["language_model.lm_head"].bits == bits["embed"]
     assert layers["mm_projector.0"].bits == bits["projector"]
     assert layers["language_model.model.layers.0.self_attn.q_proj"].bits == bits["decoder"]
@@ -71,26 +71,26 @@ def test_sensitive_layers_are_those_of_mlx_lm() -> None:
 
 
 def test_what_a_group_does_not_divide_stays_in_floating_point(config: ModelConfig) -> None:
-    assignment = Quantization(bits=4, group_size=64, parts={"projector": 0}).assign(config)
+    allocation = Quantization(bits=4, group_size=64, parts={"projector": 0}).allocate(config)
     narrow = "vision_tower.stages.2.blocks.0.conv_ffn.fc1"
-    assert assignment.kept[narrow] == "32 inputs, which groups of 64 do not divide"
-    assert assignment.kept["mm_projector.2"] == "not asked for"
-    assert narrow not in assignment.layers
-    assert not assignment.layers.keys() & assignment.kept.keys()
+    assert allocation.kept[narrow] == "32 inputs, which groups of 64 do not divide"
+    assert allocation.kept["mm_projector.2"] == "not asked for"
+    assert narrow not in allocation.layers
+    assert not allocation.layers.keys() & allocation.kept.keys()
 
 
 def test_nothing_left_to_quantize(config: ModelConfig) -> None:
     with pytest.raises(ConversionError, match="no layer of this checkpoint can be quantized like this: not asked for"):
-        Quantization(bits=4, parts=dict.fromkeys(("decoder", "embed", "projector", "vision"), 0)).assign(config)
+        Quantization(bits=4, parts=dict.fromkeys(("decoder", "embed", "projector", "vision"), 0)).allocate(config)
 
 
 def test_embeddings_are_affine_in_every_mode(config: ModelConfig) -> None:
-    layers = Quantization(mode="mxfp4", parts={"vision": 8}).assign(config).layers
-    assert layers["language_model.model.embed_tokens"] == Settings(32, 4, "affine")
-    assert layers["language_model.model.layers.0.mlp.up_proj"] == Settings(32, 4, "mxfp4")
-    assert layers["vision_tower.stages.3.blocks.0.conv_ffn.fc1"] == Settings(32, 8, "affine")
+    layers = Quantization(mode="mxfp4", parts={"vision": 8}).allocate(config).layers
+    assert layers["language_model.model.embed_tokens"] == LayerScheme(group_size=32, bits=4, mode="affine")
+    assert layers["language_model.model.layers.0.mlp.up_proj"] == LayerScheme(group_size=32, bits=4, mode="mxfp4")
+    assert layers["vision_tower.stages.3.blocks.0.conv_ffn.fc1"] == LayerScheme(group_size=32, bits=8, mode="affine")
 
 
 def test_settings_are_recorded_as_mlx_lm_records_them(config: ModelConfig) -> None:
-    recorded = Quantization(bits=4, group_size=32).assign(config).config()
+    recorded = Quantization(bits=4, group_size=32).allocate(config).config()
     assert json.dumps(recorded.to_dict()) == '{"group_size": 32, "bits": 4, "mode": "affine"}'

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from mlx.utils import tree_flatten
 
-from fastvlm_mlx.convert import conversion, plan
-from fastvlm_mlx.convert.source import layouts
+from fastvlm_mlx.convert import plan
+from fastvlm_mlx.convert.conversion import open_conversion
+from fastvlm_mlx.convert.source.match import match, recognise
 from fastvlm_mlx.convert.source.source import open_source
 from fastvlm_mlx.convert.source.upstream import LM_HEAD
 from fastvlm_mlx.errors import CheckpointError
@@ -39,7 +40,8 @@ def test_a_released_layout_fills_every_parameter_of_its_model(manifest: Path, tm
     assert (text.num_hidden_layers, text.hidden_size, text.tie_word_embeddings) == (layers, width, tied)
     assert vision.depths == (2, 12, 24, 4, 2)
     assert vision.embed_dims == (96, 192, 384, 768, 1536)
-    assert planned.parameters["language_model"] == parameters + (text.vocab_size - vocabulary) * width * (2 - tied)
+    decoder = planned.parameters["decoder"] + planned.parameters["embed"]
+    assert decoder == parameters + (text.vocab_size - vocabulary) * width * (2 - tied)
     model = {name: value.shape for name, value in tree_flatten(FastVLM(planned.config).parameters())}
     assert {name: stored.shape for shard in planned.shards for name, stored in shard.tensors.items()} == model
 
@@ -50,14 +52,14 @@ def test_every_tensor_of_a_released_layout_is_used_once_or_dropped_with_a_reason
 ) -> None:
     folder = header_only(manifest, tmp_path / "source")
     names = keys(folder)
-    found = layouts.match(layouts.recognise(names, "it"), names, "it")
-    used = list(found.places.values())
+    found = match(recognise(names, "it"), names, "it")
+    used = list(found.targets.values())
     assert sorted([*used, *found.dropped]) == sorted(names)
     assert all(found.dropped.values())
-    with conversion._open(folder, "float16", None, None, False) as job:
-        inputs = [place for recipe in job.recipes for place in recipe.inputs]
-    head = {LM_HEAD} & set(found.places)  # tied, so that no recipe takes it
-    assert sorted([*inputs, *head]) == sorted(found.places)
+    with open_conversion(folder) as conversion:
+        inputs = [target for fold in conversion.folds for target in fold.inputs]
+    head = {LM_HEAD} & set(found.targets)  # tied, so that no fold takes it
+    assert sorted([*inputs, *head]) == sorted(found.targets)
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -68,19 +70,19 @@ def test_a_golden_checkpoint_is_recognised_by_its_keys(name: str) -> None:
         "mlx-vlm-q8": "mlx-vlm",
         "mlx-vlm-q4": "mlx-vlm",
     }
-    assert layouts.recognise(keys(SOURCES[name]), name).name == expected.get(name, name)
+    assert recognise(keys(SOURCES[name]), name).name == expected.get(name, name)
 
 
 @pytest.mark.parametrize("name", ["apple-train", "apple", "transformers-train", "transformers", "mlx-vlm-q4"])
 def test_no_tensor_may_be_missing(name: str) -> None:
     names = keys(SOURCES[name])
-    layout = layouts.recognise(names, name)
+    layout = recognise(names, name)
     optional = re.compile(r".*(num_batches_tracked|head\.proj|rotary_emb\.inv_freq)$|lm_head\.weight$|.*\.biases$")
     needed = [key for key in names if not optional.match(key)]
     assert len(needed) > 100
     for key in needed:
         with pytest.raises(CheckpointError) as error:
-            layouts.match(layout, [other for other in names if other != key], "it")
+            match(layout, [other for other in names if other != key], "it")
         mentioned = key.removesuffix("scales") + "biases" if key.endswith(".scales") else key
         assert mentioned in str(error.value)
 
@@ -98,7 +100,7 @@ def test_no_tensor_may_be_missing(name: str) -> None:
 def test_no_tensor_may_be_left_over(extra: str) -> None:
     names = [*keys(SOURCES["apple"]), extra]
     with pytest.raises(CheckpointError, match=r"tensors that no rule knows|lacks") as error:
-        layouts.match(layouts.recognise(names, "it"), names, "it")
+        match(recognise(names, "it"), names, "it")
     assert extra in str(error.value) or "999999999999" in extra
 
 
@@ -106,16 +108,14 @@ def test_an_optional_branch_is_there_completely_or_not_at_all() -> None:
     names = keys(SOURCES["apple-untied"])
     stem = "model.vision_tower.vision_tower.model.patch_embed.0.rbr_scale."
     without = [name for name in names if not name.startswith(stem)]
-    layout = layouts.recognise(names, "it")
-    assert len(layouts.match(layout, names, "it").places) - len(layouts.match(layout, without, "it").places) == 5
+    layout = recognise(names, "it")
+    assert len(match(layout, names, "it").targets) - len(match(layout, without, "it").targets) == 5
     with pytest.raises(CheckpointError, match=rf"lacks {re.escape(stem)}conv.weight"):
-        layouts.match(
-            layout, [*without, *(f"{stem}bn.{leaf}" for leaf in ("bias", "running_mean", "running_var"))], "it"
-        )
+        match(layout, [*without, *(f"{stem}bn.{leaf}" for leaf in ("bias", "running_mean", "running_var"))], "it")
 
 
 def test_an_unknown_layout_is_an_error_that_names_the_known_ones() -> None:
     with pytest.raises(CheckpointError, match="not a FastVLM checkpoint of a known layout") as error:
-        layouts.recognise(["vision_model.embeddings.patch_embedding.weight"], "clip")
+        recognise(["vision_model.embeddings.patch_embedding.weight"], "clip")
     assert "vision_model.embeddings.patch_embedding.weight" in str(error.value)
     assert "transformers fast_vlm" in str(error.value)

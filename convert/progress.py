@@ -1,0 +1,33 @@
+"""Callbacks that report how far a conversion is."""
+
+from collections.abc import Callable
+
+Progress = Callable[[int, int, str], None]
+"""Called with the bytes done, the bytes in all and a label of the current step."""
+
+Notify = Callable[[str], None]
+"""Called with a label of the current step."""
+
+
+class Meter:
+    """Counts bytes for a progress callback.
+
+    Args:
+        total: Bytes in all.
+        progress: Called at every advance; None for nobody.
+    """
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self._done = 0
+        self._total = total
+        self._progress = progress
+
+    def advance(self, count: int, label: str) -> None:
+        """Adds `count` bytes, done in the step called `label`."""
+        self._done += count
+        if self._progress is not None:
+            self._progress(self._done, self._total, label)
+
+    def notify(self, label: str) -> None:
+        """Reports a step that is not counted in bytes."""
+        self.advance(0, label)
