@@ -83,7 +83,7 @@ def _quantize(
     packed = {}
     for path, hessian in _hessians(model, segment, paths, states).items():
         linear = module_at(model, path)
-        exact = np.array(linear.weight)
+        exact = np.array(linear.weight, order="C")
         parts, rounded = compensated(exact, hessian, allocation.layers[path], model.config.dtype)
         packed[path] = parts, WeightError(float(np.square(rounded - exact).sum()), float(np.square(exact).sum()))
         linear.weight = mx.array(rounded)
