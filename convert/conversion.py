@@ -14,12 +14,12 @@ from fastvlm_mlx.config import LayerQuantization, ModelConfig, QuantizationConfi
 from fastvlm_mlx.convert.arrays import DTYPES, Array
 from fastvlm_mlx.convert.fold.float16 import Scaling, choose, factors
 from fastvlm_mlx.convert.fold.modules import Fold, copies, decoder_folds, projector_folds, vision_folds
-from fastvlm_mlx.convert.parts import by_part
+from fastvlm_mlx.convert.parts import EMBEDDING, by_part
 from fastvlm_mlx.convert.plan import Dropped, Plan, dropped_tensors
 from fastvlm_mlx.convert.progress import Meter, Notify, Progress
 from fastvlm_mlx.convert.source import upstream_config
 from fastvlm_mlx.convert.source.source import open_source
-from fastvlm_mlx.convert.source.upstream import EMBEDDING, UpstreamCheckpoint
+from fastvlm_mlx.convert.source.upstream import UpstreamCheckpoint
 from fastvlm_mlx.convert.source.weights import Weight
 from fastvlm_mlx.convert.write.card import card
 from fastvlm_mlx.convert.write.destination import partial_folder, vacant
@@ -362,7 +362,7 @@ def _can_stay_packed(target: str, weight: Weight) -> bool:
     """Whether a quantized weight can stay as it is."""
     # MLX dequantizes an embedding to bfloat16 in every mode but affine.
     affine = weight.packing is not None and weight.packing.mode == "affine"
-    return target.startswith(_PACKED_MODULES) and (affine or target != EMBEDDING)
+    return target.startswith(_PACKED_MODULES) and (affine or target != f"{EMBEDDING}.weight")
 
 
 def _quantization(kept: dict[str, Weight]) -> QuantizationConfig | None:

@@ -5,6 +5,9 @@ from collections.abc import Mapping
 PARTS = ("decoder", "embed", "projector", "vision")
 """The decoder's layers, its embedding and head, the projector, the vision tower."""
 
+EMBEDDING = "language_model.model.embed_tokens"
+"""The path of the embedding, which is also the head of a model with tied embeddings."""
+
 
 def part_of(path: str) -> str:
     """The part that a parameter or layer belongs to."""

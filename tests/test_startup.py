@@ -48,6 +48,12 @@ def test_help_imports_no_mlx_numpy_or_transformers(tmp_path: Path, arguments: li
     assert not modules & {"mlx", "mlx_lm", "numpy", "transformers", "PIL", "tokenizers", "huggingface_hub", "rich"}
 
 
+def test_a_dry_run_of_convert_imports_no_mlx(tmp_path: Path) -> None:
+    modules, plan = imported_by_command(tmp_path / "modules.json", "convert", str(APPLE / "train"), "--dry-run")
+    assert "vision tower" in plan
+    assert not modules & {"mlx", "transformers", "PIL", "huggingface_hub", "rich"}
+
+
 def test_generate_imports_neither_mlx_lm_nor_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTVLM_CACHE", str(tmp_path / "cache"))
     image = str(APPLE / "images" / "square.png")

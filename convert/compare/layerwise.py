@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from functools import partial
 
 from fastvlm_mlx.backend import mx, nn
+from fastvlm_mlx.convert.parts import EMBEDDING
 from fastvlm_mlx.model.activations import gelu
 from fastvlm_mlx.model.fastvlm import FastVLM
 from fastvlm_mlx.model.vision import FastViTHD
 
 PROJECTOR = "mm_projector"
-EMBEDDING = "language_model.model.embed_tokens"
 HEAD = "language_model.head"
 _HEAD = (EMBEDDING, "language_model.model.norm", "language_model.lm_head")
 

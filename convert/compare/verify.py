@@ -104,7 +104,7 @@ class Verification:
 
 
 def verify(
-    converted: Path, against: str | Path, *, allowed: float | None = None, notify: Notify | None = None
+    converted: str | Path, against: str | Path, *, allowed: float | None = None, notify: Notify | None = None
 ) -> Verification:
     """Compares a converted checkpoint with another one, or with a fresh float32 conversion of a source.
 
@@ -119,19 +119,20 @@ def verify(
         ConversionError: If they are models of different architectures.
     """
     notify = notify or (lambda _: None)
+    checked = Path(converted).expanduser()
     with _reference(against, notify) as folder:
-        configs = ModelConfig.from_path(converted), ModelConfig.from_path(folder)
+        configs = ModelConfig.from_path(checked), ModelConfig.from_path(folder)
         shapes = [(each.text_config, each.vision_config.embed_dims, each.vision_config.depths) for each in configs]
         if shapes[0] != shapes[1]:
             raise ConversionError(f"{converted} and {against} are models of different architectures")
         probes = Probes.of(FastVLMProcessor.from_folder(folder))
         (reference,) = Reference.of(folder, [probes], notify)
         notify("comparing answers")
-        agreement = Agreement.of(load_model(converted, lazy=True), probes, reference)
-        weights = ConvertedWeights(converted), ConvertedWeights(folder)
+        agreement = Agreement.of(load_model(checked, lazy=True), probes, reference)
+        weights = ConvertedWeights(checked), ConvertedWeights(folder)
         errors = weight_errors(*weights, notify)
         drifts = []
-        for segment, error in _output_errors(converted, folder, probes, notify):
+        for segment, error in _output_errors(checked, folder, probes, notify):
             bits = min((each for each in (pair.bits(segment) for pair in weights) if each is not None), default=None)
             limit = tolerance(bits) if allowed is None else allowed
             drifts.append(_drift(segment, error, errors, limit))

@@ -14,8 +14,9 @@ import numpy as np
 from fastvlm_mlx.backend import mx
 from fastvlm_mlx.convert.arrays import Array
 from fastvlm_mlx.convert.compare.agreement import divergences
-from fastvlm_mlx.convert.compare.layerwise import EMBEDDING, Segment, module_at, run, segments
+from fastvlm_mlx.convert.compare.layerwise import Segment, module_at, run, segments
 from fastvlm_mlx.convert.compare.probes import Probes
+from fastvlm_mlx.convert.parts import EMBEDDING
 from fastvlm_mlx.convert.progress import Notify
 from fastvlm_mlx.convert.quantize.scheme import AUTO_BITS, BitAllocation
 from fastvlm_mlx.model.fastvlm import FastVLM
@@ -91,17 +92,17 @@ def sensitivities(model: FastVLM, allocation: BitAllocation, probes: Probes, not
     states = images
     for number, segment in enumerate(parts.vision):
         for path in _layers(allocation, segment):
-            with _quantized(model, allocation, path, notify):
+            with quantized_layer(model, allocation, path, notify):
                 moved = run(parts.vision[number:], states)
             effects[path] = divergence(run(parts.decoder, embedded(moved)))
         states = run([segment], states)
     if EMBEDDING in allocation.layers:
-        with _quantized(model, allocation, EMBEDDING, notify):
+        with quantized_layer(model, allocation, EMBEDDING, notify):
             effects[EMBEDDING] = divergence(run(parts.decoder, embedded(visual)))
     states = embedded(visual)
     for number, segment in enumerate(parts.decoder):
         for path in _layers(allocation, segment):
-            with _quantized(model, allocation, path, notify):
+            with quantized_layer(model, allocation, path, notify):
                 effects[path] = divergence(run(parts.decoder[number:], states))
         states = run([segment], states)
     return effects
@@ -113,7 +114,7 @@ def _layers(allocation: BitAllocation, segment: Segment) -> Sequence[str]:
 
 
 @contextmanager
-def _quantized(model: FastVLM, allocation: BitAllocation, path: str, notify: Notify) -> Iterator[None]:
+def quantized_layer(model: FastVLM, allocation: BitAllocation, path: str, notify: Notify) -> Iterator[None]:
     """Replaces the weights of one layer by quantized ones for the duration of a `with` block."""
     notify(f"measuring {path}")
     layer, group_size = module_at(model, path), allocation.layers[path].group_size

@@ -11,7 +11,6 @@ from fastvlm_mlx.checkpoint.safetensors import Tensor
 from fastvlm_mlx.convert.arrays import Packed, from_mlx, to_mlx
 from fastvlm_mlx.convert.compare.weights import WeightError
 from fastvlm_mlx.convert.quantize.scheme import LayerScheme
-from fastvlm_mlx.convert.source.source import Tensor
 from fastvlm_mlx.machine import cpu_threads
 from fastvlm_mlx.model.cpu.quantized import column_slices
 

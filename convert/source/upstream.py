@@ -7,6 +7,7 @@ from typing import Any
 
 from fastvlm_mlx.config import LayerQuantization, ModelConfig, QuantizationConfig, TextConfig, VisionConfig
 from fastvlm_mlx.convert.arrays import Shape
+from fastvlm_mlx.convert.parts import EMBEDDING
 from fastvlm_mlx.convert.source import upstream_config
 from fastvlm_mlx.convert.source.layouts import OURS, Layout
 from fastvlm_mlx.convert.source.match import Match, match, recognise
@@ -16,7 +17,6 @@ from fastvlm_mlx.errors import CheckpointError
 from fastvlm_mlx.inputs.tokenizer import END_OF_TEXT, IM_END, Tokenizer
 
 LM_HEAD = "language_model.lm_head.weight"
-EMBEDDING = "language_model.model.embed_tokens.weight"
 TIED_REASON = "equal to the embedding, which the head uses"
 
 _TOWER = "vision_tower."
@@ -106,8 +106,10 @@ class UpstreamCheckpoint:
         layers = self._count("language_model.model.layers.")
         text: TextConfig = upstream_config.text_config(self.config, self._shape, layers)
         shape = (text.vocab_size, text.hidden_size)
-        tied = LM_HEAD not in self.match.targets or self.weight(LM_HEAD, shape).equals(self.weight(EMBEDDING, shape))
-        return replace(text, tie_word_embeddings=tied)
+        if LM_HEAD in self.match.targets:
+            embedding = self.weight(f"{EMBEDDING}.weight", shape)
+            return replace(text, tie_word_embeddings=self.weight(LM_HEAD, shape).equals(embedding))
+        return replace(text, tie_word_embeddings=True)
 
     def dropped(self, text: TextConfig) -> dict[str, str]:
         """The reason for every tensor that is not used."""

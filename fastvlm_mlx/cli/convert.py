@@ -72,7 +72,6 @@ def convert(
     or modified, and a conversion that is interrupted leaves nothing behind. Exit code 3: a gate is not met.
     """
     from fastvlm_mlx.convert import plan
-    from fastvlm_mlx.convert.pipeline import convert_and_quantize
 
     if dry_run:
         typer.echo(plan(source, dtype=dtype.value, revision=revision, vision_from=vision_from, dequantize=dequantize))
@@ -90,6 +89,8 @@ def convert(
     )
     quantization = options.request(output) if quantize or gates or options.given else None
     check_upload(upload_repo)
+    from fastvlm_mlx.convert.pipeline import convert_and_quantize  # runs models: a dry run needs no MLX
+
     with ByteProgress() as progress:
         report = convert_and_quantize(
             source,

@@ -2,13 +2,17 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from fastvlm_mlx.checkpoint.safetensors import Tensor
 from fastvlm_mlx.convert import convert_checkpoint
+from fastvlm_mlx.convert.export.mlx_vlm import export_mlx_vlm
 from fastvlm_mlx.convert.pipeline import convert_and_quantize
 from fastvlm_mlx.convert.quantize.scheme import Quantization
+from fastvlm_mlx.convert.write.shards import ShardWriter
 from tests.checkpoints import SOURCES, tensors
 
 
@@ -49,6 +53,27 @@ def test_keys_shapes_and_configs_are_mlx_vlms(tmp_path: Path) -> None:
     assert (vision["layers"], vision["embed_dims"]) == ([1, 2, 2, 1, 1], [8, 16, 32, 64, 128])
     for name in ("processor_config.json", "preprocessor_config.json"):
         assert json.loads((tmp_path / "out" / name).read_text())["processor_class"] == "FastVLMProcessor"
+
+
+def test_one_tensor_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tower of a released checkpoint takes 0.5 GB in float32."""
+    unwritten: list[str] = []
+    read, write = Tensor.read, ShardWriter.write
+
+    def reading(tensor: Tensor, *rows: int) -> Any:
+        unwritten.append(tensor.name)
+        assert len(unwritten) == 1
+        return read(tensor, *rows)
+
+    def writing(writer: ShardWriter, *arguments: Any) -> None:
+        write(writer, *arguments)
+        unwritten.clear()
+
+    convert_checkpoint(SOURCES["apple"], tmp_path / "ours")
+    monkeypatch.setattr(Tensor, "read", reading)
+    monkeypatch.setattr(ShardWriter, "write", writing)
+    export_mlx_vlm(tmp_path / "ours", tmp_path / "theirs")
+    assert (tmp_path / "theirs" / "model.safetensors").is_file()
 
 
 def test_quantized_layers_of_the_decoder_are_exported_as_they_are(tmp_path: Path) -> None:

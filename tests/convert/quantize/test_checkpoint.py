@@ -14,11 +14,12 @@ from fastvlm_mlx.backend import mx
 from fastvlm_mlx.checkpoint.load import load_model
 from fastvlm_mlx.cli import app
 from fastvlm_mlx.config import ModelConfig
-from fastvlm_mlx.convert import convert_checkpoint
-from fastvlm_mlx.convert.compare.verify import verify
+from fastvlm_mlx.convert import convert_checkpoint, verify
+from fastvlm_mlx.convert.compare.layerwise import module_at
 from fastvlm_mlx.convert.parts import PARTS
 from fastvlm_mlx.convert.pipeline import convert_and_quantize
 from fastvlm_mlx.convert.quantize import checkpoint as quantize
+from fastvlm_mlx.convert.quantize.auto_bits import quantized_layer
 from fastvlm_mlx.convert.quantize.report import QuantizationReport
 from fastvlm_mlx.convert.quantize.scheme import Quantization
 from fastvlm_mlx.convert.write import upload as hub
@@ -76,7 +77,7 @@ def test_dequantizing_leaves_exactly_the_error_of_quantization(
     folder, report = quantized
     convert_and_quantize(folder, tmp_path / "back", dequantize=True)
     assert ModelConfig.from_path(tmp_path / "back").quantization is None
-    found = verify(tmp_path / "back", exact, notify=lambda _: None)
+    found = verify(tmp_path / "back", exact)
     for part, error in found.weight_errors.items():
         assert error == pytest.approx(report.parts[part].weight_error, rel=1e-4)
     assert found.agreement.kl == pytest.approx(report.agreement.kl, rel=1e-3)
@@ -139,6 +140,13 @@ def test_the_gate_stops_a_broken_layer(exact: Path, tmp_path: Path, monkeypatch:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["good"]
 
 
+def test_a_gate_that_is_not_met_ends_with_exit_code_3(exact: Path, tmp_path: Path) -> None:
+    result = invoke("quantize", exact, tmp_path / "out", "--q-group-size", 32, "--gate", "top1>1")
+    assert result.exit_code == 3
+    assert result.stderr.splitlines()[-1].startswith("error: the gate top1>1 is not met: top1 is ")
+    assert not list(tmp_path.iterdir())
+
+
 def test_compensation_loses_less_than_rounding(
     exact: Path, quantized: tuple[Path, QuantizationReport], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,6 +159,41 @@ def test_compensation_loses_less_than_rounding(
     assert better.folder_bytes_after == pytest.approx(plain.folder_bytes_after, abs=10)
     assert better.agreement.kl < 0.7 * plain.agreement.kl
     assert better.agreement.visual_cosine > plain.agreement.visual_cosine
+
+
+@pytest.mark.parametrize(
+    ("quantization", "most"),
+    [(Quantization(bits=8, group_size=32), 2), (Quantization(bits=8, group_size=32, method="gptq"), 3)],
+    ids=["rtn", "gptq"],
+)
+def test_a_model_is_loaded_no_more_often_than_it_is_changed(
+    exact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantization: Quantization, most: int
+) -> None:
+    """The exact model and the result; with GPTQ also one whose layers are replaced on the way."""
+    loads: list[Path] = []
+
+    def counted(folder: Path, **options: Any) -> Any:
+        loads.append(folder)
+        return load_model(folder, **options)
+
+    for module in ("quantize.checkpoint", "compare.agreement"):
+        monkeypatch.setattr(f"fastvlm_mlx.convert.{module}.load_model", counted)
+    monkeypatch.setattr(quantize, "CALIBRATION_SEEDS", range(1000, 1002))
+    convert_and_quantize(exact, tmp_path / "out", quantization=quantization)
+    assert len(loads) == most
+
+
+def test_a_layer_is_exact_again_after_it_was_measured(exact: Path) -> None:
+    config = ModelConfig.from_path(exact)
+    allocation = Quantization(preset="auto", target_bpw=5.0, group_size=32).allocate(config)
+    path = next(iter(allocation.layers))
+    model = load_model(exact)
+    before = module_at(model, path).weight
+    quantized = quantized_layer(model, allocation, path, lambda _: None)
+    quantized.__enter__()
+    assert not mx.array_equal(module_at(model, path).weight, before)
+    quantized.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert mx.array_equal(module_at(model, path).weight, before)
 
 
 def test_auto_spends_its_bits_where_they_matter(
@@ -279,7 +322,7 @@ def test_quantizing_twice(quantized: tuple[Path, QuantizationReport], tmp_path: 
 def test_models_of_different_shapes_are_not_compared(exact: Path, tmp_path: Path) -> None:
     convert_checkpoint(SOURCES["apple-untied"], tmp_path / "other")
     with pytest.raises(ConversionError, match="are models of different architectures"):
-        verify(tmp_path / "other", exact, notify=lambda _: None)
+        verify(tmp_path / "other", exact)
 
 
 def test_upload_makes_the_repository_and_pushes_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
