@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fastvlm_mlx.backend import mx, nn
 from fastvlm_mlx.bench.random_model import random_model
+from fastvlm_mlx.checkpoint.describe import PARTS
 from fastvlm_mlx.checkpoint.folder import weight_files
 from fastvlm_mlx.checkpoint.load import load_model
 from fastvlm_mlx.checkpoint.released import full_size
@@ -15,8 +16,6 @@ from fastvlm_mlx.engine.prefix_cache import PrefixCache
 from fastvlm_mlx.inputs.processor import FastVLMProcessor
 from fastvlm_mlx.model.fastvlm import FastVLM
 from fastvlm_mlx.resolve import Progress, resolve
-
-PARTS = ("vision_tower", "mm_projector", "language_model")
 
 
 @dataclass(frozen=True, kw_only=True)

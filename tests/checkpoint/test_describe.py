@@ -1,0 +1,46 @@
+"""Sizes, bits per weight and memory, counted from shapes."""
+
+import pytest
+
+from fastvlm_mlx.backend import mx
+from fastvlm_mlx.checkpoint.describe import Part, parts, question_memory
+from fastvlm_mlx.checkpoint.released import full_size
+from fastvlm_mlx.config import LayerQuantization, ModelConfig, QuantizationConfig
+
+
+def quantized(config: ModelConfig, settings: LayerQuantization) -> ModelConfig:
+    return ModelConfig(
+        vision_config=config.vision_config,
+        text_config=config.text_config,
+        quantization=QuantizationConfig(default=settings),
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "group"),
+    [
+        (LayerQuantization(group_size=32, bits=4), 32),
+        (LayerQuantization(bits=4), 64),
+        (LayerQuantization(mode="nvfp4"), 16),
+    ],
+)
+def test_a_quantized_layer_counts_as_the_weights_it_stands_for(settings: LayerQuantization, group: int) -> None:
+    weights = {
+        "language_model.a.weight": mx.zeros((8, 16), mx.uint32),  # 8 rows of 128 weights of 4 bits
+        "language_model.a.scales": mx.zeros((8, 128 // group), mx.float16),
+        "language_model.a.bias": mx.zeros(8, mx.float16),
+        "mm_projector.0.weight": mx.zeros((8, 8), mx.float16),
+    }
+    counted = parts(quantized(full_size("0.5b"), settings), weights)
+    assert counted["language_model"].parameters == 8 * 128 + 8
+    assert counted["mm_projector"] == Part(parameters=64, size_bytes=128)
+    assert counted["mm_projector"].bits_per_weight == 16
+    assert (counted["vision_tower"].parameters, counted["vision_tower"].bits_per_weight) == (0, 0)
+
+
+def test_memory_grows_with_the_area_and_the_stored_weights() -> None:
+    config = full_size("0.5b")
+    none, some = {}, {"vision_tower.a": mx.zeros(1000, mx.float16)}
+    at = {side: question_memory(config, none, side) for side in (512, 1024)}
+    assert 3.5 < at[1024] / at[512] < 4  # the tower's maps are four times as large, the text is the same
+    assert question_memory(config, some, 512) - at[512] in (2000, 4000)  # float32 on a CPU
