@@ -17,7 +17,7 @@ from fastvlm_mlx.convert.quantize.gates import Gate
 from fastvlm_mlx.convert.quantize.report import QuantizationReport
 from fastvlm_mlx.convert.quantize.scheme import Quantization
 from fastvlm_mlx.convert.scratch import scratch_folder
-from fastvlm_mlx.convert.write.destination import vacant
+from fastvlm_mlx.convert.write.destination import check_alone, vacant
 from fastvlm_mlx.errors import ConversionError
 
 Step = Callable[..., Plan | QuantizationReport | None]
@@ -63,6 +63,7 @@ def convert_and_quantize(
         ImageError: If a calibration image cannot be read.
     """
     target = vacant(destination)
+    check_alone(target)
     steps = planned_steps(
         source,
         quantization=quantization,

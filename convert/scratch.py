@@ -6,9 +6,11 @@ processes, and in containers that share a volume and each count process ids from
 """
 
 import fcntl
+import os
 import platform
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -17,6 +19,10 @@ from pathlib import Path
 _LOCK = ".fastvlm-lock"
 _PREFIXES = (".", "fastvlm-")
 _HOUR, _DAY = 3600, 86400
+_SIGN_OF_LIFE = 2.0
+"""Seconds between two signs of life of a process that holds a lock."""
+_PATIENCE = 15.0
+"""Seconds without a sign of life after which nobody waits any longer."""
 
 _own: set[Path] = set()
 """The scratch folders of this process."""
@@ -54,25 +60,63 @@ def remove_leftovers(parent: Path) -> None:
 
 
 def is_being_written(parent: Path, name: str) -> bool:
-    """Whether another process works in a scratch folder called `name`."""
+    """Whether another process works in a scratch folder for `name` or for the steps on the way to it."""
+    prefixes = (f".{name}.partial-", f".{name}.steps.partial-")
     with suppress(OSError):
         return any(
-            folder.name.startswith(f".{name}.partial-") and folder not in _own and is_locked(folder / _LOCK)
+            folder.name.startswith(prefixes) and folder not in _own and is_locked(folder / _LOCK)
             for folder in parent.iterdir()
         )
     return False
 
 
 @contextmanager
-def lock(file: Path) -> Iterator[None]:
-    """Holds a lock for the length of a `with` block; waits as long as another process or thread holds it.
+def lock(file: Path) -> Iterator[bool]:
+    """Holds a lock for the length of a `with` block, as soon as no other process or thread holds it.
 
-    Goes on without it where the file system has no locks or `file` belongs to another user.
+    Yields:
+        Whether the lock is held. It is not where the file system has no locks or `file` belongs to another user, nor
+        when the process that holds it has stopped and shows no sign of life.
     """
     with ExitStack() as stack:
+        held = False
         with suppress(OSError):
-            fcntl.flock(stack.enter_context(file.open("ab")), fcntl.LOCK_EX)
-        yield
+            held = _wait(file, stack)
+        yield held
+
+
+def _wait(file: Path, stack: ExitStack) -> bool:
+    """Waits for a lock and leaves its release to `stack`; False if its holder shows no sign of life."""
+    last_sign, since = 0, time.monotonic()
+    while True:
+        opened = file.open("ab")
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            sign = os.fstat(opened.fileno()).st_mtime_ns
+            opened.close()
+            if sign != last_sign:
+                last_sign, since = sign, time.monotonic()
+            elif time.monotonic() - since > _PATIENCE:
+                return False
+            time.sleep(0.05)
+        except OSError:
+            opened.close()
+            raise
+        else:
+            stack.enter_context(opened)
+            ended = threading.Event()
+            threading.Thread(target=_show_life, args=(file, ended), daemon=True).start()
+            stack.callback(ended.set)
+            return True
+
+
+def _show_life(file: Path, ended: threading.Event) -> None:
+    """Touches a lock file every few seconds, for those who wait for the lock."""
+    with suppress(OSError):
+        os.utime(file)
+        while not ended.wait(_SIGN_OF_LIFE):
+            os.utime(file)
 
 
 def is_locked(file: Path) -> bool:

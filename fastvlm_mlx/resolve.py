@@ -79,8 +79,9 @@ def resolve(
     from fastvlm_mlx.convert.scratch import is_locked, lock
 
     lock_file = entry.with_name(f".{entry.name}.lock")
+    waiting = is_locked(lock_file)
     if notify:
-        if is_locked(lock_file):
+        if waiting:
             notify(f"waiting for another process that is converting {source}")
         elif commit:
             notify(f"{source}: {revision or 'main'} has moved to {commit[:12]} on the Hub; converting it again")
@@ -95,8 +96,11 @@ def resolve(
             f"{entry.parent}: cannot be made: {err.strerror or err}; set {CACHE_VARIABLE} to a folder for models"
         ) from err
     try:
-        with lock(lock_file):
+        with lock(lock_file) as held:
             if not is_complete(entry) or (commit and _commit(entry) != commit):
+                if notify and waiting:
+                    reason = "gave up" if held else "shows no sign of life"
+                    notify(f"the other process {reason}; converting {source} into {entry}")
                 _convert(source, entry, revision, progress)
     except FastVLMError as err:
         if not is_complete(entry):  # otherwise another process has written it, or the branch has moved

@@ -1,5 +1,6 @@
 """A name becomes a converted folder, once, however many ask for it, and again when its branch has moved."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -84,7 +85,43 @@ def test_who_waits_says_for_what(cache: Path) -> None:
                 time.sleep(0.01)
             assert not waiting.done()
         assert waiting.result() == cache / key
-    assert said == [f"waiting for another process that is converting {APPLE}"]
+    assert said == [
+        f"waiting for another process that is converting {APPLE}",
+        f"the other process gave up; converting {APPLE} into {cache / key}",
+    ]
+
+
+def test_a_process_that_has_stopped_is_not_waited_for(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stopped process keeps its lock; when it goes on, it finds the folder and uses that."""
+    monkeypatch.setattr(scratch, "_PATIENCE", 0.3)
+    said: list[str] = []
+    cache.mkdir()
+    key = resolve(APPLE).name
+    shutil.rmtree(cache / key)
+    with (cache / f".{key}.lock").open("ab") as stopped:
+        fcntl.flock(stopped, fcntl.LOCK_EX)
+        assert resolve(APPLE, notify=said.append) == cache / key
+    assert said[1:] == [f"the other process shows no sign of life; converting {APPLE} into {cache / key}"]
+
+
+def test_a_process_that_takes_long_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scratch, "_PATIENCE", 0.5)
+    monkeypatch.setattr(scratch, "_SIGN_OF_LIFE", 0.1)
+    file = tmp_path / "lock"
+
+    def hold() -> tuple[bool, float]:
+        with scratch.lock(file) as held:
+            return held, time.perf_counter()
+
+    with ThreadPoolExecutor() as pool:
+        with scratch.lock(file) as held:
+            assert held
+            waiting = pool.submit(hold)
+            time.sleep(1.5)
+            released = time.perf_counter()
+        held, taken = waiting.result()
+    assert held
+    assert taken > released
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ from fastvlm_mlx.errors import CheckpointError
 def download(repository: str, revision: str | None, patterns: list[str]) -> Path:
     """The folder of a repository in the Hub's cache; downloads the files that are missing there.
 
+    If the Hub cannot be reached, files may still be missing, such as a licence that another program did not download.
+
     Args:
         repository: `owner/name`.
         revision: A branch, tag or commit; `main` by default.
@@ -41,6 +43,8 @@ def download(repository: str, revision: str | None, patterns: list[str]) -> Path
     except RevisionNotFoundError as err:
         raise CheckpointError(f"{repository}: has no revision {revision!r}") from err
     except LocalEntryNotFoundError as err:
+        if incomplete := getattr(err, "snapshot_path", None):
+            return Path(incomplete)
         raise CheckpointError(
             f"{repository}: no such folder, not in the Hub's cache, and the Hub cannot be reached "
             "(HF_HUB_OFFLINE set, or no network?)"

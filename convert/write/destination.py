@@ -18,16 +18,24 @@ def vacant(destination: str | Path) -> Path:
     """The path of a folder to write.
 
     Raises:
-        ConversionError: If something is there already, or another process is writing it.
+        ConversionError: If something is there already.
     """
     target = Path(os.path.expanduser(destination))
     if target.is_dir():
         remove_leftovers(target)
     if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
         raise ConversionError(f"{target}: exists already; remove it or choose another destination")
-    if target.parent.is_dir() and is_being_written(target.parent, target.name):
-        raise ConversionError(f"{target}: another process is writing it; wait for it or choose another destination")
     return target
+
+
+def check_alone(target: Path) -> None:
+    """Checks that no other process is writing a folder.
+
+    Raises:
+        ConversionError: If one is.
+    """
+    if is_being_written(target.parent, target.name):
+        raise ConversionError(f"{target}: another process is writing it; wait for it or choose another destination")
 
 
 @contextmanager

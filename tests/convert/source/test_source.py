@@ -125,6 +125,29 @@ def test_a_failed_download_says_what_to_do(monkeypatch: pytest.MonkeyPatch, rais
         pass
 
 
+@pytest.mark.parametrize("missing", ["LICENSE", "model.safetensors"])
+def test_without_the_hub_an_incomplete_download_serves_if_it_has_what_is_needed(
+    missing: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = tmp_path / "0123abc"
+    shutil.copytree(APPLE, folder)
+    (folder / missing).unlink(missing_ok=True)
+
+    def download(*_: object, **__: object) -> str:
+        error = LocalEntryNotFoundError("incomplete")
+        error.snapshot_path = str(folder)  # type: ignore[attr-defined]  # as huggingface_hub's IncompleteSnapshotError
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    if missing == "LICENSE":
+        with open_source("someone/tiny") as source:
+            assert (source.folder, source.revision) == (folder, "0123abc")
+    else:
+        message = r"someone/tiny: holds no \.safetensors file"
+        with pytest.raises(CheckpointError, match=message), open_source("someone/tiny"):
+            pass
+
+
 def test_opening_changes_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "source"
     shutil.copytree(APPLE, folder)

@@ -12,7 +12,7 @@ import pytest
 
 from fastvlm_mlx.convert import convert_checkpoint
 from fastvlm_mlx.convert.scratch import scratch_folder
-from fastvlm_mlx.convert.write.destination import partial_folder, vacant
+from fastvlm_mlx.convert.write.destination import check_alone, partial_folder, vacant
 from fastvlm_mlx.errors import ConversionError
 from tests.checkpoints import SOURCES
 
@@ -59,7 +59,7 @@ def test_work_in_progress_is_kept_and_leftovers_of_killed_processes_are_removed(
         write(tmp_path / "else")
         assert names(tmp_path) == [".other.partial", ".out.partial", ".out.partial", "else"]
         with pytest.raises(ConversionError, match="out: another process is writing it; wait for it or choose another"):
-            vacant(tmp_path / "out")
+            check_alone(tmp_path / "out")
         process.kill()
         process.wait()
         assert names(tmp_path) == [".other.partial", ".out.partial", ".out.partial", "else"]
