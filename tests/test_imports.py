@@ -23,6 +23,18 @@ LAYERS: tuple[tuple[str | tuple[str, ...], ...], ...] = (
     ("bench",),
     (("cli", "__main__"),),
 )
+# The same for the folders and files of convert/.
+CONVERT_LAYERS: tuple[tuple[str | tuple[str, ...], ...], ...] = (
+    (("arrays", "parts", "progress", "scratch"),),
+    ("source", "fold", "write"),
+    ("plan",),
+    ("conversion",),
+    ("compare",),
+    ("quantize",),
+    ("export",),
+    ("pipeline",),
+    ("__init__",),
+)
 # The only imports upwards, inside functions: what users of this ecosystem type first. Each is a method of one line.
 UPWARD = {
     ("model", "resolve"): "FastVLM.from_pretrained",
@@ -125,6 +137,15 @@ def test_imports_point_one_way(path: Path) -> None:
         where = f"{name(path)}:{found.line} imports {found.target}"
         assert (here, there) in UPWARD, where
         assert found.typing or (found.lazy and found.scope == UPWARD[here, there]), where
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.is_relative_to(CONVERT)], ids=name)
+def test_the_steps_of_the_converter_point_one_way(path: Path) -> None:
+    here = path.relative_to(CONVERT).parts[0].removesuffix(".py")
+    for found in imports(path):
+        parts = found.target.split(".")
+        if parts[:2] == ["fastvlm_mlx", "convert"] and len(parts) > 2:
+            assert may_import(CONVERT_LAYERS, here, parts[2]), f"{name(path)}:{found.line} imports {found.target}"
 
 
 def test_no_import_is_part_of_a_circle() -> None:

@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 from fastvlm_mlx import __version__
 from fastvlm_mlx.cli import bench, convert, evaluate, generate, info, quantize, verify
+from fastvlm_mlx.cli.options import CHECK_FAILED
 from fastvlm_mlx.errors import FastVLMError, GateError
 from fastvlm_mlx.machine import tune_allocator
 
@@ -23,7 +24,7 @@ DEBUG_VARIABLE = "FASTVLM_DEBUG"
 
 
 class _Group(TyperGroup):
-    """Turns the errors that users can cause into one line on stderr and exit code 1."""
+    """Turns the errors that users can cause into one line on stderr and an exit code."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -34,7 +35,7 @@ class _Group(TyperGroup):
             if ctx.params["debug"]:
                 raise
             typer.echo(f"error: {_one_line(error)}", err=True)
-            raise typer.Exit(3 if isinstance(error, GateError) else 1) from error
+            raise typer.Exit(CHECK_FAILED if isinstance(error, GateError) else 1) from error
 
 
 def _one_line(error: Exception) -> str:

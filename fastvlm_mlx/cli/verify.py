@@ -6,12 +6,11 @@ from typing import Annotated
 
 import typer
 
-from fastvlm_mlx.cli.options import MODEL_HELP
+from fastvlm_mlx.cli.options import CHECK_FAILED, MODEL_HELP
 from fastvlm_mlx.cli.terminal import LiveLine, note
 from fastvlm_mlx.formatting import as_text
 
 HEADER = ("segment", "output error", "weight error", "allowed")
-FAILED_CHECK = 3
 
 
 def verify(
@@ -47,4 +46,4 @@ def verify(
             f"error: {first.culprit} is the first part that drifts: its segment's output is off by "
             f"{first.output_error:.2g}, its weights by {first.weight_error:.2g}, and {first.allowed:.2g} is allowed"
         )
-        raise typer.Exit(FAILED_CHECK)
+        raise typer.Exit(CHECK_FAILED)
