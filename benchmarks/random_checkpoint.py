@@ -25,7 +25,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-SIZES = ("0.5b", "1.5b", "7b")
+from fastvlm_mlx.checkpoint.released import SIZES, full_size
+
 LAYOUTS = ("apple", "transformers")
 SHARD_BYTES = 5_000_000_000
 CHUNK = 1 << 22
@@ -39,8 +40,6 @@ GELU_GAIN = 2
 IMAGE_TOKEN = 151646
 
 _TESTS = Path(__file__).resolve().parent.parent / "tests"
-_HEADS = {"0.5b": 14, "1.5b": 12, "7b": 28}
-_TIED = {"0.5b": True, "1.5b": True, "7b": False}
 _ITEM_BYTES = {"BF16": 2, "I64": 8}
 
 Tensor = tuple[str, tuple[int, ...]]
@@ -185,9 +184,10 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 def _write_config(folder: Path, size: str, layout: str, tensors: dict[str, Tensor]) -> None:
     """Writes config.json: that of the small golden checkpoint, with this checkpoint's dimensions."""
+    text = full_size(size).text_config
     shapes = {apple_name(name) if layout == "transformers" else name: shape for name, (_, shape) in tensors.items()}
     vocabulary, hidden = shapes["model.embed_tokens.weight"]
-    heads = _HEADS[size]
+    heads = text.num_attention_heads
     decoder = {
         "hidden_size": hidden,
         "intermediate_size": shapes["model.layers.0.mlp.gate_proj.weight"][0],
@@ -195,7 +195,7 @@ def _write_config(folder: Path, size: str, layout: str, tensors: dict[str, Tenso
         "num_attention_heads": heads,
         "num_key_value_heads": shapes["model.layers.0.self_attn.k_proj.weight"][0] // (hidden // heads),
         "vocab_size": vocabulary,
-        "tie_word_embeddings": _TIED[size],
+        "tie_word_embeddings": text.tie_word_embeddings,
         "bos_token_id": 151643,
         "eos_token_id": 151645,
     }
@@ -211,7 +211,7 @@ def _write_config(folder: Path, size: str, layout: str, tensors: dict[str, Tenso
             "dtype": "bfloat16",
             "image_seq_length": 256,
             "image_token_index": IMAGE_TOKEN,
-            "tie_word_embeddings": _TIED[size],
+            "tie_word_embeddings": text.tie_word_embeddings,
         }
     _write_json(folder / "config.json", config)
 
@@ -252,7 +252,8 @@ def write_checkpoint(
     tensors = read_manifest(size, layout)
     _write_config(folder, size, layout, tensors)
     _write_tokenizer(folder, layout)
-    _write_weights(folder, tensors, layout=layout, tied=_TIED[size], seed=seed, sparse=sparse)
+    tied = full_size(size).text_config.tie_word_embeddings
+    _write_weights(folder, tensors, layout=layout, tied=tied, seed=seed, sparse=sparse)
     folder.rename(destination)
 
 

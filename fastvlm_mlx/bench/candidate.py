@@ -11,7 +11,7 @@ from fastvlm_mlx.bench.random_model import random_model
 from fastvlm_mlx.checkpoint.describe import PARTS
 from fastvlm_mlx.checkpoint.folder import weight_files
 from fastvlm_mlx.checkpoint.load import load_model
-from fastvlm_mlx.checkpoint.released import full_size
+from fastvlm_mlx.checkpoint.released import full_size, parse_name
 from fastvlm_mlx.engine.prefix_cache import PrefixCache
 from fastvlm_mlx.inputs.processor import FastVLMProcessor
 from fastvlm_mlx.model.fastvlm import FastVLM
@@ -52,6 +52,7 @@ class Candidate:
         progress: Progress | None = None,
     ) -> "Candidate":
         """Loads the model that `fastvlm_mlx.load` knows by `name`; raises what that raises."""
+        location = parse_name(name)
         folder = resolve(name, notify=notify, progress=progress)
         start = time.perf_counter()
         model = load_model(folder, dtype=dtype)
@@ -63,7 +64,7 @@ class Candidate:
                 while block := stream.read(1 << 24):
                     digest.update(block)
         return cls(
-            name=folder.name if Path(name).is_dir() else name,
+            name=name if location.path is None or location.bundled else folder.name,
             model=model,
             processor=FastVLMProcessor.from_folder(folder),
             folder=folder,

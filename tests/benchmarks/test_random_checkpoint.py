@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 
 from benchmarks import random_checkpoint as generator
+from fastvlm_mlx.checkpoint.released import SIZES
 from fastvlm_mlx.convert import plan
 
 UNUSED = "model.vision_tower.vision_tower.model.head.proj"
 VOCABULARY = {"model.embed_tokens.weight", "lm_head.weight"}
 
 
-@pytest.mark.parametrize("size", generator.SIZES)
+@pytest.mark.parametrize("size", SIZES)
 def test_both_layouts_hold_the_same_tensors(size: str) -> None:
     apple = generator.read_manifest(size, "apple")
     transformers = {generator.apple_name(k): v for k, v in generator.read_manifest(size, "transformers").items()}

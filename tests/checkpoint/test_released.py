@@ -1,5 +1,6 @@
 """One parser decides what the name of a checkpoint means, at once and without asking the Hub."""
 
+import json
 from pathlib import Path
 
 import huggingface_hub
@@ -9,6 +10,7 @@ from fastvlm_mlx.checkpoint.released import SIZES, full_size, parse_name
 from fastvlm_mlx.convert import convert_checkpoint, plan
 from fastvlm_mlx.errors import CheckpointError
 from fastvlm_mlx.resolve import resolve
+from tests.checkpoints import TESTS
 
 
 @pytest.fixture(autouse=True)
@@ -80,3 +82,15 @@ def test_released_sizes_have_the_shapes_of_the_released_models() -> None:
         "7b": (3584, 28, 152064),
     }
     assert [text.tie_word_embeddings for text in shapes.values()] == [True, True, False]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_released_sizes_have_the_shapes_of_the_released_tensors(size: str) -> None:
+    manifest = json.loads((TESTS / "manifests" / f"apple_{size}.json").read_text())["tensors"]
+    text = full_size(size).text_config
+    assert manifest["model.embed_tokens.weight"][1] == [text.vocab_size, text.hidden_size]
+    assert manifest["model.layers.0.mlp.gate_proj.weight"][1] == [text.intermediate_size, text.hidden_size]
+    assert manifest["model.layers.0.self_attn.k_proj.weight"][1][0] == text.num_key_value_heads * text.head_dim
+    last = f"model.layers.{text.num_hidden_layers - 1}.input_layernorm.weight"
+    assert last in manifest
+    assert last.replace(str(text.num_hidden_layers - 1), str(text.num_hidden_layers)) not in manifest
