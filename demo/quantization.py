@@ -65,11 +65,11 @@ def measure(model: str, questions: Path, work: Path, limit: int | None) -> dict[
     source = resolve(model)
     rows = read_questions(questions)
     folders = {BASELINE: source}
-    for name, wanted in VARIANTS.items():
+    for name, quantization in VARIANTS.items():
         folders[name] = work / name
         if not folders[name].exists():
             convert_and_quantize(
-                source, folders[name], quantization=wanted, calibration=[calibration(work / "calibration")]
+                source, folders[name], quantization=quantization, calibration=[calibration(work / "calibration")]
             )
     reports: dict[str, EvaluationReport] = {}
     results = {}
