@@ -1,4 +1,4 @@
-"""The architecture of a checkpoint, as frozen dataclasses that are read from and written to `config.json`."""
+"""The architecture of a checkpoint: frozen dataclasses, read from and written to `config.json`."""
 
 import json
 import math
@@ -38,7 +38,7 @@ def _power_of_two(value: float) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class StageScales:
-    """The powers of two that one stage's activations are divided by (1 everywhere in an ordinary checkpoint).
+    """The powers of two that divide the activations of one stage (all 1 in an ordinary checkpoint).
 
     Attributes:
         stream: The residual stream, from the stage's first tensor to its last.
@@ -56,7 +56,7 @@ class StageScales:
 class ActivationScales:
     """The powers of two that keep a tower's activations within float16 without changing its result.
 
-    The converter folds them into the weights; the runtime only needs them where a GELU or a LayerNorm is not
+    The converter folds them into the weights. The runtime needs them only for GELU and LayerNorm, which are not
     homogeneous.
 
     Attributes:
@@ -238,7 +238,7 @@ class LayerQuantization:
             raise ConfigError(f"LayerQuantization.mode must be a text, not {self.mode!r}")
 
     def to_dict(self) -> dict[str, Any]:
-        """What is known, as the keyword arguments of MLX's quantization functions."""
+        """The known settings, as keyword arguments of MLX's quantization functions."""
         return {key: value for key, value in asdict(self).items() if value is not None}
 
     def __str__(self) -> str:
@@ -249,7 +249,7 @@ class LayerQuantization:
 class QuantizationConfig:
     """How the layers of a checkpoint are quantized, as mlx-lm records it in `config.json`.
 
-    Which layers are quantized at all is not said here: those that are stored with `scales`.
+    It does not say which layers are quantized: those are, that are stored with `scales`.
 
     Attributes:
         default: Of every layer that is not in `overrides`.
@@ -353,7 +353,7 @@ class ModelConfig:
         return _known(cls, {**values, **parts})
 
     def to_dict(self) -> dict[str, Any]:
-        """What `from_dict` reads, with the keys that other tools look for."""
+        """The inverse of `from_dict`, with the keys that other tools look for."""
         values = {
             "model_type": "fastvlm",
             "architectures": ["FastVLM"],

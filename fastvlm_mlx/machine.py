@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What decides how fast a model runs; `fastvlm info` shows it and every measurement records it.
+    """The properties that decide how fast a model runs; every measurement records them.
 
     Attributes:
         device: MLX's default device, `gpu` or `cpu`.

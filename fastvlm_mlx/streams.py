@@ -110,7 +110,7 @@ _READERS = _Readers()
 
 
 def read(array: mx.array) -> NDArray[Any]:
-    """Waits for an array that was submitted and returns its values; other threads may take their turns meanwhile."""
+    """Waits for an array that was submitted and returns its values; other threads may take turns in that time."""
     with _READERS:
         return np.asarray(array)
 

@@ -81,7 +81,7 @@ def activation_peaks(
     peaks: dict[str, float] = {}
     for number, image in enumerate(pixels, 1):
         notify(f"calibrating float16 on image {number} of {len(pixels)}")
-        for name, peak in tower.trace(mx.array(image)[None]).items():
+        for name, peak in tower.activation_peaks(mx.array(image)[None]).items():
             peaks[name] = float(np.maximum(peaks.get(name, 0.0), peak.item()))
     if broken := [name for name, peak in peaks.items() if not np.isfinite(peak)]:
         raise ConversionError(f"the vision tower's activations overflow even float32, first at {broken[0]}")

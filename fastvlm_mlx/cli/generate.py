@@ -32,11 +32,13 @@ def generate(
         int, typer.Option("--max-tokens", "-n", min=1, envvar="FASTVLM_MAX_TOKENS", help="Longest answer, in tokens.")
     ] = 256,
     temperature: Annotated[
-        float, typer.Option("--temp", "-t", min=0.0, help="Sampling temperature; 0 always takes the likeliest token.")
+        float, typer.Option("--temp", "-t", min=0.0, help="Sampling temperature; 0 takes the most likely token.")
     ] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from this much of the probability.")] = 1.0,
-    top_k: Annotated[int, typer.Option(min=0, help="Sample from the k likeliest tokens; 0 from all.")] = 0,
-    min_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Least probability, relative to the likeliest.")] = 0.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample from the k most likely tokens; 0 from all.")] = 0,
+    min_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Least probability, relative to the most likely token.")
+    ] = 0.0,
     repetition_penalty: Annotated[float, typer.Option(min=0.0, help="Above 1 discourages repetition.")] = 1.0,
     seed: Annotated[int | None, typer.Option(min=0, help="Makes sampling repeatable.")] = None,
     system: Annotated[str | None, typer.Option(help="Replaces the system prompt.")] = None,
@@ -47,7 +49,7 @@ def generate(
             parser=parse_resolution,
             metavar="INT|auto",
             envvar="FASTVLM_RESOLUTION",
-            help="Pixels a side, a multiple of 64 (by default the model's own), or auto: as few as keep the details.",
+            help="Pixels per side, a multiple of 64 (by default the model's own), or auto: as few as keep the details.",
         ),
     ] = None,
     dtype: Annotated[DType | None, typer.Option(help="Load the weights as this type.")] = None,
@@ -61,7 +63,7 @@ def generate(
     """
     if not images and prompt is None:
         raise typer.BadParameter("give an image, or a question with --prompt", param_hint="IMAGE")
-    pictures, question = _read_stdin(images or [], DEFAULT_PROMPT if prompt is None else prompt)
+    sources, question = _read_stdin(images or [], DEFAULT_PROMPT if prompt is None else prompt)
 
     from fastvlm_mlx import GenerationConfig, load, stream_generate
     from fastvlm_mlx.inputs.images import load_image
@@ -76,24 +78,24 @@ def generate(
         seed=seed,
         stop=stop or (),
     )
-    with ThreadPoolExecutor() as pool:  # the pictures are decoded while the weights are read
-        opening = [pool.submit(load_image, picture) for picture in pictures]
+    with ThreadPoolExecutor() as pool:  # images are decoded while weights are read
+        loading = [pool.submit(load_image, source) for source in sources]
 
         def announce(message: str) -> None:
-            """Notes what takes long, a download say, once every picture is known to be one."""
-            for picture in opening:
-                picture.result()
+            """Notes a slow step, such as a download, once every image is known to be one."""
+            for image in loading:
+                image.result()
             note(message)
 
         with ByteProgress() as progress:
             network, processor = load(
                 model, dtype=dtype.value if dtype else None, notify=announce, progress=progress, lazy=True
             )
-        opened = [picture.result() for picture in opening]
+        loaded = [image.result() for image in loading]
     stream = stream_generate(
         network,
         processor,
-        image=opened or None,
+        image=loaded or None,
         prompt=question,
         system=system,
         resolution=resolution,
@@ -131,7 +133,7 @@ def _read_stdin(images: list[str], prompt: str) -> tuple[list[str | bytes], str]
 
 
 def _statistics(result: "GenerationResult") -> dict[str, Any]:
-    """What a finished answer took: tokens, seconds by stage, tokens per second, bytes."""
+    """The statistics of a finished answer: tokens, seconds by part, tokens per second, bytes."""
     from fastvlm_mlx.backend import mx
 
     return {

@@ -1,4 +1,4 @@
-"""What the commands share to write on a terminal. Everything here goes to stderr: stdout is for the answer."""
+"""Writes to the terminal, for all commands. Everything here goes to stderr: stdout is for the answer."""
 
 import shutil
 import sys

@@ -11,7 +11,7 @@ class StopStrings:
         self._held = ""
 
     def add(self, text: str) -> tuple[str, bool]:
-        """What of the stream can be shown after `text` was added to it, and whether it has ended."""
+        """Adds `text`; returns the part of the stream that can be shown now, and whether it has ended."""
         text = self._held + text
         ends = [position for stop in self._stop if (position := text.find(stop)) >= 0]
         if ends:
@@ -22,7 +22,7 @@ class StopStrings:
         return text[: len(text) - held], False
 
     def finish(self) -> str:
-        """What was held back."""
+        """The text that was held back."""
         held, self._held = self._held, ""
         return held
 

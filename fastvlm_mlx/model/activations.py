@@ -1,10 +1,10 @@
-"""GELU, SwiGLU and the exponential of softmax, each as one fused kernel, in the form that suits the device at hand.
+"""GELU, SwiGLU and the exponential of softmax, each as one fused kernel, in the form that suits the device.
 
-A GPU has erf and exp in hardware or close to it. MLX's CPU backend calls a C function for every element, and these
-calls cost more than the matrix products around them; there, the part of each function that decays, of a = |x|, is a
-polynomial over a power of a polynomial, which needs neither a clamp nor a branch and so vectorizes. MLX splits a
-compiled expression that is more than 11 operations deep into several kernels, which is why the polynomials are summed
-in pairs and of degree six. Coefficients are least-maximum fits made for this project.
+A GPU computes erf and exp almost in hardware. MLX's CPU backend calls a C function for every element, which costs more
+than the matrix products around it. There, the decaying part of each function of a = |x| is a polynomial over a power of
+a polynomial: it needs neither a clamp nor a branch, so it vectorizes. The polynomials have degree six and are summed in
+pairs because MLX splits a compiled expression of more than 11 levels into several kernels. The coefficients are minimax
+fits made for this project.
 """
 
 import functools
@@ -72,19 +72,19 @@ def _fused_swiglu(on: str) -> Callable[[mx.array, mx.array], mx.array]:
 
 
 def gelu(x: mx.array, scale: float = 1.0) -> mx.array:
-    """The exact (erf) GELU of an `x` that is held divided by `scale`, a power of two; the result is divided likewise.
+    """The exact (erf) GELU; input and output are stored divided by `scale`, a power of two.
 
-    Computed in float32 inside one fused kernel, whatever the dtype of `x`; on a CPU to 1e-6.
+    Computed in float32 inside one fused kernel, whatever the dtype of `x`; on a CPU with an error of 1e-6.
     """
     return _fused_gelu(scale, device())(x)
 
 
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
-    """`silu(gate) * up`, fused; on a CPU the first factor to 2e-6."""
+    """`silu(gate) * up`, fused; on a CPU the first factor has an error of 2e-6."""
     return _fused_swiglu("cpu" if device() == "cpu" and gate.dtype == mx.float32 else "gpu")(gate, up)
 
 
 @mx.compile
 def exp_below(x: mx.array, limit: mx.array) -> mx.array:
-    """`exp(x - limit)` to 2e-6 for x <= limit, in a form for the CPU."""
+    """`exp(x - limit)` for x <= limit, in a form for the CPU, with an error of 2e-6."""
     return 1.0 / _power(_polynomial(limit - x, _EXP_P), 8)

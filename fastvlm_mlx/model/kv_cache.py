@@ -49,7 +49,7 @@ class KVCache:
         return held
 
     def make_mask(self, length: int, **_: Any) -> mx.array | str | None:
-        """What `length` new positions may attend to, as `scaled_dot_product_attention` takes it."""
+        """The mask of `length` new positions, in a form that `scaled_dot_product_attention` takes."""
         if self.left_padding is None:
             return None if length == 1 else "causal"
         keys = mx.arange(self.offset + length)

@@ -1,11 +1,11 @@
 """FastViTHD, the vision tower of FastVLM (arXiv 2412.13303), in its folded inference form; NHWC from end to end.
 
-Everything that training needs (MobileOne and RepMixer branches, BatchNorm, layer scales) is folded away by the
-converter, so that what is left is depthwise convolutions, linears (upstream's 1x1 convolutions: one GEMM per pixel),
-GELU, and the attention of the last two stages.
+The converter folds away what only training needs: MobileOne and RepMixer branches, BatchNorm, layer scales. What
+remains are depthwise convolutions, linears (upstream's 1x1 convolutions), GELU, and the attention of the last two
+stages.
 
-Shapes: B batch, H and W height and width, C channels, N = H·W. A tensor held "divided by s" carries 1/s of its true
-    value, which keeps it within float16 (see `ActivationScales`).
+Shapes: B batch, H and W height and width, C channels, N = H·W. A tensor that is stored "divided by s" holds 1/s of its
+    true value, which keeps it within float16 (see `ActivationScales`).
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from fastvlm_mlx.model.activations import gelu
 
 
 class DepthwiseConv(nn.Module):
-    """A padded k x k convolution of each channel by itself: (B, H, W, C) -> (B, H/stride, W/stride, C)."""
+    """A padded k x k convolution of each channel on its own: (B, H, W, C) -> (B, H/stride, W/stride, C)."""
 
     def __init__(self, channels: int, kernel_size: int, *, stride: int = 1, bias: bool = True) -> None:
         super().__init__()
@@ -57,24 +57,24 @@ class DoublingDepthwiseConv(nn.Module):
 class ConvFFN(nn.Module):
     """7x7 depthwise, linear, GELU, linear: (B, H, W, C) -> (B, H, W, C)."""
 
-    def __init__(self, channels: int, hidden: int, scale: float) -> None:
+    def __init__(self, channels: int, hidden: int, hidden_scale: float) -> None:
         super().__init__()
         self.conv = DepthwiseConv(channels, 7, bias=False)
         self.fc1 = nn.Linear(channels, hidden)
         self.fc2 = nn.Linear(hidden, channels)
-        self.scale = scale
+        self.hidden_scale = hidden_scale
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.fc2(gelu(self.fc1(self.conv(x)), self.scale))
+        return self.fc2(gelu(self.fc1(self.conv(x)), self.hidden_scale))
 
 
 class RepMixerBlock(nn.Module):
-    """A 3x3 depthwise token mixer, its skip folded in, and a ConvFFN: (B, H, W, C) -> (B, H, W, C)."""
+    """A 3x3 depthwise token mixer with its skip folded in, and a ConvFFN: (B, H, W, C) -> (B, H, W, C)."""
 
-    def __init__(self, channels: int, hidden: int, scale: float) -> None:
+    def __init__(self, channels: int, hidden: int, hidden_scale: float) -> None:
         super().__init__()
         self.token_mixer = DepthwiseConv(channels, 3)
-        self.conv_ffn = ConvFFN(channels, hidden, scale)
+        self.conv_ffn = ConvFFN(channels, hidden, hidden_scale)
 
     def __call__(self, x: mx.array) -> mx.array:
         x = self.token_mixer(x)
@@ -103,11 +103,11 @@ class Attention(nn.Module):
 class AttentionBlock(nn.Module):
     """Attention and a ConvFFN on the residual stream: (B, H, W, C) -> (B, H, W, C)."""
 
-    def __init__(self, channels: int, hidden: int, head_dim: int, eps: float, scale: float) -> None:
+    def __init__(self, channels: int, hidden: int, head_dim: int, eps: float, hidden_scale: float) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(channels, eps=eps)
         self.token_mixer = Attention(channels, head_dim)
-        self.conv_ffn = ConvFFN(channels, hidden, scale)
+        self.conv_ffn = ConvFFN(channels, hidden, hidden_scale)
 
     def __call__(self, x: mx.array) -> mx.array:
         x = x + self.token_mixer(self.norm(x))
@@ -115,7 +115,7 @@ class AttentionBlock(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """What leads from one stage to the next: (B, H, W, C) -> (B, H/2, W/2, 2C)."""
+    """Downsamples between stages: (B, H, W, C) -> (B, H/2, W/2, 2C)."""
 
     def __init__(self, channels: int, scales: tuple[float, ...]) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class PatchEmbed(nn.Module):
 
 
 class Stage(nn.Module):
-    """PatchEmbed (but for stage 0), conditional position encoding (stages 3 and 4), then the blocks."""
+    """PatchEmbed (not in stage 0), conditional position encoding (stages 3 and 4), then the blocks."""
 
     def __init__(self, config: VisionConfig, index: int) -> None:
         super().__init__()
@@ -207,11 +207,11 @@ class FastViTHD(nn.Module):
             x = stage(x)
         return self.conv_exp(x)
 
-    def trace(self, x: mx.array) -> dict[str, mx.array]:
-        """The largest magnitude of every activation that float16 could overflow in, by the name of what computes it.
+    def activation_peaks(self, x: mx.array) -> dict[str, mx.array]:
+        """The largest magnitude of every activation that could overflow float16, by the name of the layer.
 
         Runs the same parts as the forward pass, one by one: `stem.i` and `…downsample.{conv,proj}` before their GELU,
-        `…conv_ffn.{conv,fc1,fc2}`, and the residual stream after each thing that writes it.
+        `…conv_ffn.{conv,fc1,fc2}`, and the residual stream after each layer that writes it.
         """
         peaks: dict[str, mx.array] = {}
 
@@ -238,7 +238,7 @@ class FastViTHD(nn.Module):
                     x = peak(f"{name}.token_mixer", block.token_mixer(x))
                 ffn = block.conv_ffn
                 hidden = peak(f"{name}.conv_ffn.fc1", ffn.fc1(peak(f"{name}.conv_ffn.conv", ffn.conv(x))))
-                x = peak(name, x + peak(f"{name}.conv_ffn.fc2", ffn.fc2(gelu(hidden, ffn.scale))))
+                x = peak(name, x + peak(f"{name}.conv_ffn.fc2", ffn.fc2(gelu(hidden, ffn.hidden_scale))))
             mx.eval(x, peaks)
         x = peak("conv_exp.conv", self.conv_exp.conv(x))
         peak("conv_exp", gelu(x * self.conv_exp.se(x), self.conv_exp.scale))

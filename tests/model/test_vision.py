@@ -71,9 +71,9 @@ def test_doubling_convolution_is_a_grouped_one_with_its_filters_sorted():
     np.testing.assert_allclose(conv(x), grouped[..., order], rtol=1e-5, atol=1e-5)
 
 
-def test_trace_runs_the_forward_pass(tower):
+def test_peaks_are_those_of_the_forward_pass(tower):
     x = pixels(128, 64)
-    peaks = tower.trace(x)
+    peaks = tower.activation_peaks(x)
     assert float(peaks["conv_exp"]) == pytest.approx(float(mx.abs(tower(x)).max()), rel=1e-5)
     blocks = sum(DEPTHS[:3]) * 5 + sum(DEPTHS[3:]) * 6
     assert len(peaks) == 3 + 4 * 2 + 2 + blocks + 2

@@ -1,6 +1,6 @@
-"""FastViTHD's forward pass in the formulations that MLX's CPU backend runs fastest: the same weights, the same result.
+"""FastViTHD's forward pass in the form that MLX's CPU backend runs fastest, with the same weights and result.
 
-What differs from `FastViTHD.__call__`, each for a measured reason:
+It differs from `FastViTHD.__call__` in two ways, each for a measured reason:
 
 - Channels first, (C, H, W). A depthwise convolution is then a sum of k batched matrix products, one per kernel row,
   with banded matrices: T outputs of a row need S = (T - 1)·stride + k inputs, and an (S, T) matrix with the kernel's
@@ -159,7 +159,7 @@ class CPUConvFFN:
     """`x + ConvFFN(x)`: each stream runs a part of the hidden units, whose contributions are then added up."""
 
     def __init__(self, ffn: ConvFFN, streams: Streams) -> None:
-        self._streams, self._scale = streams, ffn.scale
+        self._streams, self._scale = streams, ffn.hidden_scale
         self._conv = CPUDepthwiseConv(ffn.conv, streams)
         self._fc1, self._bias1 = streams.split(ffn.fc1.weight), streams.split(ffn.fc1.bias[:, None])
         self._fc2, self._bias2 = streams.split(ffn.fc2.weight.T), streams.split(ffn.fc2.bias[:, None, None])

@@ -114,7 +114,7 @@ def test_any_scaling_leaves_the_features_as_they_are() -> None:
     np.testing.assert_allclose(
         np.array(scaled(pixels)) * scaling.scales.conv_exp, expected, rtol=0, atol=1e-5 * np.abs(expected).max()
     )
-    peaks, divided = plain.trace(pixels), scaled.trace(pixels)
+    peaks, divided = plain.activation_peaks(pixels), scaled.trace(pixels)
     for stage in range(5):
         name = f"stages.{stage}.blocks.0"
         stream = scaling.scales.stages[stage].stream
@@ -127,7 +127,7 @@ def test_any_scaling_leaves_the_features_as_they_are() -> None:
 def test_every_scale_brings_its_own_activations_into_range() -> None:
     depths = (1, 2, 1, 2, 1)
     config = VisionConfig(embed_dims=(8, 16, 32, 64, 128), depths=depths, scales=ActivationScales.ones(depths))
-    names = FastViTHD(config).trace(mx.zeros((1, 64, 64, 3)))
+    names = FastViTHD(config).activation_peaks(mx.zeros((1, 64, 64, 3)))
     assert choose(dict.fromkeys(names, 1.0)).scales == ActivationScales.ones(depths)
     for name in names:
         chosen = choose({**dict.fromkeys(names, 1.0), name: 1e6})
