@@ -39,7 +39,7 @@ def choose(peaks: Mapping[str, float]) -> Scaling:
     """The smallest powers of two, mostly 1, that keep activations below a `MARGIN`-th of float16's largest value.
 
     Args:
-        peaks: The largest magnitude of every activation, by the names of `FastViTHD.trace`.
+        peaks: The largest magnitude of every activation, by the names of `FastViTHD.activation_peaks`.
     """
 
     def scale(*names: str) -> float:

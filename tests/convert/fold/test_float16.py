@@ -114,7 +114,7 @@ def test_any_scaling_leaves_the_features_as_they_are() -> None:
     np.testing.assert_allclose(
         np.array(scaled(pixels)) * scaling.scales.conv_exp, expected, rtol=0, atol=1e-5 * np.abs(expected).max()
     )
-    peaks, divided = plain.activation_peaks(pixels), scaled.trace(pixels)
+    peaks, divided = plain.activation_peaks(pixels), scaled.activation_peaks(pixels)
     for stage in range(5):
         name = f"stages.{stage}.blocks.0"
         stream = scaling.scales.stages[stage].stream
