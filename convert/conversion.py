@@ -184,7 +184,7 @@ class Conversion:
                 self._weights[target] = checkpoint.weight(target, shape, unscale.get(target, 1.0))
 
     def plan(self) -> Plan:
-        """What `write` is going to do, derived from headers."""
+        """The plan of `write`, derived from headers."""
         main, tower = self._main, self._tower
         other = tower is not main
         shapes = {name: shape for fold in self.folds for name, shape in fold.outputs.items()}

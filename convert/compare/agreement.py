@@ -1,7 +1,7 @@
 """How far two checkpoints agree on the same images and prompts: visual tokens, and the next token of an answer.
 
 One of them, the reference, answers greedily. The other one scores every position of these answers. As long as both
-find the same token most likely, that is also the answer that the other one would have given.
+rank the same token first, the other one would have given the same answer.
 
 Shapes: B probes, R resolution, N visual tokens, T positions of an answer, L of a prompt, D hidden size, V vocabulary.
 """
@@ -81,7 +81,7 @@ class Agreement:
         positions: The number of next-token distributions that were compared.
         visual_cosine: Mean cosine similarity of the visual tokens.
         kl: Mean Kullback-Leibler divergence of the next-token distributions from the reference's, in nats.
-        top1: Share of the positions at which both find the same token most likely.
+        top1: Share of the positions at which both rank the same token first.
         top5: Share of the reference's five most likely tokens that are among the checkpoint's.
         greedy: Share of the reference's answers that comes before the first token that differs.
     """

@@ -63,7 +63,7 @@ class Segments:
 
 
 def segments(model: FastVLM) -> Segments:
-    """The segments of a model. They look layers up in each run, so that layers can be replaced meanwhile."""
+    """The segments of a model; each run looks layers up, so layers may be replaced between runs."""
     language_model = model.language_model
     return Segments(
         vision=(*_tower(model), _projector(model)),

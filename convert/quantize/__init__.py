@@ -1,1 +1,1 @@
-"""Quantizes a checkpoint and reports what was lost."""
+"""Quantizes a checkpoint and reports what that cost."""

@@ -8,7 +8,6 @@ import numpy.typing as npt
 
 from fastvlm_mlx.backend import mx, nn
 from fastvlm_mlx.convert.arrays import Packed
-from fastvlm_mlx.convert.compare.agreement import Reference
 from fastvlm_mlx.convert.compare.layerwise import Segment, module_at, replace_module, run, segments
 from fastvlm_mlx.convert.compare.probes import Probes
 from fastvlm_mlx.convert.compare.weights import WeightError
@@ -45,7 +44,7 @@ class Recorder(nn.Module):
 
 
 def compensate(
-    model: FastVLM, allocation: BitAllocation, probes: Probes, reference: Reference, notify: Notify
+    model: FastVLM, allocation: BitAllocation, probes: Probes, answers: npt.NDArray[np.int32], notify: Notify
 ) -> dict[str, tuple[Packed, WeightError]]:
     """The quantized linears of a model and their errors, by path; embedding and head are left out.
 
@@ -53,7 +52,7 @@ def compensate(
         model: The exact model in float32; its linears are replaced by their dequantized weights.
         allocation: The scheme of each layer; all are affine.
         probes: The images and prompts to calibrate on.
-        reference: The exact model's answers to them.
+        answers: The token ids (B, T) of the exact model's answers to them.
         notify: Called with a label of the current step.
     """
     parts = segments(model)
@@ -64,7 +63,7 @@ def compensate(
         states = run([segment], states)
     states = [
         model.embed(np.concatenate([prompt, answer]), visual_tokens=visual)
-        for prompt, answer, visual in zip(probes.prompts, reference.answers, states, strict=True)
+        for prompt, answer, visual in zip(probes.prompts, answers, states, strict=True)
     ]
     for segment in parts.blocks:
         packed |= _quantize(model, segment, allocation, states, notify)

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from fastvlm_mlx.backend import mx
 from fastvlm_mlx.checkpoint.load import load_model
@@ -85,8 +86,10 @@ def quantize_checkpoint(
         if quantization.method == "gptq":
             probes.append(Probes.of(processor, images, CALIBRATION_SEEDS))
         references = Reference.of(folder, probes, meter.notify)
+        reference, answers = references[0], references[-1].answers
+        del references  # the logits of long calibration answers take much memory
         mx.clear_cache()
-        allocation, compensated = _calibrated(folder, quantization, allocation, probes, references, meter.notify)
+        allocation, compensated = _calibrated(folder, quantization, allocation, probes, answers, meter.notify)
         errors = write_weights(opened, out, config.dtype, allocation, compensated, meter)
         del compensated
         quantized = replace(config, quantization=allocation.config())
@@ -99,7 +102,7 @@ def quantize_checkpoint(
             quantization=quantization.name,
             parts=parts,
             kept=allocation.kept,
-            agreement=Agreement.of(load_model(out), probes[0], references[0]),
+            agreement=Agreement.of(load_model(out), probes[0], reference),
             folder_bytes_before=folder_bytes(folder, without=REPORTS),
             folder_bytes_after=folder_bytes(out, without=REPORTS),
         )
@@ -118,12 +121,13 @@ def _calibrated(
     quantization: Quantization,
     allocation: BitAllocation,
     probes: Sequence[Probes],
-    references: Sequence[Reference],
+    answers: npt.NDArray[np.int32],
     notify: Notify,
 ) -> tuple[BitAllocation, Compensated]:
     """The allocation with measured bits where the preset asks for them, and the layers that GPTQ quantizes.
 
-    Loads the exact model, in float32, if the request needs it. The last of `probes` are those to calibrate GPTQ on.
+    Loads the exact model, in float32, if the request needs it. GPTQ calibrates on the last of `probes`, to which the
+    exact model gave `answers` (B, T).
     """
     if quantization.preset != AUTO and quantization.method != "gptq":
         return allocation, {}
@@ -134,7 +138,7 @@ def _calibrated(
         allocation = allocate_bits(effects, allocation, quantization.target_bpw)
     if quantization.method != "gptq":
         return allocation, {}
-    return allocation, compensate(exact, allocation, probes[-1], references[-1], notify)
+    return allocation, compensate(exact, allocation, probes[-1], answers, notify)
 
 
 def write_weights(

@@ -94,8 +94,8 @@ def _rounded(values: Array, dtype: str) -> Array:
 
 def _stored(values: Array, dtype: str) -> npt.NDArray[np.generic]:
     """Values as a file of that dtype holds them."""
-    stored: npt.NDArray[np.generic] = from_mlx(mx.array(values).astype(getattr(mx, dtype)))
-    return stored
+    rounded: npt.NDArray[np.generic] = from_mlx(mx.array(values).astype(getattr(mx, dtype)))
+    return rounded
 
 
 def pack(levels: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint32]:

@@ -224,20 +224,20 @@ def is_sensitive(path: str, depth: Mapping[str, int]) -> bool:
         path: Its path, with the blocks of the tower numbered through.
         depth: The number of blocks, by the prefix of `path`.
     """
-    found = re.search(r"\.(?:layers|blocks)\.(\d+)\.", path)
-    if found is None:
+    block = re.search(r"\.(?:layers|blocks)\.(\d+)\.", path)
+    if block is None:
         return True
-    number, count = int(found[1]), depth[path.partition(".")[0]]
+    number, count = int(block[1]), depth[path.partition(".")[0]]
     outer = number < count // 8 or number >= 7 * count // 8 or (number - count // 8) % 3 == 2
     return outer and path.endswith(("v_proj", "down_proj", "fc2", "qkv"))
 
 
 def _numbered(path: str, depths: tuple[int, ...]) -> str:
     """The path with the tower's blocks numbered through all stages."""
-    found = re.match(r"vision_tower\.stages\.(\d+)\.blocks\.(\d+)\.(.*)", path)
-    if found is None:
+    block = re.match(r"vision_tower\.stages\.(\d+)\.blocks\.(\d+)\.(.*)", path)
+    if block is None:
         return path
-    return f"vision_tower.blocks.{sum(depths[: int(found[1])]) + int(found[2])}.{found[3]}"
+    return f"vision_tower.blocks.{sum(depths[: int(block[1])]) + int(block[2])}.{block[3]}"
 
 
 def _natural(path: str) -> list[tuple[int, str]]:

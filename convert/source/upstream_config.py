@@ -28,7 +28,7 @@ _REQUIRED: dict[str, tuple[Any, ...]] = {
 
 
 def check(config: Mapping[str, Any]) -> None:
-    """Accepts a config.json that describes the architecture built here.
+    """Checks that a config.json describes the architecture built here.
 
     Raises:
         ConfigError: If a setting says otherwise.
