@@ -115,14 +115,21 @@ def _key(location: Location, revision: str | None) -> str:
     if location.path is None:
         return re.sub(r"[^\w.@-]", "_", f"{location.name}@{revision or 'main'}".replace("/", "--"))
     name = DEMO if location.bundled else location.path.resolve().name
-    return f"{name}-{_fingerprint(location.path)}"
+    return f"{name}-{_fingerprint(location.path, bundled=location.bundled)}"
 
 
-def _fingerprint(path: Path) -> str:
-    """A short hash of the names, sizes and times of the files at `path`, which changes when the source changes."""
+def _fingerprint(path: Path, *, bundled: bool) -> str:
+    """A short hash of the names, sizes and times of the files at `path`, by which a changed source is noticed.
+
+    The time of the last change to the inode tells files apart whose other times were set alike, as in archives that are
+    built reproducibly. Those of the package do not change, though installers may link them elsewhere.
+    """
     files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
-    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(repr((str(path.resolve()), stats)).encode()).hexdigest()[:12]
+    stats = []
+    for file in files:
+        status = file.stat()
+        stats.append((file.name, status.st_size, status.st_mtime_ns, 0 if bundled else status.st_ctime_ns))
+    return hashlib.sha256(repr((str(path.resolve()), stats)).encode(errors="surrogateescape")).hexdigest()[:12]
 
 
 def _convert(source: str | Path, entry: Path, revision: str | None, progress: Progress | None) -> None:

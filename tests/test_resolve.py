@@ -19,7 +19,7 @@ import pytest
 from fastvlm_mlx.convert import scratch
 from fastvlm_mlx.errors import CheckpointError, ConversionError
 from fastvlm_mlx.resolve import cache_folder, load, resolve
-from tests.checkpoints import SOURCES
+from tests.checkpoints import SOURCES, changed
 
 APPLE = SOURCES["apple"]
 CHILD = """
@@ -170,6 +170,19 @@ def test_a_cache_that_cannot_be_made_names_the_variable(cache: Path, monkeypatch
     monkeypatch.setattr(Path, "expanduser", homeless)
     with pytest.raises(CheckpointError, match="there is no home folder; set FASTVLM_CACHE"):
         cache_folder()
+
+
+def test_a_source_that_is_exchanged_is_noticed_whatever_its_times_say(tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    folders = []
+    for value in (1, 2):
+        shutil.rmtree(tmp_path / "source", ignore_errors=True)
+        source = changed(APPLE, tmp_path / "source", edit=lambda values: values[name].fill(value))  # noqa: B023
+        for file in source.iterdir():
+            os.utime(file, (1, 1))
+        folders.append(resolve(source))
+        assert resolve(source) == folders[-1]
+    assert folders[0] != folders[1]
 
 
 class Hub:

@@ -7,7 +7,7 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastvlm_mlx.checkpoint.safetensors import TensorFile
+from fastvlm_mlx.checkpoint.safetensors import TensorFile, file_version
 from fastvlm_mlx.errors import CheckpointError
 
 _SMALL_FILE_LIMIT = 64 * 2**20
@@ -56,7 +56,16 @@ def open_archive(name: str, path: Path, scratch: Path, small_files: tuple[str, .
                 if target.suffix == ".safetensors":
                     if member.compress_type == zipfile.ZIP_STORED:
                         start = _data_start(path, member)
-                        shards.append(TensorFile(path=path, start=start, size=member.file_size, label=label))
+                        shards.append(
+                            TensorFile(
+                                path=path,
+                                start=start,
+                                size=member.file_size,
+                                label=label,
+                                version=file_version(path.stat()),
+                                crc=member.CRC,
+                            )
+                        )
                         continue
                     if shutil.disk_usage(scratch).free < member.file_size:
                         raise CheckpointError(

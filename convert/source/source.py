@@ -6,6 +6,7 @@ they are needed.
 
 import hashlib
 import json
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,14 +65,23 @@ class Source:
         return values
 
     def sha256(self, advance: Callable[[int], None]) -> str:
-        """The SHA-256 of the one safetensors file; of several, that of what `sha256sum` prints for them."""
+        """The SHA-256 of the one safetensors file; of several, that of the lines that `sha256sum` prints for them.
+
+        Raises:
+            CheckpointError: If a file does not have the checksum that its archive has for it.
+        """
         digests = []
         for file in self.files:
-            digest = hashlib.sha256()
+            digest, crc = hashlib.sha256(), 0
             for start in range(0, file.size, _CHUNK):
                 count = min(_CHUNK, file.size - start)
-                digest.update(file.read(start, count))
+                chunk = file.read(start, count)
+                digest.update(chunk)
+                if file.crc is not None:
+                    crc = zlib.crc32(chunk, crc)
                 advance(count)
+            if file.crc not in (None, crc):
+                raise CheckpointError(f"{file.label}: is damaged: it does not have the checksum in the archive")
             digests.append(digest.hexdigest())
         if len(digests) == 1:
             return digests[0]

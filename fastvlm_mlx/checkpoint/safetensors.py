@@ -7,6 +7,7 @@ and files that lie inside an archive. A tensor's bytes are read from the file wh
 
 import json
 import math
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,23 +40,28 @@ class TensorFile:
 
     Attributes:
         label: What messages call it.
+        version: `file_version` of `path` when it was opened, by which a change is noticed; None to allow changes.
+        crc: The checksum that an archive has for it.
     """
 
     path: Path
     start: int
     size: int
     label: str
+    version: tuple[int, ...] | None = None
+    crc: int | None = None
 
     @classmethod
     def whole(cls, path: Path) -> "TensorFile":
         """The file at `path`, all of it."""
-        return cls(path=path, start=0, size=path.stat().st_size, label=str(path))
+        status = path.stat()
+        return cls(path=path, start=0, size=status.st_size, label=str(path), version=file_version(status))
 
     def read(self, start: int, count: int) -> bytearray:
         """`count` bytes from `start`.
 
         Raises:
-            CheckpointError: If the file ends before or cannot be read.
+            CheckpointError: If the file ends before, cannot be read or has changed since it was opened.
         """
         buffer = bytearray(count)
         view = memoryview(buffer)
@@ -64,11 +70,19 @@ class TensorFile:
                 file.seek(self.start + start)
                 while view and (read := file.readinto(view)):
                     view = view[read:]
+                status = os.fstat(file.fileno())
         except OSError as err:
             raise CheckpointError(f"{self.label}: cannot be read: {err.strerror or err}") from err
         if view:
             raise CheckpointError(f"{self.label}: ends {len(view)} bytes too early; it is truncated: fetch it again")
+        if self.version not in (None, file_version(status)):
+            raise CheckpointError(f"{self.label}: has changed while it was read; try again when it is complete")
         return buffer
+
+
+def file_version(status: os.stat_result) -> tuple[int, ...]:
+    """What changes when a file is replaced or written to."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -361,6 +361,35 @@ def test_a_source_that_changes_while_it_is_read_is_noticed(tmp_path: Path) -> No
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
+def test_a_source_that_is_replaced_while_it_is_read_is_noticed(tmp_path: Path) -> None:
+    folder = changed(APPLE, tmp_path / "source")
+    other = changed(APPLE, tmp_path / "other", edit=lambda values: values[LAYER].fill(1))
+
+    def replace(_done: int, _total: int, label: str) -> None:
+        if label == "writing" and other.exists():
+            (other / "model.safetensors").rename(folder / "model.safetensors")
+            shutil.rmtree(other)
+
+    with pytest.raises(CheckpointError, match="has changed while it was read"):
+        convert_checkpoint(folder, tmp_path / "out", dtype="float32", progress=replace)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_a_weight_that_differs_from_the_archives_checksum_is_not_converted(compression: int, tmp_path: Path) -> None:
+    path = tmp_path / "it.zip"
+    with zipfile.ZipFile(path, "w", compression, compresslevel=0) as archive:
+        for file in APPLE.iterdir():
+            archive.write(file, file.name)
+    data, weights = bytearray(path.read_bytes()), (APPLE / "model.safetensors").read_bytes()
+    place = data.find(weights[-200:])
+    data[place] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"damaged: .*(checksum in the archive|Bad CRC-32)"):
+        convert_checkpoint(path, tmp_path / "out", dtype="float32")
+    assert [path.name for path in tmp_path.iterdir()] == ["it.zip"]
+
+
 def test_a_destination_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
     def appear(_done: int, _total: int, label: str) -> None:
         if label == "writing":
