@@ -30,10 +30,10 @@ class Source:
     """An open checkpoint.
 
     Attributes:
-        name: As the user gave it, or the repository of an alias.
-        revision: The Hub commit; None for a folder or an archive.
-        folder: Where config.json, the tokenizer's files and the licences are.
-        files: The files that hold tensors.
+        name: The name that the user gave, or the repository of an alias.
+        revision: The commit on the Hub; None for a folder or an archive.
+        folder: Holds config.json, the tokenizer's files and the licences.
+        files: The safetensors files.
         tensors: Every tensor by name.
     """
 
@@ -58,7 +58,7 @@ class Source:
             values = json.loads((self.folder / name).read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as err:
+        except (OSError, ValueError, RecursionError) as err:
             raise CheckpointError(f"{self.name}: {name} cannot be read as JSON: {err}") from err
         if not isinstance(values, dict):
             raise CheckpointError(f"{self.name}: {name} must hold a JSON object, not a {type(values).__name__}")
@@ -93,7 +93,7 @@ class Source:
 
 @contextmanager
 def open_source(name: str | Path, revision: str | None = None) -> Iterator[Source]:
-    """Opens a checkpoint for the duration of a `with` block, at whose end the unpacked files of an archive are removed.
+    """Opens a checkpoint for the length of a `with` block; what an archive had to be unpacked to is removed at its end.
 
     Args:
         name: A folder, a .zip archive, a Hub id or an alias, or `demo`; see `parse_name`.
@@ -138,6 +138,8 @@ def _assemble(name: str, revision: str | None, folder: Path, shards: list[Tensor
     placement = None if index is None else index.get("weight_map")
     if index is not None and not isinstance(placement, dict):
         raise CheckpointError(f"{name}: model.safetensors.index.json has no weight_map")
+    if placement and not all(isinstance(file, str) for file in placement.values()):
+        raise CheckpointError(f"{name}: model.safetensors.index.json names a shard with something other than text")
     if placement:
         by_name = {Path(shard.label).name: shard for shard in shards}
         if missing := sorted(set(placement.values()) - set(by_name)):

@@ -1,6 +1,7 @@
 """A converted checkpoint as a folder: whether it is one, its files and its tensors."""
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def weight_files(folder: Path) -> list[Path]:
         files = [folder / name for name in listed]
     else:
         files = sorted(folder.glob("model*.safetensors"))
-    if missing := [file.name for file in files if not file.is_file()]:
+    if missing := [file.name for file in files if not os.path.isfile(file)]:  # a name may be too long for `Path`
         raise CheckpointError(f"{folder}: {names(missing)} missing; the checkpoint is incomplete")
     if not files:
         raise CheckpointError(f"{folder}: no model*.safetensors in it")

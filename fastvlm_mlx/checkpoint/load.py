@@ -22,16 +22,16 @@ _READERS = 2
 def load_model(folder: Path, *, dtype: str | None = None, lazy: bool = False) -> FastVLM:
     """The model in a converted folder.
 
-    On a GPU its weights are mapped, and read when they are first used. A CPU, which computes in another dtype than what
-    is stored, reads and casts them here, on as many threads as pay.
+    On a GPU the weights are read when they are first used. A CPU computes in another type than the stored one, so there
+    they are read and cast here, on several threads.
 
     Args:
-        folder: Of a converted checkpoint.
-        dtype: To compute in; see `load`.
-        lazy: Reads the weights when they are first used on a CPU, too.
+        folder: A converted checkpoint.
+        dtype: The type to compute in; see `load`.
+        lazy: Whether to read the weights when they are first used on a CPU, too.
 
     Raises:
-        CheckpointError: If the weights are missing, damaged or not exactly those that the config asks for.
+        CheckpointError: If the weights are missing, damaged or not exactly those that the config describes.
         ConfigError: If config.json or `dtype` cannot be used.
     """
     config = ModelConfig.from_path(folder)
@@ -57,7 +57,7 @@ def load_model(folder: Path, *, dtype: str | None = None, lazy: bool = False) ->
 def _cast_on_streams(
     readings: list[dict[str, mx.array]], streams: Sequence[mx.Stream], dtype: mx.Dtype
 ) -> dict[str, mx.array]:
-    """Every tensor from one of several readings of the same files, each about the same bytes, cast on its stream."""
+    """Takes each tensor from one of several readings of the same files, about as many bytes from each, and casts it."""
     weights, sizes = {}, [0] * len(readings)
     for name in readings[0]:
         reader = sizes.index(min(sizes))

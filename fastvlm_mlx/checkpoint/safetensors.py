@@ -53,8 +53,15 @@ class TensorFile:
 
     @classmethod
     def whole(cls, path: Path) -> "TensorFile":
-        """The file at `path`, all of it."""
-        status = path.stat()
+        """The file at `path`, all of it.
+
+        Raises:
+            CheckpointError: If there is no such file.
+        """
+        try:
+            status = path.stat()
+        except OSError as err:
+            raise CheckpointError(f"{path}: cannot be read: {err.strerror or err}") from err
         return cls(path=path, start=0, size=status.st_size, label=str(path), version=file_version(status))
 
     def read(self, start: int, count: int) -> bytearray:

@@ -106,5 +106,8 @@ def test_a_complete_folder_is_one_in_this_format_with_all_its_bytes(tmp_path: Pa
         config.write_text(text)
         assert is_complete(tmp_path) == complete
     config.write_text('{"fastvlm_format": 1}')
-    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": 1}}')
-    assert not is_complete(tmp_path)
+    for shard in (1, [], "m" * 5000):
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": shard}}))
+        assert not is_complete(tmp_path)
+        with pytest.raises(CheckpointError, match="missing; the checkpoint is incomplete"):
+            read_weights(tmp_path)

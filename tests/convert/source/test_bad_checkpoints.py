@@ -225,6 +225,18 @@ FILES: dict[str, tuple[Callable[[Path], object], str]] = {
         ),
         "names tensors that no shard holds: a",
     ),
+    "index of lists": (
+        lambda folder: (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": []}}'),
+        "names a shard with something other than text",
+    ),
+    "index too deep": (
+        lambda folder: (folder / "model.safetensors.index.json").write_text('{"a":' + "[" * 100_000),
+        "model.safetensors.index.json cannot be read as JSON",
+    ),
+    "dangling link": (
+        lambda folder: ((folder / "model.safetensors").unlink(), (folder / "model.safetensors").symlink_to("nowhere")),
+        "model.safetensors: cannot be read: No such file",
+    ),
     "index without map": (
         lambda folder: (folder / "model.safetensors.index.json").write_text("{}"),
         "model.safetensors.index.json has no weight_map",
