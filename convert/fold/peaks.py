@@ -65,7 +65,7 @@ def view(value: mx.array) -> Array:
 def activation_peaks(
     config: VisionConfig, weights: Mapping[str, mx.array], pixels: Array, notify: Notify
 ) -> dict[str, float]:
-    """The largest magnitude of every activation of a tower over all images, by the names of `FastViTHD.activation_peaks`.
+    """The largest magnitude of every activation over all images, by the names of `FastViTHD.activation_peaks`.
 
     Args:
         config: The tower's architecture, unscaled.
