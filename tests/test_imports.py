@@ -1,6 +1,7 @@
 """The layout is the architecture: what may import what, and what only some may do at all."""
 
 import ast
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,13 @@ class Import:
     scope: str
 
 
-def imports(path: Path) -> Iterator[Import]:
+@functools.cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@functools.cache
+def imports(path: Path) -> tuple[Import, ...]:
     """Every import of a file, those in functions and those for type checkers too."""
 
     def walk(node: ast.AST, scope: tuple[str, ...], lazy: bool, typing: bool) -> Iterator[Import]:
@@ -74,9 +81,10 @@ def imports(path: Path) -> Iterator[Import]:
             checking = isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"
             yield from walk(child, inside, lazy or function, typing or checking)
 
-    yield from walk(ast.parse(path.read_text(encoding="utf-8")), (), False, False)
+    return tuple(walk(tree_of(path), (), False, False))
 
 
+@functools.cache
 def is_module(dotted: str) -> bool:
     parts = dotted.split(".")
     if parts[:2] == ["fastvlm_mlx", "convert"]:
@@ -189,9 +197,9 @@ def test_the_engine_knows_neither_text_nor_files(path: Path) -> None:
     assert ours <= {"engine", "model", "config", "backend", "streams", "errors"}
 
 
+@functools.cache
 def calls(path: Path) -> set[str]:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    return {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    return {ast.unparse(node.func) for node in ast.walk(tree_of(path)) if isinstance(node, ast.Call)}
 
 
 @pytest.mark.parametrize("path", FILES, ids=name)

@@ -28,10 +28,10 @@ def test_filters_keep_what_their_definitions_say():
 
 def test_samples_follow_the_tempered_distribution():
     sampler = Sampler(GenerationConfig(temperature=0.7, seed=3))
-    tokens = np.array(mx.concatenate([sampler(LOGITS) for _ in range(4000)]))
+    tokens = np.array(mx.concatenate([sampler(LOGITS) for _ in range(1000)]))
     weights = np.exp(np.array(LOGITS[0]) / 0.7)
-    # Four standard deviations of a proportion over 4,000 draws are 0.032.
-    np.testing.assert_allclose(np.bincount(tokens, minlength=6) / 4000, weights / weights.sum(), atol=0.032)
+    # Four standard deviations of a proportion over 1,000 draws are 0.063.
+    np.testing.assert_allclose(np.bincount(tokens, minlength=6) / 1000, weights / weights.sum(), atol=0.063)
 
 
 def test_a_repetition_penalty_counts_prompt_and_answer():
