@@ -57,6 +57,8 @@ class ConvBN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         conv = self.conv
+        if x.is_cuda:
+            x = x.contiguous()  # in NCHW, PyTorch's own depthwise kernels; in NHWC, cuDNN's, which train slowly
         if conv.in_channels == conv.groups < conv.out_channels:
             # The same sums as a plain depthwise convolution over repeated channels: PyTorch's backward pass of several
             # filters per channel is five to ten times slower on a CPU.
@@ -293,11 +295,10 @@ class DecoderAttention(nn.Module):
             proj(x).view(b, length, -1, self.head_dim).transpose(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = rotate(q, *rope), rotate(k, *rope)
+        q, k = (rotate(x, *rope).to(v.dtype) for x in (q, k))
         groups = self.heads // self.kv_heads
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-        scores = (q * self.head_dim**-0.5) @ k.transpose(-1, -2) + mask
-        y = scores.softmax(-1).to(v.dtype) @ v
+        y = F.scaled_dot_product_attention(q, k, v, mask.to(v.dtype))
         return self.o_proj(y.transpose(1, 2).reshape(b, length, -1))
 
 

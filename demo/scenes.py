@@ -181,9 +181,10 @@ def _crop(rng: Random, texture: Image.Image, width: int, height: int) -> Image.I
     return texture.crop((x, y, x + width, y + height))
 
 
-def _background(rng: Random, width: int, height: int, *, held_out: bool) -> Image.Image:
+def _background(rng: Random, width: int, height: int, *, held_out: bool, practice: bool) -> Image.Image:
     first, second = (Image.new("RGB", (width, height), _muted(rng)) for _ in range(2))
-    kind = rng.choice(("plain", "gradient", "noise", "texture", *(("stripes",) if held_out else ())))
+    more = ("stripes",) * held_out + ("patches",) * practice
+    kind = rng.choice(("plain", "gradient", "noise", "texture", *more))
     if kind == "gradient":
         ramp = Image.linear_gradient("L").rotate(rng.choice((0, 90, 180, 270))).resize((width, height))
         return Image.composite(first, second, ramp)
@@ -197,6 +198,14 @@ def _background(rng: Random, width: int, height: int, *, held_out: bool) -> Imag
         step, colour = rng.randint(16, 40), second.getpixel((0, 0))
         for x in range(0, width, 2 * step):
             draw.rectangle((x, 0, x + step - 1, height), fill=colour)
+    if kind == "patches":
+        draw = ImageDraw.Draw(first)
+        for _ in range(rng.randint(2, 8)):
+            x, y = rng.uniform(0, width), rng.uniform(0, height)
+            corners = sorted(rng.uniform(0, 2 * math.pi) for _ in range(rng.randint(3, 6)))
+            side = rng.uniform(0.1, 0.5) * width
+            patch = [(x + side * math.cos(corner), y + side * math.sin(corner)) for corner in corners]
+            draw.polygon(patch, fill=_muted(rng))
     return first
 
 
@@ -206,13 +215,13 @@ def _font_size(rng: Random, longer: int, *, held_out: bool) -> int:
     return round(longer * (0.13 + 0.01 * step))
 
 
-def _place_text(rng: Random, image: Image.Image, others: list[Text], *, held_out: bool) -> Text | None:
+def _place_text(rng: Random, image: Image.Image, others: list[Text], *, held_out: bool, practice: bool) -> Text | None:
     """Prints a word or a number and says where, or does nothing where others are in the way."""
     width, height = image.size
-    if rng.random() < 0.55:
+    if rng.random() < (0.3 if practice else 0.55):
         text = rng.choice(WORDS)
     else:
-        digits = rng.choice((1, 2, 3, 4))
+        digits = rng.choice((1, 2, 3, 3, 4, 4, 4) if practice else (1, 2, 3, 4))
         text = str(rng.randrange(10 ** (digits - 1) if digits > 1 else 0, 10**digits))
     name, size = rng.choice(FONTS), _font_size(rng, max(width, height), held_out=held_out)
     margin = 4
@@ -275,7 +284,14 @@ def _draw(rng: Random, image: Image.Image, shape: Shape) -> None:
 
 
 def render(
-    rng: Random, longer: int, *, held_out: bool = False, crowded: bool = False, least: int = 1, most: int = 5
+    rng: Random,
+    longer: int,
+    *,
+    held_out: bool = False,
+    practice: bool = False,
+    crowded: bool = False,
+    least: int = 1,
+    most: int = 5,
 ) -> tuple[Image.Image, Scene]:
     """Returns a picture and what it shows.
 
@@ -283,6 +299,7 @@ def render(
         rng: decides everything.
         longer: longer side in pixels; the aspect ratio lies between 1:2 and 2:1.
         held_out: font sizes and backgrounds that training never shows.
+        practice: more long numbers, which are the hardest to read, and some backgrounds with edges, for training.
         crowded: as many shapes and texts as fit, the same ones repeated, for learning to see.
         least: the number of shapes at least, for practice with many.
         most: the number of shapes at most, for learning to answer.
@@ -290,10 +307,10 @@ def render(
     shorter = longer if rng.random() < 0.3 else round(longer * rng.uniform(0.5, 1))
     width, height = (longer, shorter) if rng.random() < 0.5 else (shorter, longer)
     while True:
-        image = _background(rng, width, height, held_out=held_out)
+        image = _background(rng, width, height, held_out=held_out, practice=practice)
         texts: list[Text] = []
         for _ in range(4 if crowded else rng.random() < 0.85):
-            text = _place_text(rng, image, texts, held_out=held_out)
+            text = _place_text(rng, image, texts, held_out=held_out, practice=practice)
             if text is not None:
                 texts.append(text)
         kinds = _choose_kinds(rng)[:most]
