@@ -20,6 +20,12 @@ def scenes() -> ModuleType:
     return scenes
 
 
+@pytest.fixture
+def demo_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets a script of demo/ import its neighbours, as it can when it is run."""
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "demo")
+
+
 def test_scene_follows_from_its_seed(scenes: ModuleType) -> None:
     first, second, other = (scenes.scene_of(seed, 3, held_out=False) for seed in (1, 1, 2))
     assert first[1] == second[1]
@@ -140,3 +146,26 @@ def test_trainer_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert [("text" in row, "answers" in row) for row in rows] == [(True, False), (False, True), (True, True)]
     subprocess.run([sys.executable, train, "--run", tmp_path, "--export", tmp_path / "out"], check=True)
     assert (tmp_path / "out" / "model.safetensors").stat().st_size <= 12e6
+
+
+# The figures
+
+
+def test_seeds_of_the_figures_come_from_the_weights(scenes: ModuleType, demo_path: None) -> None:
+    from demo import evaluate
+
+    assert evaluate.seeds_of("00010010ffff0abc8000" + "1" * 44) == [1, 16, 65535, 2748, 32768]
+
+
+def test_figures_pool_the_seeds(scenes: ModuleType, demo_path: None) -> None:
+    from demo import evaluate
+
+    full = {kind: {"count": 100, "score": 1.0} for kind in scenes.KINDS}
+    table = evaluate.summarize([full, {**full, "read": {"count": 300, "score": 0.8}}])
+    assert table["all but read"]["score"] == 1
+    assert table["all but read"]["count"] == 1400
+    assert table["read"]["score"] == pytest.approx(0.85)
+    assert table["read"]["by_seed"] == [1, 0.8]
+    assert table["read"]["deviation"] == pytest.approx(0.2 / 2**0.5)
+    # Wilson's interval of 340 of 400, as in tables.
+    assert (table["read"]["low"], table["read"]["high"]) == pytest.approx((0.8116, 0.8817), abs=1e-4)
