@@ -1,3 +1,4 @@
+import hashlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -155,6 +156,10 @@ def test_seeds_of_the_figures_come_from_the_weights(scenes: ModuleType, demo_pat
     from demo import evaluate
 
     assert evaluate.seeds_of("00010010ffff0abc8000" + "1" * 44) == [1, 16, 65535, 2748, 32768]
+    shipped = json.loads((evaluate.HERE / "evaluation.json").read_text())
+    digest = hashlib.sha256(evaluate.WEIGHTS.read_bytes()).hexdigest()
+    assert (shipped["sha256"], shipped["seeds"]) == (digest, evaluate.seeds_of(digest))
+    assert shipped["model"] == "demo"
 
 
 def test_figures_pool_the_seeds(scenes: ModuleType, demo_path: None) -> None:
