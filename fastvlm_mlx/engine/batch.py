@@ -1,18 +1,23 @@
 """Rows decoded together, each as it would be alone."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fastvlm_mlx.backend import mx
 from fastvlm_mlx.config import IMAGE_TOKEN
-from fastvlm_mlx.engine.options import GenerationConfig
+from fastvlm_mlx.engine.options import GenerationConfig, GenerationOptions
 from fastvlm_mlx.engine.sampling import Sampler, sample
 from fastvlm_mlx.errors import ConfigError, PromptError
 from fastvlm_mlx.model.fastvlm import FastVLM, TokenIds
 from fastvlm_mlx.streams import read, turn
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def generate_rows(
@@ -22,7 +27,7 @@ def generate_rows(
     attention_mask: npt.ArrayLike | mx.array | None = None,
     *,
     config: GenerationConfig | Sequence[GenerationConfig] | None = None,
-    **options: Any,
+    **options: Unpack[GenerationOptions],
 ) -> list[list[int]]:
     """The new token ids of each row, without the end token.
 
@@ -45,7 +50,7 @@ def generate_rows(
     configs = list(config) if isinstance(config, Sequence) else [config] * len(rows)
     if len(configs) != len(rows):
         raise ConfigError(f"{len(configs)} configs for {len(rows)} rows; give one for each, or one for all")
-    configs = [GenerationConfig.of(each, options) for each in configs]
+    configs = [GenerationConfig.of(each, dict(options)) for each in configs]
     if any(each.stop for each in configs):
         raise ConfigError("stop strings are about text, and this returns token ids; use fastvlm_mlx.generate")
     context = model.config.context_length

@@ -51,7 +51,7 @@ class RowDecoder:
         self.reused = 0
         if prefix_cache is not None:
             prefix_cache.bind(model)
-        if len(pixel_values) and not prefix_cache:
+        if len(pixel_values) and (prefix_cache is None or len(prefix_cache) == 0):
             with turn():
                 self._visual_tokens = model.encode_image(pixel_values, on_submit)
                 mx.async_eval(self._visual_tokens)

@@ -21,7 +21,9 @@ from fastvlm_mlx.model.vision import FastViTHD
 from fastvlm_mlx.streams import turn
 
 if TYPE_CHECKING:
-    from fastvlm_mlx.engine.options import GenerationConfig
+    from typing_extensions import Unpack
+
+    from fastvlm_mlx.engine.options import GenerationConfig, GenerationOptions
 
 TokenIds = npt.ArrayLike | mx.array
 
@@ -246,7 +248,7 @@ class FastVLM(nn.Module):
         attention_mask: npt.ArrayLike | mx.array | None = None,
         *,
         config: "GenerationConfig | Sequence[GenerationConfig] | None" = None,
-        **options: Any,
+        **options: "Unpack[GenerationOptions]",
     ) -> list[list[int]]:
         """The new token ids of each row, without the end token; see `fastvlm_mlx.engine.batch.generate_rows`.
 
