@@ -12,9 +12,9 @@ from fastvlm_mlx.engine.decode import RowDecoder
 from fastvlm_mlx.engine.options import GenerationConfig, GenerationOptions
 from fastvlm_mlx.engine.prefix_cache import PrefixCache
 from fastvlm_mlx.generation.result import GenerationResult, Timings
-from fastvlm_mlx.generation.stop import StopStrings
+from fastvlm_mlx.generation.stop import TextStream
 from fastvlm_mlx.inputs.images import Resolution
-from fastvlm_mlx.inputs.processor import FastVLMProcessor
+from fastvlm_mlx.inputs.processor import FastVLMProcessor, Inputs
 from fastvlm_mlx.inputs.prompts import Prompt
 from fastvlm_mlx.inputs.sources import Allow, ImageSource
 from fastvlm_mlx.model.fastvlm import FastVLM
@@ -77,55 +77,46 @@ def stream_generate(
         on_submit=inputs.start,
     )
     submitted = time.perf_counter()
-    input_ids = inputs.input_ids  # tokenized here, while a GPU runs the tower
+    _ = inputs.input_ids  # tokenized here, while a GPU runs the tower
     preprocess = time.perf_counter() - submitted + prepared - start
-    return _pieces(processor, decoder, input_ids, inputs.resolution, config, start, preprocess)
+    return _pieces(inputs, decoder, config, start=start, preprocess=preprocess)
 
 
 def _pieces(
-    processor: FastVLMProcessor,
-    decoder: RowDecoder,
-    input_ids: list[int],
-    resolution: int,
-    config: GenerationConfig,
-    start: float,
-    preprocess: float,
+    inputs: Inputs, decoder: RowDecoder, config: GenerationConfig, *, start: float, preprocess: float
 ) -> Iterator[GenerationResult]:
-    """The answer of `decoder` as pieces of text."""
-    prompt_tokens = processor.positions(input_ids, resolution)
-    stop, detokenizer = StopStrings(config.stop_strings), processor.detokenizer()
+    """The answer of `decoder` as pieces of text; `start` is a time, `preprocess` a duration, both in seconds."""
+    processor, input_ids = inputs.processor, inputs.input_ids
+    prompt_tokens = processor.positions(input_ids, inputs.resolution)
     end_tokens = () if config.ignore_eos else processor.eos_token_ids
+    text_stream = TextStream(processor.detokenizer(), config.stop_strings)
     piece = GenerationResult(
         text="",
         token_ids=(),
         prompt_tokens=prompt_tokens,
-        visual_tokens=input_ids.count(IMAGE_TOKEN) * processor.num_visual_tokens(resolution),
+        visual_tokens=input_ids.count(IMAGE_TOKEN) * processor.num_visual_tokens(inputs.resolution),
         generated_tokens=0,
         finish_reason=None,
         timings=Timings(preprocess=preprocess, ttft=0.0, decode=0.0, total=0.0),
     )
-    reason = "length"
+    first, reason = 0.0, "length"
     for token in decoder.tokens(input_ids, min(config.max_tokens, processor.context_length - prompt_tokens)):
         now = time.perf_counter()
         if not piece.generated_tokens:
             first = now
-            piece = replace(piece, reused_tokens=processor.positions(input_ids[: decoder.reused], resolution))
+            piece = replace(piece, reused_tokens=processor.positions(input_ids[: decoder.reused], inputs.resolution))
         timings = Timings(preprocess=preprocess, ttft=first - start, decode=now - first, total=now - start)
         piece = replace(piece, generated_tokens=piece.generated_tokens + 1, timings=timings)
         if token in end_tokens:
             reason = "stop"
             break
-        text, ended = stop.add(detokenizer.add(token))
+        text, ended = text_stream.add(token)
         if ended:
             yield replace(piece, text=text, token_ids=(token,), finish_reason="stop")
             return
         yield replace(piece, text=text, token_ids=(token,))
-    text, ended = stop.add(detokenizer.finish())
-    if ended:
-        reason = "stop"
-    else:
-        text += stop.finish()
-    yield replace(piece, text=text, finish_reason=reason)
+    text, ended = text_stream.finish()
+    yield replace(piece, text=text, finish_reason="stop" if ended else reason)
 
 
 def generate(

@@ -1,6 +1,30 @@
-"""Strings that end an answer."""
+"""The text of an answer as it grows, and the strings that end it."""
 
 from collections.abc import Sequence
+
+from fastvlm_mlx.inputs.tokenizer import StreamingDetokenizer
+
+
+class TextStream:
+    """Turns token ids into text: whole characters only, and nothing from a stop string on.
+
+    Args:
+        detokenizer: For this answer alone.
+        stop: Strings that end the answer.
+    """
+
+    def __init__(self, detokenizer: StreamingDetokenizer, stop: Sequence[str]) -> None:
+        self._detokenizer = detokenizer
+        self._stop = StopStrings(stop)
+
+    def add(self, token: int) -> tuple[str, bool]:
+        """Adds a token id; returns the text that can be shown now, and whether a stop string has ended it."""
+        return self._stop.add(self._detokenizer.add(token))
+
+    def finish(self) -> tuple[str, bool]:
+        """Returns the text that was held back, and whether a stop string has ended it."""
+        text, ended = self._stop.add(self._detokenizer.finish())
+        return (text, True) if ended else (text + self._stop.finish(), False)
 
 
 class StopStrings:
