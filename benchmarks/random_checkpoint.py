@@ -85,7 +85,8 @@ def values(name: str, shape: tuple[int, ...], seed: int) -> Iterator[NDArray[np.
     random = np.random.Generator(np.random.SFC64([seed, zlib.crc32(name.encode())]))
     leaf = name.rpartition(".")[2]
     row_size = math.prod(shape[1:])
-    mean, std = np.zeros(row_size, np.float32), 0.002
+    mean: NDArray[Any] = np.zeros(row_size, np.float32)
+    std = 0.002
     zero_sum = False
     if re.search(r"(norm|bn)\.weight$|running_var$", name):
         mean, std = mean + 1, 0.05

@@ -74,7 +74,7 @@ def _grid(members: Array, bits: int, dtype: str) -> tuple[Array, Array]:
     """Scale and bias (out,) of a group (out, group size): the clipped range with the least squared error."""
     top = 2**bits - 1
     low, high = members.min(axis=1), members.max(axis=1)
-    best = np.full(len(members), np.inf, np.float32)
+    best: Array = np.full(len(members), np.inf, np.float32)
     scale, bias = np.ones_like(best), np.zeros_like(best)
     for clip in _CLIPS:
         step = _rounded((high - low) * (clip / top), dtype)
