@@ -1,6 +1,6 @@
-"""Batches of scenes for training the demo checkpoint: pictures, questions as tokens, and what the extra heads learn.
+"""Batches of scenes for training the demo checkpoint: images, questions as tokens, and targets of the extra heads.
 
-Nothing here knows the network; `train.py` draws from it in as many processes as there are cores.
+Nothing here knows the network. `train.py` draws the batches in several processes.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from torch.utils.data import IterableDataset, get_worker_info
 VOCABULARY = 640
 RESOLUTION = 192
 RANKS = 5
-"""Most shapes of a picture whose order from left to right is told."""
+"""Number of shapes of an image whose order from left to right is a target, counted from the left."""
 CELL = 32
 """Side in pixels of a cell of the object heads: half a visual token."""
 SLOTS = 5
 """Longest printed text."""
 ASKED = (*KINDS, "count", "colour", "shape", "where", "where", "exists", "compare")
-"""The kinds that a training picture's questions are drawn from, as many as fit into `TOKENS`."""
+"""The kinds of questions about a training image, shuffled; as many are used as fit into `TOKENS`."""
 TOKENS = 177
-"""Most tokens of a picture's questions; with prompt and visual tokens, they make a multiple of eight."""
+"""Most tokens of the questions about an image; with prompt and visual tokens, the length is a multiple of eight."""
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 PROMPT_START = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
 PROMPT_END = "<|im_end|>\n<|im_start|>assistant\n"
@@ -48,7 +48,7 @@ QWEN2_SPLIT = (
 
 
 def train_tokenizer() -> Tokenizer:
-    """Returns a byte-level BPE tokenizer as Qwen2's, made from the questions and answers of a few hundred scenes."""
+    """Returns a byte-level BPE tokenizer like Qwen2's, trained on the questions and answers of 500 scenes."""
     rng = Random("corpus")
     corpus = [*("You are a helpful assistant.", "system", "user", "assistant") * 1000, *WORDS * 400]
     for _ in range(500):
@@ -77,7 +77,7 @@ def train_tokenizer() -> Tokenizer:
 
 
 def load_tokenizer(run: Path) -> Tokenizer:
-    """Returns the run's tokenizer, made on first use."""
+    """Returns the run's tokenizer, which is trained on first use."""
     path = run / "tokenizer.json"
     if not path.exists():
         train_tokenizer().save(str(path))
@@ -89,25 +89,25 @@ def load_tokenizer(run: Path) -> Tokenizer:
 
 @dataclass(frozen=True)
 class Tokens:
-    """The tokens of a text, and where in it each of them ends."""
+    """The tokens of a text, and the position in the text where each one ends."""
 
     ids: list[int]
     ends: list[int]
 
     @classmethod
     def of(cls, encoding: Encoding) -> Tokens:
-        """Returns what the tokenizer made of a text."""
+        """Returns the tokens of an encoded text."""
         return cls(encoding.ids, [end for _, end in encoding.offsets])
 
 
 Encode = Callable[[str], Tokens]
 Known = tuple[int, int, int]
-"""Of a shape that is named: its centre's x, y from the middle of the picture, in 1/256 of a cell, and its size."""
+"""Of a named shape: x and y of its centre from the middle of the image, in 1/256 of a cell, and its size."""
 NOTHING: Known = (-1, -1, -1)
 
 
 def square(image: Image.Image, resolution: int) -> np.ndarray:
-    """Returns the picture as FastVLM sees it: centred on a black square, bicubic, uint8 (R, R, 3)."""
+    """Returns the image as FastVLM sees it: centred on a black square, bicubic, uint8 (R, R, 3)."""
     side = max(image.size)
     canvas = Image.new("RGB", (side, side))
     canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
@@ -118,24 +118,24 @@ def square(image: Image.Image, resolution: int) -> np.ndarray:
 
 @dataclass
 class Batch:
-    """Pictures with their questions, and what the extra heads shall find.
+    """Images with their questions, and the targets of the extra heads.
 
     Attributes:
         pixels: uint8 (B, R, R, 3).
-        ids: token ids after the image (B, T), all questions of a picture in a row.
-        segments: (B, T), the number of the question each token belongs to, from 1; 0 is padding.
+        ids: token ids after the image (B, T), all questions about an image one after another.
+        segments: (B, T), the number of the question that a token belongs to, from 1; 0 is padding.
         offsets: (B, T), position within the question.
-        labels: (B, T), the token to predict there or -1.
+        labels: (B, T), the token to predict there, or -1.
         weights: (B, T), weight of that prediction.
         kinds: (B, T), index into `KINDS`.
-        cells: (B, G, G, 6): -1 or shape, colour, size, the centre's x, y within the cell, in 1/256, and how many shapes
-            are further left, -1 where that is more than `RANKS`.
+        cells: (B, G, G, 6): shape, colour, size, the centre's x and y within the cell, in 1/256, and the number of
+            shapes further left, or -1 from `RANKS` on; all -1 in a cell without a shape.
         characters: (B, R/16, R/8): 0 or 1 + the index of the character centred there.
-        referents: (B, T, 3), where a question or an answer has just named a shape: its centre's x, y from the middle of
-            the picture, in 1/256 of a cell, and its size; elsewhere -1.
-        upcoming: (B, T, 3), the same of the shape that is named next.
-        slots: (B, R/64, R/64, SLOTS): at the visual token in the middle of a text its characters, elsewhere -1.
-        text_ids: (B, N, SLOTS): there the token ids of the text, padded with -1.
+        referents: (B, T, 3), where a question or an answer has just named a shape: x and y of its centre from the
+            middle of the image, in 1/256 of a cell, and its size; elsewhere -1.
+        upcoming: (B, T, 3), the same for the shape that the answer names next.
+        slots: (B, R/64, R/64, SLOTS), the characters of a text at the visual token in its middle; elsewhere -1.
+        text_ids: (B, N, SLOTS), the token ids of the text at that visual token, padded with -1.
     """
 
     pixels: Tensor
@@ -158,7 +158,7 @@ class Batch:
 
 
 def dense_targets(scene: Scene, resolution: int, encode: Encode) -> dict[str, np.ndarray]:
-    """Returns what the extra heads shall find in a scene; see `Batch`."""
+    """Returns the targets of the extra heads for a scene; see `Batch`."""
     longer = max(scene.width, scene.height)
     left, top = (longer - scene.width) // 2, (longer - scene.height) // 2
     scale = resolution / longer
@@ -200,32 +200,32 @@ PER_TOKEN = {
     "referents": -1,
     "upcoming": -1,
 }
-"""The fields of `Batch` with a value per token, and what fills them up."""
+"""The fields of `Batch` with a value per token, and the value of padding."""
 NO_TOKENS = {name: np.zeros((0, 3) if name in ("referents", "upcoming") else 0, np.int64) for name in PER_TOKEN}
-"""For the pictures that only the tower learns from."""
+"""For images that only the tower learns from."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """How much of the training each stage takes, in shares of the whole."""
+    """The first two stages' shares of the training; the third takes the rest."""
 
     see: float
     answer: float
 
     def seeing(self, progress: float) -> bool:
-        """Returns whether the tower learns alone, at a progress from 0 to 1."""
+        """Returns whether the tower is trained alone; progress goes from 0 to 1."""
         return progress < self.see
 
     def tuning(self, progress: float) -> bool:
-        """Returns whether everything learns together."""
+        """Returns whether all parts are trained together."""
         return progress >= self.see + self.answer
 
     def easy(self, progress: float) -> bool:
-        """Returns whether questions are about one or two shapes only."""
+        """Returns whether images have only one or two shapes."""
         return progress < self.see + 0.35 * self.answer
 
     def rate(self, progress: float, peak: float) -> float:
-        """Returns the learning rate: in each stage a warm-up, then a cosine."""
+        """Returns the learning rate: a warm-up and a cosine decay in each stage."""
         if self.seeing(progress):
             start, end, height = 0.0, self.see, 1.0
         elif self.tuning(progress):
@@ -238,11 +238,11 @@ class Schedule:
 
 
 class Clock:
-    """How far training is, from 0 to 1, in steps or in minutes; the processes that draw can ask it, too.
+    """The progress of training from 0 to 1, in steps or in minutes; the processes that draw batches share it.
 
     Args:
-        steps: steps in all; then every run with the same seed draws the same batches.
-        minutes: how long to train instead.
+        steps: the number of steps; every run with the same seed and steps draws the same batches.
+        minutes: the duration, in place of a number of steps.
     """
 
     def __init__(self, steps: int, minutes: float | None) -> None:
@@ -250,7 +250,7 @@ class Clock:
         self.shared = Value("d", 0.0)
 
     def update(self, steps: int, seconds: float) -> float:
-        """Returns the progress after so many steps and seconds."""
+        """Returns the progress after a number of steps and seconds."""
         self.shared.value = steps / self.steps if self.minutes is None else seconds / (60 * self.minutes)
         return self.shared.value
 
@@ -260,7 +260,7 @@ class Clock:
 
 
 class Scenes(IterableDataset[Batch]):
-    """An endless stream of batches, whose content follows from seed, number and progress."""
+    """An endless stream of batches; seed, number and progress decide the content of each."""
 
     def __init__(
         self, tokenizer: Tokenizer, schedule: Schedule, clock: Clock, *, seed: str, batch: int, first: int = 0
@@ -275,9 +275,9 @@ class Scenes(IterableDataset[Batch]):
             yield self.draw(number, self.clock.at(number))
 
     def draw(self, number: int, progress: float) -> Batch:
-        """Returns batch `number` as training sees it at some progress."""
+        """Returns training batch `number` at the given progress."""
         rng = Random(f"{self.seed}/{number}")
-        # A few larger pictures, so that these are not unheard of.
+        # A few larger images, so that the model knows them, too.
         resolution = rng.choices((RESOLUTION, 256), (92, 8))[0]
         seeing, easy, tuning = (
             stage(progress) for stage in (self.schedule.seeing, self.schedule.easy, self.schedule.tuning)
@@ -299,7 +299,7 @@ class Scenes(IterableDataset[Batch]):
         return collate(rows, 0 if seeing else TOKENS)
 
     def held_out(self, number: int) -> Batch:
-        """Returns held-out batch `number`: every kind of question once, and backgrounds and font sizes kept apart."""
+        """Returns held-out batch `number`: every kind of question once, on backgrounds that training never shows."""
         rng = Random(f"{self.seed}/{number}")
         rows = []
         for _ in range(self.batch):
@@ -310,18 +310,18 @@ class Scenes(IterableDataset[Batch]):
     def row(
         self, image: Image.Image, scene: Scene, resolution: int, tokens: dict[str, np.ndarray]
     ) -> dict[str, np.ndarray]:
-        """Returns one picture's part of a batch."""
+        """Returns the part of a batch for one image."""
         return {"pixels": square(image, resolution), **dense_targets(scene, resolution, self.encode), **tokens}
 
     @functools.cached_property
     def encode(self) -> Encode:
-        """The tokenizer, with a memory: most questions and answers come again and again."""
+        """The tokenizer with a cache, because most questions and answers recur."""
         return functools.lru_cache(50_000)(lambda text: Tokens.of(self.tokenizer.encode(text)))
 
     def tokens(
         self, scene: Scene, rng: Random, resolution: int, kinds: Sequence[str], limit: int = TOKENS
     ) -> dict[str, np.ndarray]:
-        """Returns questions of some kinds about a scene, one after the other, as many as fit; see `Batch`."""
+        """Returns questions of the given kinds about a scene, as many as fit, one after another; see `Batch`."""
         columns: dict[str, list[object]] = defaultdict(list)
         for segment, kind in enumerate(kinds, 1):
             question = ask(scene, rng, kind)
@@ -334,7 +334,7 @@ class Scenes(IterableDataset[Batch]):
                 continue
             named = [named_shapes(*pair, scene, resolution) for pair in zip((before, answer), texts, strict=True)]
             last, first = ([*a, *b] for a, b in zip(*named, strict=True))
-            # What a question is going to name cannot be known.
+            # Nobody can know which shape a question will name.
             first[: len(before.ids)] = [NOTHING] * len(before.ids)
             columns["ids"] += (before.ids + answer.ids)[:-1]
             columns["labels"] += [-1] * (len(before.ids) - 1) + answer.ids
@@ -350,7 +350,7 @@ class Scenes(IterableDataset[Batch]):
 
 
 def collate(rows: list[dict[str, np.ndarray]], length: int) -> Batch:
-    """Returns a batch of pictures, their tokens filled up to `length`: always the same, for the compiler."""
+    """Returns a batch whose tokens are padded to `length`, which is constant for the compiler's sake."""
     stacked = {}
     for name in rows[0]:
         values = [row[name] for row in rows]
@@ -365,7 +365,7 @@ def collate(rows: list[dict[str, np.ndarray]], length: int) -> Batch:
 
 
 def named_shapes(tokens: Tokens, text: str, scene: Scene, resolution: int) -> tuple[list[Known], list[Known]]:
-    """Returns place and size of each shape that a text names, at its name's last token and at its first."""
+    """Returns place and size of each named shape: at the last token of its name, and at the first."""
     first, last = ([NOTHING] * len(tokens.ids) for _ in range(2))
     longer = max(scene.width, scene.height)
     for shape in scene.shapes:

@@ -1,4 +1,4 @@
-"""Writes the sample pictures that ship with the demo checkpoint, and what the right answers about them are.
+"""Writes the sample images that come with the demo checkpoint, with questions and right answers.
 
     python demo/samples.py fastvlm_mlx/demo_model
 
@@ -15,16 +15,16 @@ from random import Random
 from scenes import KINDS, ask, render
 
 CHOSEN = (18, 20, 5, 17, 19, 8)
-"""Six scenes that differ in shape, background and text, all of whose questions the model answers rightly.
+"""Six scenes that differ in shape, background and text. Training never sees their seeds.
 
-Training never sees their seeds.
+They were selected: the model answers all questions about them rightly.
 """
 LONGER_SIDE = 384
 
 
 def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description="Write the demo's sample pictures and answers.")
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(description="Write the demo's sample images and answers.")
     parser.add_argument("out", type=Path)
     out = parser.parse_args().out
     rows = []

@@ -1,7 +1,7 @@
 """Synthetic scenes with questions and answers: the world of the demo checkpoint.
 
 A scene holds one to five coloured shapes and usually a short printed text on some background. Everything follows from
-a seed. `python demo/scenes.py --count 2000 --seed 7 --out folder` writes pictures and a `questions.jsonl` with rows
+a seed. `python demo/scenes.py --count 2000 --seed 7 --out folder` writes images and a `questions.jsonl` with rows
 {"image", "question", "answers", "kind"}, which `fastvlm eval` reads; `--held-out` uses font sizes and backgrounds that
 training never shows.
 """
@@ -55,7 +55,7 @@ CHARACTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """One shape; x, y and radius are in pixels of the picture."""
+    """One shape; x, y and radius are in pixels of the image."""
 
     shape: str
     colour: str
@@ -86,7 +86,7 @@ class Text:
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """What a picture shows: shapes, sorted from left to right, and at most one text (more where it is crowded)."""
+    """What an image shows: shapes, sorted from left to right, and at most one text (more where it is crowded)."""
 
     width: int
     height: int
@@ -210,7 +210,7 @@ def _background(rng: Random, width: int, height: int, *, held_out: bool, practic
 
 
 def _font_size(rng: Random, longer: int, *, held_out: bool) -> int:
-    """Font size in pixels: training uses nine ratios to the longer side, held-out pictures those halfway between."""
+    """Font size in pixels: training uses nine ratios to the longer side, held-out images those halfway between."""
     step = rng.randrange(8) + 0.5 if held_out else rng.randrange(9)
     return round(longer * (0.13 + 0.01 * step))
 
@@ -293,7 +293,7 @@ def render(
     least: int = 1,
     most: int = 5,
 ) -> tuple[Image.Image, Scene]:
-    """Returns a picture and what it shows.
+    """Returns an image and what it shows.
 
     Args:
         rng: decides everything.
@@ -485,7 +485,7 @@ def ask(scene: Scene, rng: Random, kind: str) -> Question | None:
 
 
 def scene_of(seed: int, index: int, *, held_out: bool) -> tuple[Image.Image, Question]:
-    """Returns picture and question number `index` of a file; the kinds take turns."""
+    """Returns image and question number `index` of a file; the kinds take turns."""
     rng = Random(f"{seed}/{index}")
     while True:
         image, scene = render(rng, rng.randint(240, 480), held_out=held_out)
@@ -495,7 +495,7 @@ def scene_of(seed: int, index: int, *, held_out: bool) -> tuple[Image.Image, Que
 
 
 def write_questions(out: Path, count: int, seed: int, *, held_out: bool) -> None:
-    """Writes `count` pictures and their `questions.jsonl` into `out`."""
+    """Writes `count` images and their `questions.jsonl` into `out`."""
     (out / "images").mkdir(parents=True, exist_ok=True)
     with (out / "questions.jsonl").open("w", encoding="utf-8") as rows:
         for index in range(count):
@@ -507,7 +507,7 @@ def write_questions(out: Path, count: int, seed: int, *, held_out: bool) -> None
 
 
 def main() -> None:
-    """Command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description="Write scenes and questions about them.")
     parser.add_argument("--count", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=7)

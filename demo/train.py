@@ -1,16 +1,15 @@
 """Trains the demo checkpoint: a tiny FastVLM that answers questions about the scenes of `scenes.py`.
 
     python demo/train.py --run build/demo --minutes 6 --batch 256 --lr 2e-3 --workers 15     # on a GPU
-    torchrun --nproc-per-node 2 demo/train.py --run build/demo --compile                            # on two cores
+    torchrun --nproc-per-node 2 demo/train.py --run build/demo --compile                     # on two cores
     python demo/train.py --run build/demo --export fastvlm_mlx/demo_model
 
-Started again, it goes on from the last saved state. Three stages, as FastVLM's own training has them: first the tower
-learns to see, alone, with extra heads that name the shape or character in every cell of crowded pictures; then
-projector and decoder learn to answer from the frozen tower; at last everything is tuned together. Each picture is asked
-several questions at once: they share the visual tokens and see nothing of each other. The extra heads are dropped at
-export.
-The checkpoint is in train-time form under Apple's names (see `model.py`), so that it takes the way of any checkpoint
-through the converter.
+If it is started again, it continues from the last saved state. There are three stages, as in FastVLM's own training.
+First the tower is trained alone, with extra heads that name the shape or character in every cell of crowded images.
+Then projector and decoder are trained to answer from the frozen tower. Finally everything is trained together. Several
+questions about an image are answered at once: they share the visual tokens and cannot see each other. The export drops
+the extra heads. It has the train-time form and Apple's names (see `model.py`), so the converter treats it like any
+other checkpoint.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from torch.utils.data import DataLoader
 from trainee import DECODER, TOWER, Trainee
 
 VALIDATION = "-1"
-"""Seed of the held-out scenes in the log; nothing is chosen by them."""
+"""Seed of the held-out scenes in the log; nothing is selected on them."""
 
 
 # Evaluation
@@ -43,9 +42,10 @@ VALIDATION = "-1"
 
 @torch.no_grad()
 def accuracy(model: Trainee, batches: list[Batch]) -> dict[str, float]:
-    """Returns the share of exactly right answers per kind.
+    """Returns the share of exactly right answers of each kind.
 
-    An answer whose every token is the likeliest one after the true beginning is the answer that greedy decoding finds.
+    If every token of the right answer is the most likely one after the tokens before it, greedy decoding gives this
+    answer.
     """
     model.eval()
     right: dict[str, list[bool]] = defaultdict(list)
@@ -61,7 +61,7 @@ def accuracy(model: Trainee, batches: list[Batch]) -> dict[str, float]:
 
 @torch.no_grad()
 def sight(model: Trainee, batches: list[Batch]) -> dict[str, float]:
-    """Returns the extra heads' losses on held-out pictures."""
+    """Returns the losses of the extra heads on held-out images."""
     model.eval()
     losses = [model.heads(model.see(batch), batch) for batch in batches]
     return {name: sum(float(loss[name]) for loss in losses) / len(losses) for name in losses[0]}
@@ -71,7 +71,7 @@ def sight(model: Trainee, batches: list[Batch]) -> dict[str, float]:
 
 
 def stream(loader: Iterable[Batch], seeing: Callable[[], bool]) -> Iterator[Batch]:
-    """Yields the batches, without those that were drawn ahead for the stage before."""
+    """Yields the batches, without those that were drawn in advance for the previous stage."""
     for batch in loader:
         if seeing() == (batch.ids.shape[1] == 0):
             yield batch
@@ -91,7 +91,7 @@ def losses_of(model: Trainee, batch: Batch, *, seeing: bool, frozen: bool) -> di
 
     Args:
         model: in training mode.
-        batch: pictures and questions.
+        batch: images and questions.
         seeing: train the tower alone.
         frozen: leave the tower as it is.
     """
@@ -205,7 +205,7 @@ def train(arguments: argparse.Namespace) -> None:
             sums[name] = sums.get(name, 0) + value.detach()
         seconds = time.monotonic() - started
         progress = clock.update(step, seconds)
-        if schedule.seeing(progress) != seeing:  # the tower is frozen as it was on average
+        if schedule.seeing(progress) != seeing:  # freeze the averaged tower
             model.vlm.tower.load_state_dict(averaged.vlm.tower.state_dict())
         last = progress >= 1
         if rank == 0 and (step % arguments.log_every == 0 or last):
@@ -241,7 +241,7 @@ def export(run: Path, out: Path) -> None:
         for name, value in weights.items()
     }
     save_file(half, out / "model.safetensors", {"format": "pt"})
-    (out / "model.safetensors").chmod(0o644)  # safetensors keeps it to its owner
+    (out / "model.safetensors").chmod(0o644)  # safetensors makes it readable by its owner only
     tokenizer = load_tokenizer(run)
     tokenizer.model.save(str(out))
     added = {token: tokenizer.token_to_id(token) for token in SPECIAL}
@@ -301,12 +301,12 @@ def checkpoint_config(added: dict[str, int]) -> dict[str, object]:
 
 
 def main() -> None:
-    """Command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description="Train or export the demo checkpoint.")
     parser.add_argument("--run", type=Path, required=True, help="folder of the run: state, tokenizer, log")
     parser.add_argument("--export", type=Path, help="write the checkpoint into this folder instead of training")
-    parser.add_argument("--steps", type=int, default=14600, help="steps in all")
-    parser.add_argument("--minutes", type=float, help="train so long instead")
+    parser.add_argument("--steps", type=int, default=14600, help="number of steps")
+    parser.add_argument("--minutes", type=float, help="train for this long instead")
     parser.add_argument(
         "--stages",
         type=float,

@@ -1,4 +1,4 @@
-"""The network that is trained: the model of `model.py` and the heads that training adds to it."""
+"""The network in training: the model of `model.py` and the extra heads."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ DECODER = DecoderConfig(
 
 
 def autocast(device: torch.device) -> torch.autocast:
-    """Returns a context for bfloat16 on a GPU; CPUs without its arithmetic emulate it, ten times slower."""
+    """Returns a context that computes in bfloat16 on a GPU; many CPUs only emulate it, ten times slower."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 def mean_where(there: Tensor, values: Tensor) -> Tensor:
-    """Returns the mean of some of the values, 0 of none; their number stays on the device."""
+    """Returns the mean of the values where `there` is true, 0 if there are none; it stays on the device."""
     return (values * there).sum() / there.sum().clamp(min=1)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Returns the mean cross-entropy of logits (…, C) where labels (…) are not -1."""
+    """Returns the mean cross-entropy of logits (…, C) over the labels (…) that are not -1."""
     total = F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=-1, reduction="sum")
     return total / (labels >= 0).sum().clamp(min=1)
 
 
 class DenseHeads(nn.Module):
-    """The extra heads: objects from stage 4 and the features, characters from stages 3 and 4, texts from features."""
+    """The extra heads: objects from stage 4 and features, characters from stages 3 and 4, texts from features."""
 
     outputs = 1 + len(SHAPES) + len(COLOURS) + len(SIZES) + 2
     characters_out = 1 + len(CHARACTERS)
@@ -57,7 +57,7 @@ class DenseHeads(nn.Module):
     def forward(self, maps: list[Tensor], batch: Batch) -> dict[str, Tensor]:
         """Returns the losses."""
         features = maps[-1]
-        # The decoder has to compare places, so the features tell them from the middle of the picture.
+        # The decoder has to compare places, so the features give them relative to the middle of the image.
         grid = batch.cells.shape[1]
         order = torch.arange(grid, device=features.device) - grid / 2
         origin = torch.stack(torch.meshgrid(order, order, indexing="xy"), -1).expand(*batch.cells.shape[:3], 2)
@@ -72,12 +72,12 @@ class DenseHeads(nn.Module):
             }
 
     def object_loss(self, y: Tensor, cells: Tensor, origin: Tensor) -> Tensor:
-        """Cross-entropies and squared distances where there is a shape, and whether there is one.
+        """Returns the loss of shape, colour, size and place in cells with a shape, and of whether there is a shape.
 
         Args:
             y: outputs (B, outputs, G, G).
-            cells: see `Batch`.
-            origin: (B, G, G, 2), what is added to a centre's place within its cell, in cells.
+            cells: targets; see `Batch`.
+            origin: (B, G, G, 2), the place of each cell, in cells, which is added to that of a centre within it.
         """
         y = y.permute(0, 2, 3, 1).float()
         there = cells[..., 0] >= 0
@@ -89,11 +89,11 @@ class DenseHeads(nn.Module):
         return loss + 8 * mean_where(there, distance)
 
     def rank_loss(self, y: Tensor, cells: Tensor) -> Tensor:
-        """Cross-entropy of the order from left to right, of outputs (B, RANKS, G, G)."""
+        """Returns the cross-entropy of the order from left to right, from outputs (B, RANKS, G, G)."""
         return cross_entropy(y.permute(0, 2, 3, 1), cells[..., 5])
 
     def character_loss(self, head: int, x: Tensor, characters: Tensor) -> Tensor:
-        """Cross-entropy over the characters plus that over the empty places."""
+        """Returns the cross-entropy over the characters plus a multiple of that over empty places."""
         rows, columns = characters.shape[1] // x.shape[2], characters.shape[2] // x.shape[3]
         y = self.characters[head](x).unflatten(1, (rows, columns, self.characters_out))
         logits = y.permute(0, 4, 1, 5, 2, 3).reshape(*characters.shape, self.characters_out).float()
@@ -102,16 +102,16 @@ class DenseHeads(nn.Module):
         return mean_where(there, losses) + 4 * mean_where(~there, losses)
 
     def text_loss(self, features: Tensor, batch: Batch) -> Tensor:
-        """Cross-entropy of every character of the text, from the visual token at its centre alone."""
+        """Returns the cross-entropy of all characters of a text, from the visual token in its middle alone."""
         logits = self.slots(features.permute(0, 2, 3, 1)).unflatten(-1, (SLOTS, self.characters_out))
         return cross_entropy(logits, batch.slots)
 
 
 class ReferentHeads(nn.Module):
-    """Tell, from the decoder's states after some layers, where a shape is that is being named, and its size.
+    """Predict place and size of a shape that a text names, from the decoder's hidden states after some layers.
 
-    To compare two shapes, the decoder has first to find each; to list them, it has to find the next one before it says
-    its name. Asked for that directly, it learns both much sooner.
+    To compare two shapes, the decoder first has to find both; to list shapes, it has to find each one before it says
+    its name. With a loss for exactly this, it learns both much sooner.
     """
 
     layers = (1, 2)
@@ -121,7 +121,7 @@ class ReferentHeads(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(dim, 2 + len(SIZES)) for _ in self.layers)
 
     def forward(self, states: list[Tensor], referents: Tensor) -> Tensor:
-        """Returns the loss, from the states (B, T, D) of the tokens after the image and `referents` (B, T, 3)."""
+        """Returns the loss, from each layer's states (B, T, D) of tokens after the image and `referents` (B, T, 3)."""
         named = referents[..., 2] >= 0
         loss = states[0].new_zeros((), dtype=torch.float32)
         for layer, head in zip(self.layers, self.heads, strict=True):
@@ -132,7 +132,7 @@ class ReferentHeads(nn.Module):
 
 
 class Trainee(nn.Module):
-    """The model and the heads that training adds to it."""
+    """The model and the extra heads."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__()
@@ -149,19 +149,19 @@ class Trainee(nn.Module):
         self.register_buffer("names", names, persistent=False)
         for name, parameter in self.vlm.model.named_parameters():
             if parameter.ndim == 2 and "vision_tower" not in name:
-                # Small where a layer writes into the residual stream: tokens should stay recognisable in it.
+                # Small where a layer writes into the residual stream, so that tokens stay recognisable in it.
                 writes = any(part in name for part in ("o_proj", "down_proj", "mm_projector.2"))
                 std = 0.1 if "embed" in name else (0.3 if writes else 1.0) * parameter.shape[1] ** -0.5
                 nn.init.normal_(parameter, std=std)
 
     def see(self, batch: Batch) -> list[Tensor]:
-        """Returns the tower's maps of the pictures."""
-        pixels = batch.pixels.permute(0, 3, 1, 2).float() / 255  # channels last, as CPUs like it
+        """Returns the tower's feature maps of the images."""
+        pixels = batch.pixels.permute(0, 3, 1, 2).float() / 255  # channels last, which is faster on CPUs
         with autocast(pixels.device):
             return (self.native_tower if batch.pixels.shape[1] == RESOLUTION else self.vlm.tower)(pixels)
 
     def answer(self, features: Tensor, batch: Batch) -> list[Tensor]:
-        """Returns every layer's hidden states after the image (B, T, D); the last ones' logits predict `labels`."""
+        """Returns every layer's hidden states (B, T, D) after the image; the logits of the last predict `labels`."""
         with autocast(features.device):
             visual = self.vlm.project(features).float()
             embed = self.vlm.model.embed_tokens
@@ -177,10 +177,10 @@ class Trainee(nn.Module):
             return [state[:, shared:] for state in self.vlm.decode(embeds, positions[:, None], mask[:, None])]
 
     def naming_loss(self, features: Tensor, batch: Batch) -> Tensor:
-        """Cross-entropy of the words for what a visual token shows, read off the token as off a hidden state.
+        """Returns the cross-entropy of the words for what each visual token shows, predicted from the token itself.
 
-        It puts the projector's output into the decoder's vocabulary, so that looking a word up in the picture is a
-        matter of likeness.
+        The token is treated like a hidden state. So visual tokens resemble the embeddings of the words for what they
+        show, and the decoder can find a word in the image by similarity.
         """
         shapes, colours = batch.cells[..., 0], batch.cells[..., 1] + len(SHAPES)
         words = torch.where((shapes >= 0)[..., None], self.names[shapes] + self.names[colours], 0)
@@ -193,5 +193,5 @@ class Trainee(nn.Module):
         return mean_where(count > 0, losses / count.clamp(min=1))
 
     def answer_logits(self, hidden: Tensor) -> Tensor:
-        """Returns logits (B, T, V) in float32, also where the decoder computes in bfloat16."""
+        """Returns logits (B, T, V) in float32, even where the decoder computes in bfloat16."""
         return self.vlm.logits(hidden.float())
