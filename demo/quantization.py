@@ -1,10 +1,10 @@
-"""Measures and plots the accuracy of the quantized demo model on held-out questions over its size.
+"""Measures the accuracy of the quantized demo model on held-out questions and plots it over the model's size.
 
-    python demo/scenes.py --held-out --out build/held-out
-    python demo/quantization.py build/held-out/questions.jsonl --work build/quantized
+    python demo/quantization.py
 
-Writes `quantization.json`, `quantization.md` (the README's table) and `quantization.png` beside this file. Answers are
-stored under `--work`, so that an interrupted run continues where it stopped.
+The questions are those of the first seed of `evaluate.py`, so nobody can have looked at them. Writes
+`quantization.json`, `quantization.md` (the README's table) and `quantization.png` beside this file. Checkpoints and
+answers are stored under `--work`, so that an interrupted run continues where it stopped.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+from evaluate import first_questions
 from scenes import scene_of
 
 from fastvlm_mlx.convert.pipeline import convert_and_quantize
@@ -120,13 +121,13 @@ def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
 def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description="Accuracy of the demo model by quantization.")
-    parser.add_argument("questions", type=Path)
+    parser.add_argument("questions", type=Path, nargs="?", help="those of the first seed of evaluate.py by default")
     parser.add_argument("--model", default="demo")
     parser.add_argument("--work", type=Path, default=Path("build/quantized"))
     parser.add_argument("--limit", type=int)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
-    results = measure(arguments.model, arguments.questions, arguments.work, arguments.limit)
+    results = measure(arguments.model, arguments.questions or first_questions(), arguments.work, arguments.limit)
     (HERE / "quantization.json").write_text(json.dumps(results, indent=2) + "\n")
     (HERE / "quantization.md").write_text(table(results))
     plot(results, HERE / "quantization.png")

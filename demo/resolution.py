@@ -1,9 +1,9 @@
 """Measures and plots the accuracy of the demo model by kind of question at several resolutions.
 
-    python demo/scenes.py --held-out --out build/held-out
-    python demo/resolution.py build/held-out/questions.jsonl
+    python demo/resolution.py
 
-Writes `resolution.json` and `resolution.png` beside this file.
+The questions are those of the first seed of `evaluate.py`, so nobody can have looked at them. Writes
+`resolution.json` and `resolution.png` beside this file.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+from evaluate import first_questions
 
 from fastvlm_mlx import load
 from fastvlm_mlx.jobs.evaluate import evaluate
@@ -57,11 +58,11 @@ def plot(results: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
 def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description="Accuracy of the demo model by resolution.")
-    parser.add_argument("questions", type=Path)
+    parser.add_argument("questions", type=Path, nargs="?", help="those of the first seed of evaluate.py by default")
     parser.add_argument("--model", default="demo")
     parser.add_argument("--limit", type=int)
     arguments = parser.parse_args()
-    results = measure(arguments.model, arguments.questions, arguments.limit)
+    results = measure(arguments.model, arguments.questions or first_questions(), arguments.limit)
     (HERE / "resolution.json").write_text(json.dumps(results, indent=2) + "\n")
     plot(results, HERE / "resolution.png")
 

@@ -174,3 +174,31 @@ def test_figures_pool_the_seeds(scenes: ModuleType, demo_path: None) -> None:
     assert table["read"]["deviation"] == pytest.approx(0.2 / 2**0.5)
     # Wilson's interval of 340 of 400, as in tables.
     assert (table["read"]["low"], table["read"]["high"]) == pytest.approx((0.8116, 0.8817), abs=1e-4)
+
+
+def test_paired_difference_pools_the_seeds(scenes: ModuleType, demo_path: None) -> None:
+    from demo import evaluate
+
+    def seed(count: int, won: int, lost: int, agreement: float) -> dict[str, object]:
+        return {"agreement": {"count": count, "score": agreement}, "won": won, "lost": lost}
+
+    pooled = evaluate.paired([seed(100, 3, 1, 0.9), seed(300, 1, 11, 0.7)])
+    assert (pooled["count"], pooled["won"], pooled["lost"]) == (400, 4, 12)
+    assert pooled["agreement"] == pytest.approx(0.75)
+    assert pooled["difference"] == pytest.approx(-0.02)
+    scores = np.array([1] * 4 + [-1] * 12 + [0] * 384)
+    half = 1.96 * scores.std(ddof=1) / 400**0.5
+    assert (pooled["low"], pooled["high"]) == pytest.approx((-0.02 - half, -0.02 + half), abs=1e-6)
+
+
+def test_other_figures_use_the_first_seed(
+    scenes: ModuleType, demo_path: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from demo import evaluate
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "QUESTIONS", 2)
+    file = evaluate.first_questions()
+    seed = json.loads((evaluate.HERE / "evaluation.json").read_text())["seeds"][0]
+    assert file == evaluate.DATA / str(seed) / "questions.jsonl"
+    assert len(read_questions(file)) == 2
