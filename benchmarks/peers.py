@@ -1,12 +1,13 @@
 """Compares the time to first token of fastvlm-mlx, mlx-vlm and transformers (PyTorch) on the same random checkpoint.
 
 Every sample comes from a fresh process. The peers take turns (A B C A B C …), all with the same image, prompt,
-resolution, number of threads and arithmetic: float32 on a CPU, float16 on a GPU. A process answers about several
-images. The time from its start to the first token of the first answer is the **cold** TTFT; the time from the last
-image's file to its first token is the **warm** TTFT. The first answer also gives the peak memory: of the process on a
-CPU, of the allocator on a GPU. For fastvlm-mlx, cold TTFT and a CPU's memory are those of `fastvlm generate`. Files are
-in the operating system's cache. At the end, all peers answer about an image that needs no resizing, and their greedy
-tokens and log-probabilities are compared.
+resolution, number of threads and arithmetic: float32 on a CPU, float16 on a GPU. On a CPU with instructions for
+bfloat16, transformers also takes part in bfloat16, which is faster there. A process answers about several images. The
+time from its start to the first token of the first answer is the **cold** TTFT; the time from the last image's file to
+its first token is the **warm** TTFT. The first answer also gives the peak memory: of the process on a CPU, of the
+allocator on a GPU. For fastvlm-mlx, cold TTFT and a CPU's memory are those of `fastvlm generate`. Files are in the
+operating system's cache. At the end, all peers answer about an image that needs no resizing, and their greedy tokens
+and log-probabilities are compared.
 
 Each peer has a virtual environment of its own. What is missing under --work is made there: environments, random
 checkpoints in Apple's and transformers' layout, and mlx-vlm's and our conversions of them. The results are written
@@ -57,8 +58,14 @@ DEFAULT_WORK = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() /
 PROMPT = "Describe the image."
 MAX_TOKENS = 8
 CLI = "from fastvlm_mlx.cli import main; main()"
-TOLERANCES = {"float32": 1e-2, "float16": 0.05}
-"""Largest difference of log-probabilities, in nats, from arithmetic in another order; measured: 5e-4 and 0.032."""
+DTYPES = ("float32", "float16")
+"""To compare in; one peer alone may compute in another."""
+
+TOLERANCES = {"float32": 1e-2, "float16": 0.05, "bfloat16": 0.4}
+"""Largest difference of log-probabilities from other arithmetic, in nats; measured: 5e-4, 0.032 and @@."""
+
+BFLOAT16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16")
+"""Of x86 processors, as Linux names them."""
 
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024
 """Bytes in the unit of `ru_maxrss`."""
@@ -76,6 +83,8 @@ class Peer:
         script: The script that one of its processes runs.
         packages: The packages of its environment; empty if it runs in this one.
         checkpoint_dtype: The dtype of its checkpoint; None for the dtype that it computes in.
+        dtype: The dtype that it computes in; None for the comparison's.
+        program: The peer whose environment and checkpoint it shares; empty if they are its own.
         preload: Whether, on a CPU, OpenBLAS takes the place of the BLAS that it is linked to.
     """
 
@@ -83,7 +92,14 @@ class Peer:
     script: str
     packages: tuple[str, ...] = ()
     checkpoint_dtype: str | None = None
+    dtype: str | None = None
+    program: str = ""
     preload: bool = False
+
+    @property
+    def title(self) -> str:
+        """The head of its column."""
+        return f"{self.program}, {self.dtype}" if self.program else self.name
 
 
 OURS = Peer(name="fastvlm-mlx", script="peer_ours.py", checkpoint_dtype="float16")
@@ -101,7 +117,28 @@ PEERS = (
         packages=(_TORCH, "transformers", "timm"),
         checkpoint_dtype="bfloat16",
     ),
+    Peer(
+        name="transformers-bfloat16",
+        script="peer_transformers.py",
+        packages=(_TORCH, "transformers", "timm"),
+        checkpoint_dtype="bfloat16",
+        dtype="bfloat16",
+        program="transformers",
+    ),
 )
+
+
+def bfloat16_instructions() -> tuple[str, ...]:
+    """Returns the processor's instructions for bfloat16; none where Linux does not list them."""
+    cpuinfo = Path("/proc/cpuinfo")
+    words = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
+    return tuple(name for name in BFLOAT16_INSTRUCTIONS if name in words)
+
+
+def default_peers() -> list[Peer]:
+    """Returns the peers that compare on this machine: those in bfloat16 only on a CPU that has instructions for it."""
+    bfloat16 = device() == "cpu" and bool(bfloat16_instructions())
+    return [peer for peer in PEERS if bfloat16 or peer.dtype != "bfloat16"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,6 +239,7 @@ class Report:
         versions: Packages of each peer and their versions.
         samples: By resolution and peer.
         agreement: The answers about the same pixels, by resolution and peer.
+        instructions: The CPU's for bfloat16, if a peer computes in it.
     """
 
     conditions: Conditions
@@ -209,6 +247,7 @@ class Report:
     versions: dict[str, dict[str, str]] = field(default_factory=dict)
     samples: dict[int, dict[str, list[Sample]]] = field(default_factory=dict)
     agreement: dict[int, dict[str, Answer]] = field(default_factory=dict)
+    instructions: tuple[str, ...] = ()
 
     def summary(self) -> dict[int, dict[str, dict[str, Statistics]]]:
         """Returns the statistics of the samples, by resolution, peer and metric."""
@@ -225,6 +264,7 @@ class Report:
         """Returns the JSON object that is written to disk, with the statistics in it."""
         return {
             "conditions": self.conditions.to_dict(),
+            **({"instructions": list(self.instructions)} if self.instructions else {}),
             "settings": self.settings.to_dict(),
             "versions": self.versions,
             "samples": {
@@ -262,6 +302,7 @@ class Report:
                 int(side): {name: Answer.from_dict(answer) for name, answer in answers.items()}
                 for side, answers in values["agreement"].items()
             },
+            instructions=tuple(values.get("instructions", ())),
         )
 
 
@@ -283,7 +324,7 @@ class Workplace:
         """Returns the interpreter of a peer's environment, which is made if it is missing."""
         if not peer.packages or self._venvs is None:
             return Path(sys.executable)
-        folder = self._venvs / f"peers-{peer.name.replace('-', '')}"
+        folder = self._venvs / f"peers-{(peer.program or peer.name).replace('-', '')}"
         python = folder / "bin" / "python"
         if not (folder / ".installed").exists():
             say(f"installing {', '.join(peer.packages)} into {folder}")
@@ -295,21 +336,22 @@ class Workplace:
     def checkpoint(self, peer: Peer, dtype: str | None = None) -> Path:
         """Returns the folder that a peer loads, with its weights in `dtype` instead of the usual one."""
         dtype = dtype or peer.checkpoint_dtype or self.settings.dtype
-        folder = self._work / f"{peer.name}-{self.settings.size}-{dtype}"
+        program = peer.program or peer.name
+        folder = self._work / f"{program}-{self.settings.size}-{dtype}"
         if folder.exists():
             return folder
         say(f"making {folder}")
-        if peer.name == "transformers":
+        if program == "transformers":
             return self._random(folder, "transformers")
         source = self._work / f"apple-{self.settings.size}"
         if not source.exists():
             self._random(source, "apple")
         partial = folder.with_name(folder.name + ".partial")
-        program = ["-m", "mlx_vlm", "convert"] if peer.packages else ["-c", CLI, "convert"]
+        convert = ["-m", "mlx_vlm", "convert"] if peer.packages else ["-c", CLI, "convert"]
         folders = (
             ["--hf-path", str(source), "--mlx-path", str(partial)] if peer.packages else [str(source), str(partial)]
         )
-        command = [str(self.python(peer)), *program, *folders, "--dtype", dtype]
+        command = [str(self.python(peer)), *convert, *folders, "--dtype", dtype]
         done = subprocess.run(command, env=self.environment(peer), capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"error: converting for {peer.name} failed:\n{done.stderr[-2000:]}")
@@ -387,7 +429,7 @@ def sample(place: Workplace, peer: Peer, resolution: int, run: int) -> tuple[Sam
     model = str(place.checkpoint(peer))
     environment, python = place.environment(peer), place.python(peer)
     load = round(os.getloadavg()[0], 2)
-    request = _request(settings, model, images, resolution)
+    request = _request(settings, peer, model, images, resolution)
     cold, output, _ = run_process([python, HERE / peer.script, json.dumps(request)], environment)
     result: dict[str, Any] = {"load_average": load, "cold_ttft": cold, **json.loads(output.splitlines()[-1])}
     if peer is OURS:
@@ -400,7 +442,7 @@ def sample(place: Workplace, peer: Peer, resolution: int, run: int) -> tuple[Sam
     return record(Sample, result, tokens=tuple(result["tokens"])), result["versions"]
 
 
-def _request(settings: Settings, model: str, images: list[str], resolution: int) -> dict[str, Any]:
+def _request(settings: Settings, peer: Peer, model: str, images: list[str], resolution: int) -> dict[str, Any]:
     """What a peer's script reads."""
     return {
         "model": model,
@@ -408,7 +450,7 @@ def _request(settings: Settings, model: str, images: list[str], resolution: int)
         "prompt": settings.prompt,
         "resolution": resolution,
         "max_tokens": settings.max_tokens,
-        "dtype": settings.dtype,
+        "dtype": peer.dtype or settings.dtype,
     }
 
 
@@ -418,7 +460,7 @@ def agree(place: Workplace, peers: Sequence[Peer], resolution: int) -> dict[str,
     answers: dict[str, Answer] = {}
     for peer in peers:
         model = str(place.checkpoint(peer, settings.dtype if peer is OURS else None))
-        request = _request(settings, model, [place.plain_image(resolution)], resolution)
+        request = _request(settings, peer, model, [place.plain_image(resolution)], resolution)
         request["logits"] = str(place.logits(peer))
         command: list[str | Path] = [
             place.python(peer),
@@ -435,7 +477,7 @@ def agree(place: Workplace, peers: Sequence[Peer], resolution: int) -> dict[str,
                 answers[OURS.name],
                 answers[peer.name],
                 difference=float(np.abs(ours - theirs[: len(ours)]).max()),
-                tolerance=TOLERANCES[settings.dtype],
+                tolerance=TOLERANCES[peer.dtype or settings.dtype],
             )
     return answers
 
@@ -494,18 +536,20 @@ def measure(
 
 def table(report: Report) -> Iterator[str]:
     """Yields the lines of a comparison's table and caption."""
-    names = [peer.name for peer in PEERS if peer.name in report.versions]
-    yield f"| | | {' | '.join(names)} |"
+    peers = [peer for peer in PEERS if peer.name in report.versions]
+    names = [peer.name for peer in peers]
+    yield f"| | | {' | '.join(peer.title for peer in peers)} |"
     yield f"|---|---|{'---:|' * len(names)}"
     rows: tuple[tuple[str, str, Callable[[float], str]], ...] = (
         ("warm TTFT", "warm_ttft", _seconds),
         ("cold TTFT", "cold_ttft", _seconds),
+        ("decoding", "decode_rate", lambda value: f"{value:.{0 if value >= 100 else 1}f} tokens/s"),
         ("peak memory", "peak_bytes", lambda value: f"{value / 1e9:.2f} GB"),
     )
     summary = report.summary()
     for title, metric, text in rows:
-        for side, peers in summary.items():
-            medians = {name: peers[name][metric].median for name in names}
+        for side, metrics in summary.items():
+            medians = {name: metrics[name][metric].median for name in names}
             ours = medians[OURS.name]
             cells = [
                 text(value) + ("" if name == OURS.name else f" ({value / ours:.1f}×)")
@@ -513,20 +557,36 @@ def table(report: Report) -> Iterator[str]:
             ]
             yield f"| {title} | {side} px | {' | '.join(cells)} |"
     machine, settings = report.conditions.machine, report.settings
-    runs = {side: min(map(len, peers.values())) for side, peers in report.samples.items()}
+    runs = {side: min(map(len, samples.values())) for side, samples in report.samples.items()}
     counts = ", ".join(f"{count} at {side} px" for side, count in runs.items())
-    sides = ", ".join(f"{side} px" for side in report.agreement)
-    others = [answer for answers in report.agreement.values() for name, answer in answers.items() if name != OURS.name]
-    equal, explained = (all(getattr(answer, name) for answer in others) for name in ("equal", "explained"))
-    verdict = "are equal" if equal else "part where two candidates tie" if explained else "differ"
+    chip = machine.chip + (f" with {' and '.join(report.instructions)}" if report.instructions else "")
+    exception = " where a column names no other" if report.instructions else ""
     yield ""
     yield (
-        f"Measured {where(machine)}: {machine.chip}, {settings.threads} threads, "
-        f"{settings.size} with random weights, {settings.dtype} arithmetic, medians of fresh "
-        f"processes that took turns ({counts}), factors relative to fastvlm-mlx. "
-        + (f"The first {settings.max_tokens} greedy tokens of all {verdict} ({sides}). " if others else "")
-        + f"{versions(report)}; samples in `benchmarks/results/`."
+        f"Measured {where(machine)}: {chip}, {settings.threads} threads, "
+        f"{settings.size} with random weights, {settings.dtype} arithmetic{exception}, "
+        f"medians of fresh processes that took turns ({counts}), factors relative to fastvlm-mlx. "
+        f"{verdict(report, peers)}{versions(report)}; samples in `benchmarks/results/`."
     )
+
+
+def verdict(report: Report, peers: Sequence[Peer]) -> str:
+    """Returns a sentence about each group of peers whose greedy answers compare with ours in the same way."""
+    groups: dict[str, list[str]] = {}
+    for peer in peers:
+        answers = [found[peer.name] for found in report.agreement.values() if peer.name in found]
+        if peer is OURS or not answers:
+            continue
+        equal, explained = (all(getattr(answer, name) for answer in answers) for name in ("equal", "explained"))
+        outcome = "are equal" if equal else "part where two candidates tie" if explained else "differ"
+        groups.setdefault(outcome, []).append(peer.title)
+    sides = ", ".join(f"{side} px" for side in report.agreement)
+    tokens = f"The first {report.settings.max_tokens} greedy tokens"
+    sentences = []
+    for outcome, titles in groups.items():
+        programs = "all" if len(groups) == 1 else f"fastvlm-mlx and {' and '.join(titles)}"
+        sentences.append(f"{tokens} of {programs} {outcome} ({sides}). ")
+    return "".join(sentences)
 
 
 def _seconds(value: float) -> str:
@@ -598,7 +658,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=7, help="processes of each peer at each resolution")
     parser.add_argument("--peers", nargs="+", choices=[peer.name for peer in PEERS[1:]], metavar="PEER", help="not all")
     parser.add_argument("--here", action="store_true", help="run every peer in this environment")
-    parser.add_argument("--dtype", choices=TOLERANCES, help="to compute in; float16 by default, float32 on a CPU")
+    parser.add_argument("--dtype", choices=DTYPES, help="to compute in; float16 by default, float32 on a CPU")
     parser.add_argument("--images", type=int, help="for each process; 6 by default, 2 on a CPU, which is warm at once")
     parser.add_argument("--size", choices=SIZES, default="0.5b")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
@@ -627,7 +687,10 @@ def main() -> None:
         report = Report(conditions=conditions(), settings=settings)
     venvs = None if options.here else options.venvs or options.work / "venvs"
     place = Workplace(options.work, venvs, settings)
-    peers = [peer for peer in PEERS if peer is OURS or not options.peers or peer.name in options.peers]
+    named = [peer for peer in PEERS if peer is OURS or peer.name in (options.peers or ())]
+    peers = named if options.peers else default_peers()
+    if any(peer.dtype == "bfloat16" for peer in peers):
+        report.instructions = bfloat16_instructions()
 
     def save() -> None:
         output.parent.mkdir(parents=True, exist_ok=True)

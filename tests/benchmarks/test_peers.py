@@ -37,6 +37,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int
     answer = peers.Answer(tokens=(1, 2), margins=(0.5, 0.5), difference=1e-5)
     monkeypatch.setattr(peers, "sample", measure)
     monkeypatch.setattr(peers, "agree", lambda place, peers, resolution: {"mlx-vlm": answer})
+    monkeypatch.setattr(peers, "bfloat16_instructions", lambda: ())
     monkeypatch.setattr(peers.Workplace, "python", lambda self, peer: Path(sys.executable))
     monkeypatch.setattr(peers.Workplace, "checkpoint", lambda self, peer, dtype=None: tmp_path)
     return measured
@@ -59,14 +60,61 @@ def test_an_interrupted_comparison_continues_where_it_stopped(
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, monkeypatch)
     report = run(tmp_path, monkeypatch)
-    assert [name for name, _, _ in work[:3]] == [peer.name for peer in peers.PEERS]
+    assert [name for name, _, _ in work[:3]] == ["fastvlm-mlx", "mlx-vlm", "transformers"]
     assert work[3] == ("fastvlm-mlx", 512, 0)
     assert len(work) == 13  # 12 samples and the one that was interrupted
     assert [len(results) for side in report["samples"].values() for results in side.values()] == [2] * 6
     out = capsys.readouterr().out
     assert "| warm TTFT | 512 px | 1.00 s | 3.00 s (3.0×) | 3.00 s (3.0×) |" in out
+    assert "| decoding | 512 px | 5.0 tokens/s | 5.0 tokens/s (1.0×) | 5.0 tokens/s (1.0×) |" in out
     assert "are equal" in out
     assert str(tmp_path) not in (tmp_path / "peers.json").read_text()
+
+
+def test_pytorch_takes_part_in_bfloat16_where_a_cpu_has_instructions_for_it(
+    work: list[tuple[str, int, int]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "interrupted").touch()
+    monkeypatch.setattr(peers, "device", lambda: "gpu")
+    monkeypatch.setattr(peers, "bfloat16_instructions", lambda: ("amx_bf16",))
+    assert "transformers-bfloat16" not in {peer.name for peer in peers.default_peers()}
+    monkeypatch.setattr(peers, "device", lambda: "cpu")
+    report = run(tmp_path, monkeypatch)
+    assert {name for name, _, _ in work} == {peer.name for peer in peers.PEERS}
+    assert report["instructions"] == ["amx_bf16"]
+    out = capsys.readouterr().out
+    assert "| | | fastvlm-mlx | mlx-vlm | transformers | transformers, bfloat16 |" in out
+    assert " with amx_bf16, " in out
+    assert "float32 arithmetic where a column names no other" in out
+
+
+def test_a_peer_in_another_dtype_shares_environment_and_checkpoint_and_asks_for_its_dtype(tmp_path: Path) -> None:
+    settings = peers.Settings(size="0.5b", dtype="float32", threads=2, images=2)
+    place = peers.Workplace(tmp_path, tmp_path / "venvs", settings)
+    (tmp_path / "venvs" / "peers-transformers").mkdir(parents=True)
+    (tmp_path / "venvs" / "peers-transformers" / ".installed").touch()
+    (tmp_path / "transformers-0.5b-bfloat16").mkdir()
+    plain, bfloat16 = peers.PEERS[-2:]
+    assert place.python(plain) == place.python(bfloat16)
+    assert place.checkpoint(plain) == place.checkpoint(bfloat16)
+    dtypes = [peers._request(settings, peer, "", [], 256)["dtype"] for peer in (plain, bfloat16)]
+    assert dtypes == ["float32", "bfloat16"]
+
+
+def test_answers_that_compare_differently_get_sentences_of_their_own() -> None:
+    same = peers.Answer(tokens=(1, 2), margins=(0.5, 0.5), difference=1e-5)
+    tie = peers.Answer(tokens=(1, 3), margins=(0.5, 0.1), difference=0.1, equal=False)
+    report = peers.Report(
+        conditions=make_conditions(),
+        settings=peers.Settings(size="0.5b", dtype="float32", threads=2, images=2),
+        agreement={256: {"transformers": same, "transformers-bfloat16": tie}},
+    )
+    text = peers.verdict(report, peers.PEERS)
+    assert "of fastvlm-mlx and transformers are equal (256 px)" in text
+    assert "of fastvlm-mlx and transformers, bfloat16 part where two candidates tie (256 px)" in text
 
 
 def test_other_settings_do_not_continue_a_report(
