@@ -10,16 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from fastvlm_mlx.cli.options import CHECK_FAILED, MODEL_HELP, DType, parse_resolution
+from fastvlm_mlx.cli.options import CHECK_FAILED, DEFAULT_MODEL, DEFAULT_PROMPT, MODEL_HELP, DType, parse_resolution
 from fastvlm_mlx.cli.terminal import ByteProgress, LiveLine, note
 from fastvlm_mlx.formatting import as_markdown, as_text
 
 if TYPE_CHECKING:
     from fastvlm_mlx.bench.candidate import Candidate
     from fastvlm_mlx.inputs.images import Resolution
-
-DEFAULT_MODEL = "apple/FastVLM-0.5B"
-DEFAULT_PROMPT = "Describe the image."
 
 app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
 

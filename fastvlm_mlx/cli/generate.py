@@ -8,15 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastvlm_mlx.cli.options import DType, Model, parse_resolution
+from fastvlm_mlx.cli.options import DEFAULT_MODEL, DEFAULT_PROMPT, DType, Model, parse_resolution
 from fastvlm_mlx.cli.terminal import ByteProgress, note
 from fastvlm_mlx.formatting import readable_bytes
 
 if TYPE_CHECKING:
     from fastvlm_mlx import GenerationResult
-
-DEFAULT_MODEL = "apple/FastVLM-0.5B"
-DEFAULT_PROMPT = "Describe the image."
 
 
 def generate(

@@ -13,6 +13,8 @@ CHECK_FAILED = 3
 if TYPE_CHECKING:
     from fastvlm_mlx.convert.quantize.scheme import Quantization
 
+DEFAULT_MODEL = "apple/FastVLM-0.5B"
+DEFAULT_PROMPT = "Describe the image."
 MODEL_HELP = "Folder, .zip, Hub id, or one of demo, 0.5b, 1.5b, 7b."
 
 Model = Annotated[str, typer.Option("--model", "-m", envvar="FASTVLM_MODEL", help=MODEL_HELP)]
