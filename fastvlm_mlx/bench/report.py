@@ -15,7 +15,7 @@ from fastvlm_mlx.bench.records import record
 from fastvlm_mlx.bench.statistics import Metric
 from fastvlm_mlx.errors import ConfigError
 
-FORMAT_VERSION = 1
+REPORT_VERSION = 1
 
 COMPARED = ("wall_ttft", "cold_ttft", "paper_ttft", "decode_rate")
 """The metrics whose change counts as a regression; phases are parts of these, and noisier."""
@@ -135,7 +135,7 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Returns the JSON object that is written to disk."""
         return {
-            "fastvlm_bench": FORMAT_VERSION,
+            "fastvlm_bench": REPORT_VERSION,
             "conditions": self.conditions.to_dict(),
             "settings": asdict(self.settings),
             "rows": [row.to_dict() for row in self.rows],
@@ -148,8 +148,8 @@ class Report:
         Raises:
             ConfigError: If it is something else, or a field is missing.
         """
-        if not isinstance(values, Mapping) or values.get("fastvlm_bench") != FORMAT_VERSION:
-            raise ConfigError(f"not a report of `fastvlm bench --json` in format {FORMAT_VERSION}")
+        if not isinstance(values, Mapping) or values.get("fastvlm_bench") != REPORT_VERSION:
+            raise ConfigError(f"not a report of `fastvlm bench --json` in format {REPORT_VERSION}")
         try:
             return cls(
                 conditions=Conditions.from_dict(values["conditions"]),

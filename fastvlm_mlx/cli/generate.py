@@ -125,8 +125,8 @@ def _read_stdin(images: list[str], prompt: str) -> tuple[list[str | bytes], str]
     """The images and the prompt with `-` replaced by what stdin holds; only one of them can have it."""
     if images.count("-") + (prompt == "-") > 1:
         raise typer.BadParameter("- can stand for one image or for the prompt, once", param_hint="IMAGE")
-    pictures = [sys.stdin.buffer.read() if name == "-" else name for name in images]
-    return pictures, sys.stdin.buffer.read().decode(errors="replace").strip() if prompt == "-" else prompt
+    sources = [sys.stdin.buffer.read() if name == "-" else name for name in images]
+    return sources, sys.stdin.buffer.read().decode(errors="replace").strip() if prompt == "-" else prompt
 
 
 def _statistics(result: "GenerationResult") -> dict[str, Any]:
