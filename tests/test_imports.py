@@ -21,7 +21,7 @@ LAYERS: tuple[tuple[str | tuple[str, ...], ...], ...] = (
     ("convert", "engine"),
     ("resolve", "generation"),
     ("jobs",),
-    ("bench",),
+    (("bench", "doctor"),),
     (("cli", "__main__"),),
 )
 # The same for the folders and files of convert/.

@@ -69,7 +69,8 @@ class _Array:
 
 
 @contextmanager
-def _replaced(owner: Any, **functions: Function) -> Iterator[None]:
+def replaced(owner: Any, **functions: Function) -> Iterator[None]:
+    """Puts functions in the place of those of a module or class within the context."""
     originals = {name: getattr(owner, name) for name in functions}
     try:
         for name, function in functions.items():
@@ -97,9 +98,9 @@ def _gpu_formulation() -> Iterator[None]:
         return opaque(queries, keys, values)
 
     with ExitStack() as stack:
-        stack.enter_context(_replaced(activations, device=lambda: "gpu"))
+        stack.enter_context(replaced(activations, device=lambda: "gpu"))
         stack.enter_context(
-            _replaced(mx.fast, layer_norm=opaque, rms_norm=opaque, rope=opaque, scaled_dot_product_attention=attention)
+            replaced(mx.fast, layer_norm=opaque, rms_norm=opaque, rope=opaque, scaled_dot_product_attention=attention)
         )
         yield
 

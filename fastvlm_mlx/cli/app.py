@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from fastvlm_mlx import __version__
-from fastvlm_mlx.cli import bench, convert, evaluate, generate, info, quantize, verify
+from fastvlm_mlx.cli import bench, convert, doctor, evaluate, generate, info, quantize, verify
 from fastvlm_mlx.cli.options import CHECK_FAILED
 from fastvlm_mlx.errors import FastVLMError, GateError
 from fastvlm_mlx.machine import tune_allocator
@@ -85,6 +85,7 @@ app.command()(quantize.quantize)
 app.command()(verify.verify)
 app.command("eval")(evaluate.evaluate)
 app.command()(info.info)
+app.command()(doctor.doctor)
 app.add_typer(bench.app, name="bench")
 
 

@@ -33,8 +33,8 @@ def quantize_layers(model: nn.Module, quantization: QuantizationConfig, stored: 
         raise ConfigError(f"quantization with {quantization.default} is not possible: {err}") from err
 
 
-def dequantized(layer: nn.QuantizedLinear, dtype: mx.Dtype) -> nn.Linear:
-    """A linear that computes the same with weights in floating point."""
+def dequantized(layer: nn.QuantizedLinear | nn.QuantizedEmbedding, dtype: mx.Dtype) -> nn.Linear:
+    """A linear that computes the same with weights in floating point; of an embedding, the head that it is."""
     linear = nn.Linear(1, 1, bias=False)
     linear.weight = mx.dequantize(
         layer.weight, layer.scales, layer.get("biases"), group_size=layer.group_size, bits=layer.bits, mode=layer.mode

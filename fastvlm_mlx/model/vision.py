@@ -8,6 +8,7 @@ Shapes: B batch, H and W height and width, C channels, N = H·W. A tensor that i
     true value, which keeps it within float16 (see `ActivationScales`).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from fastvlm_mlx.backend import mx, nn
@@ -201,11 +202,19 @@ class FastViTHD(nn.Module):
         self.stem_scales = config.scales.stem
 
     def __call__(self, x: mx.array) -> mx.array:
+        for segment in self.segments().values():
+            x = segment(x)
+        return x
+
+    def segments(self) -> dict[str, Callable[[mx.array], mx.array]]:
+        """The stem, the stages and `conv_exp` by name, each (B, H, W, C) -> (B, H', W', C'): in order, the tower."""
+        stages = {f"stages.{index}": stage for index, stage in enumerate(self.stages)}
+        return {"stem": self._run_stem, **stages, "conv_exp": self.conv_exp}
+
+    def _run_stem(self, x: mx.array) -> mx.array:
         for layer, scale in zip(self.stem, self.stem_scales, strict=True):
             x = gelu(layer(x), scale)
-        for stage in self.stages:
-            x = stage(x)
-        return self.conv_exp(x)
+        return x
 
     def activation_peaks(self, x: mx.array) -> dict[str, mx.array]:
         """The largest magnitude of every activation that could overflow float16, by the name of the layer.

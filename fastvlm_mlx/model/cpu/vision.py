@@ -11,6 +11,7 @@ It differs from `FastViTHD.__call__` in two ways, each for a measured reason:
   linear reads all channels.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -293,8 +294,9 @@ class CPUTower:
         heads = attention.proj.bias.size // attention.head_dim
         parts = math.gcd(heads, tower.stem[0].bias.size)
         streams = Streams(max(n for n in range(1, (threads or cpu_threads()) + 1) if parts % n == 0))
+        self._streams = streams
         self._stem = CPUStem(tower, streams)
-        self._layers = [layer for stage in tower.stages for layer in _stage_layers(stage, streams)]
+        self._stages = [_stage_layers(stage, streams) for stage in tower.stages]
         self._conv_exp = CPUConvExp(tower.conv_exp, streams)
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -302,6 +304,37 @@ class CPUTower:
 
     def _forward(self, image: mx.array) -> mx.array:
         x = self._stem(image)
-        for layer in self._layers:
-            x = layer(x)
+        for stage in self._stages:
+            x = _through(stage, x)
         return self._conv_exp(x)
+
+    def segments(self) -> dict[str, Callable[[mx.array], mx.array]]:
+        """What `FastViTHD.segments` returns, in the form for the CPU."""
+        streams = self._streams
+
+        def parts(image: mx.array) -> Parts:
+            return streams.split(mx.contiguous(image.transpose(2, 0, 1)))
+
+        def whole(x: Parts) -> mx.array:
+            return mx.concatenate(x).transpose(1, 2, 0)
+
+        def run_stage(layers: list[Callable[[Parts], Parts]], image: mx.array) -> mx.array:
+            return whole(_through(layers, parts(image)))
+
+        stages = {f"stages.{index}": functools.partial(run_stage, layers) for index, layers in enumerate(self._stages)}
+        runs: dict[str, Callable[[mx.array], mx.array]] = {
+            "stem": lambda image: whole(self._stem(image)),
+            **stages,
+            "conv_exp": lambda image: self._conv_exp(parts(image)),
+        }
+        return {name: functools.partial(_each_image, run) for name, run in runs.items()}
+
+
+def _through(layers: list[Callable[[Parts], Parts]], x: Parts) -> Parts:
+    for layer in layers:
+        x = layer(x)
+    return x
+
+
+def _each_image(run: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
+    return mx.stack([run(image) for image in x])
