@@ -36,7 +36,7 @@ def scratch_folder(parent: Path | None = None, name: str | None = None) -> Itera
         parent: The folder to make it in; by default the system's folder for temporary files.
         name: What the folder is for; it is called `.NAME.partial-` and random characters.
     """
-    parent = parent or Path(tempfile.gettempdir())
+    parent = Path(os.path.abspath(parent or tempfile.gettempdir()))
     remove_leftovers(parent)
     folder = Path(tempfile.mkdtemp(prefix=f".{name}.partial-" if name else _PREFIXES[1], dir=parent))
     _own.add(folder)
@@ -54,7 +54,7 @@ def scratch_folder(parent: Path | None = None, name: str | None = None) -> Itera
 def remove_leftovers(parent: Path) -> None:
     """Removes the scratch folders in `parent` whose processes have been killed."""
     with suppress(OSError):  # a folder that cannot be listed holds nothing that could be removed
-        for folder in parent.iterdir():
+        for folder in Path(os.path.abspath(parent)).iterdir():
             if folder.name.startswith(_PREFIXES) and folder not in _own and _is_abandoned(folder):
                 shutil.rmtree(folder, ignore_errors=True)
 
@@ -65,7 +65,7 @@ def is_being_written(parent: Path, name: str) -> bool:
     with suppress(OSError):
         return any(
             folder.name.startswith(prefixes) and folder not in _own and is_locked(folder / _LOCK)
-            for folder in parent.iterdir()
+            for folder in Path(os.path.abspath(parent)).iterdir()
         )
     return False
 

@@ -82,7 +82,7 @@ def partial_folder(target: Path, needed: int) -> Iterator[Path]:
 
 def _move_up(folder: Path, target: Path, scratch: Path) -> None:
     """Moves the files of `folder` into `target`, which holds `scratch` and nothing else."""
-    if any(path != scratch for path in target.iterdir()):
+    if any(path.name != scratch.name for path in target.iterdir()):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
     moved: list[Path] = []
     try:
