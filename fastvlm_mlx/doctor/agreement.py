@@ -41,8 +41,10 @@ STEPS = 32
 _ALLOWED = {
     "float32": (1e-4, "the rule of this project for float32, whatever the order in which sums are taken"),
     "tf32": (5e-3, "TF32 keeps 10 bits of each factor; MLX_ENABLE_TF32=0 turns it off"),
-    "float16": (3e-2, "float16 rounds each result at 5e-4, and dozens of layers follow one another"),
+    "float16": (5e-2, "float16 rounds at 5e-4, dozens of layers follow one another, and a CPU sums in float16, too"),
 }
+_WHOLE = 8
+"""Segments of vision in a row: the whole may be off by so many times as much as one of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,9 +107,20 @@ def _is_floating(array: mx.array) -> bool:
     return bool(mx.issubdtype(array.dtype, mx.floating))
 
 
-def _compared(name: str, precision: str, run: Callable[[], mx.array], expected: npt.NDArray[Any]) -> Check:
+def _allowed_whole(precision: str) -> tuple[float, str]:
+    """The largest relative error of all segments in a row that is no fault, and why."""
+    return _WHOLE * allowed(precision)[0], f"{_WHOLE} segments in a row, each with an error of its own"
+
+
+def _compared(
+    name: str,
+    precision: str,
+    run: Callable[[], mx.array],
+    expected: npt.NDArray[Any],
+    limits: Callable[[str], tuple[float, str]] = allowed,
+) -> Check:
     """The check of one result against the reference's."""
-    limit, reason = allowed(precision)
+    limit, reason = limits(precision)
     if not np.isfinite(expected).all():
         return Check(
             part=PART,
@@ -136,6 +149,7 @@ def compare_segments(
     probe: Probe,
     *,
     segments: Mapping[str, Segment] | None = None,
+    positions: int | None = None,
 ) -> Iterator[Check]:
     """Yields a check of every segment of the tower, of the projector, and of every block of the decoder and its head.
 
@@ -144,6 +158,7 @@ def compare_segments(
         reference: The same model in float32; runs on the CPU.
         probe: What both are shown; of each image only the first is used here.
         segments: The candidate's vision segments, if others than `device_segments`.
+        positions: How many positions of the prompt the decoder gets; by default all.
     """
     precision = str(candidate.dtype).removeprefix("mlx.core.")
     x = mx.array(probe.pixels[:1])
@@ -162,7 +177,7 @@ def compare_segments(
             x = mx.array(np.nan_to_num(expected, nan=0.0, posinf=0.0, neginf=0.0))
         if "mm_projector" in ours:
             with on_cpu():
-                x = reference.embed(probe.prompts[0], visual_tokens=x)
+                x = reference.embed(probe.prompts[0], visual_tokens=x)[:, :positions]
                 mx.eval(x)
 
 
@@ -186,13 +201,13 @@ def compare_whole(candidate: FastVLM, reference: FastVLM, probe: Probe, steps: i
             x = run(x)
         return x
 
-    yield _compared("visual tokens", precision, ours, values(visual))
+    yield _compared("visual tokens", precision, ours, values(visual), _allowed_whole)
     with on_device():
         mine = ours()
         mx.eval(mine)
         logits, _ = _follow(candidate, prompt, mine, tokens=tokens)
-    yield _compared("logits after the prompt", precision, lambda: mx.array(logits[0]), expected[0])
-    yield _compared("logits while decoding", precision, lambda: mx.array(logits), expected)
+    yield _compared("logits after the prompt", precision, lambda: mx.array(logits[0]), expected[0], _allowed_whole)
+    yield _compared("logits while decoding", precision, lambda: mx.array(logits), expected, _allowed_whole)
     yield _same_tokens(precision, logits, expected)
 
 
@@ -219,7 +234,7 @@ def _follow(
 
 def _same_tokens(precision: str, logits: npt.NDArray[Any], expected: npt.NDArray[Any]) -> Check:
     """The check that both prefer the same tokens; where two are as good as equal, either is right."""
-    limit = allowed(precision)[0]
+    limit = _allowed_whole(precision)[0]
     mine, theirs = logits.argmax(axis=-1), expected.argmax(axis=-1)
     steps = np.arange(len(expected))
     margin = expected[steps, theirs] - expected[steps, mine]
