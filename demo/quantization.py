@@ -93,12 +93,13 @@ def measure(model: str, questions: Path, work: Path, limit: int | None) -> dict[
 
 def table(results: dict[str, dict[str, Any]]) -> str:
     """Returns the table of the README."""
-    lines = ["| | weights | exact answers | of float16's | same answer |", "|---|---|---|---|---|"]
+    lines = ["| | weights | exact answers | difference in points | same answer |", "|---|---|---|---|---|"]
     whole = results[BASELINE]["weight_bytes"]
     for name, row in results.items():
         size = f"{row['weight_bytes'] / 1e6:.1f} MB ({row['weight_bytes'] / whole:.0%})"
-        agreement = row["agreement"]["score"]
-        lines.append(f"| {name} | {size} | {row['score']:.1%} | {row['kept']:.1%} | {agreement:.1%} |")
+        share, low, high = (100 * value for value in row["difference"])
+        difference = "" if name == BASELINE else f"{share:+.2f} ({low:+.2f} to {high:+.2f})"
+        lines.append(f"| {name} | {size} | {row['score']:.1%} | {difference} | {row['agreement']['score']:.1%} |")
     return "\n".join(lines) + "\n"
 
 
@@ -114,7 +115,7 @@ def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower right")
+    axes.legend(loc="lower right", ncols=2)
     figure.savefig(path, dpi=130)
 
 
