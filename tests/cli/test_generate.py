@@ -242,14 +242,12 @@ def test_generate_answers_as_upstream_does(converted: str, image: str) -> None:
 def test_a_photograph_is_turned_once(tmp_path: Path) -> None:
     upright = Image.open(DEMO / "sample-1.png").convert("RGB")
     assert upright.width != upright.height
-    photo = tmp_path / "photo.jpg"
+    photo, answer = tmp_path / "photo.jpg", "A green triangle, a black cross and a green cross.\n"
     for orientation in range(1, 9):
         photo.write_bytes(stored_with(orientation, upright, "JPEG"))
-        for result in (
-            invoke("generate", "-m", "demo", str(photo)),
-            invoke("generate", "-m", "demo", "-", stdin=photo.read_bytes()),
-        ):
-            assert result.stdout == "A green triangle, a black cross and a green cross.\n", orientation
+        assert invoke("generate", "-m", "demo", str(photo)).stdout == answer, orientation
+        if orientation == 6:  # a phone held upright
+            assert invoke("generate", "-m", "demo", "-", stdin=photo.read_bytes()).stdout == answer
 
 
 def test_an_unconverted_source_is_converted_once(converted: str) -> None:
