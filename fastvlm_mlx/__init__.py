@@ -15,8 +15,12 @@ if TYPE_CHECKING:
     from fastvlm_mlx.errors import FastVLMError as FastVLMError
     from fastvlm_mlx.errors import ImageError as ImageError
     from fastvlm_mlx.errors import PromptError as PromptError
+    from fastvlm_mlx.errors import QueueFullError as QueueFullError
+    from fastvlm_mlx.generation.engine import Engine as Engine
     from fastvlm_mlx.generation.generate import generate as generate
     from fastvlm_mlx.generation.generate import stream_generate as stream_generate
+    from fastvlm_mlx.generation.request import Handle as Handle
+    from fastvlm_mlx.generation.request import Request as Request
     from fastvlm_mlx.generation.result import GenerationResult as GenerationResult
     from fastvlm_mlx.generation.result import Timings as Timings
     from fastvlm_mlx.inputs.processor import FastVLMProcessor as FastVLMProcessor
@@ -34,6 +38,10 @@ _HOME = {
     "GenerationResult": "generation.result",
     "PrefixCache": "engine.prefix_cache",
     "Timings": "generation.result",
+    "Engine": "generation.engine",
+    "Handle": "generation.request",
+    "Request": "generation.request",
+    "QueueFullError": "errors",
     "FastVLM": "model.fastvlm",
     "FastVLMProcessor": "inputs.processor",
     "FastVLMError": "errors",
@@ -50,14 +58,18 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "ConversionError",
+    "Engine",
     "FastVLM",
     "FastVLMError",
     "FastVLMProcessor",
     "GenerationConfig",
     "GenerationResult",
+    "Handle",
     "ImageError",
     "PrefixCache",
     "PromptError",
+    "QueueFullError",
+    "Request",
     "Timings",
     "__version__",
     "generate",

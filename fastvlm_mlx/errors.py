@@ -27,3 +27,7 @@ class ImageError(FastVLMError):
 
 class PromptError(FastVLMError):
     """A prompt, conversation or stop string that cannot be used."""
+
+
+class QueueFullError(FastVLMError):
+    """A request that an engine has no room for at present."""

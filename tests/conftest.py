@@ -14,6 +14,11 @@ from tests.checkpoints import SOURCES
 Converted = Callable[..., Path]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Lets random tests run for longer than in the suite."""
+    parser.addoption("--requests", type=int, default=60, help="random requests to an engine; 2000 take minutes")
+
+
 @pytest.fixture(scope="session")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Converted:
     """`converted(name, dtype="float32")`: the folder of a golden checkpoint, converted once and only to be read."""

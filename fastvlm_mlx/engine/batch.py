@@ -11,10 +11,10 @@ import numpy.typing as npt
 from fastvlm_mlx.backend import mx
 from fastvlm_mlx.config import IMAGE_TOKEN
 from fastvlm_mlx.engine.options import GenerationConfig, GenerationOptions
-from fastvlm_mlx.engine.sampling import Sampler, sample
+from fastvlm_mlx.engine.row import Row
+from fastvlm_mlx.engine.scheduler import Scheduler
 from fastvlm_mlx.errors import ConfigError, PromptError
 from fastvlm_mlx.model.fastvlm import FastVLM, TokenIds
-from fastvlm_mlx.streams import read, turn
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -46,55 +46,43 @@ def generate_rows(
         ConfigError: If the configs and rows differ in number, a value is out of range, or there are stop strings.
         PromptError: If a prompt does not fit the context, or for the reasons of `FastVLM.embed`.
     """
-    rows = model.rows(input_ids, attention_mask)
-    configs = list(config) if isinstance(config, Sequence) else [config] * len(rows)
-    if len(configs) != len(rows):
-        raise ConfigError(f"{len(configs)} configs for {len(rows)} rows; give one for each, or one for all")
+    prompts = model.rows(input_ids, attention_mask)
+    configs = list(config) if isinstance(config, Sequence) else [config] * len(prompts)
+    if len(configs) != len(prompts):
+        raise ConfigError(f"{len(configs)} configs for {len(prompts)} rows; give one for each, or one for all")
     configs = [GenerationConfig.of(each, dict(options)) for each in configs]
     if any(each.stop for each in configs):
         raise ConfigError("stop strings are about text, and this returns token ids; use fastvlm_mlx.generate")
-    context = model.config.context_length
-    lengths = [_positions(model, row, pixel_values) for row in rows]
-    for number, length in enumerate(lengths):
-        if length >= context:
-            raise PromptError(f"the prompt of row {number} takes {length} positions but the context has {context}")
-    limits = [min(each.max_tokens, context - length) for each, length in zip(configs, lengths, strict=True)]
-    ends = [() if each.ignore_eos else model.config.eos_token_id for each in configs]
-    with turn():
-        samplers = [Sampler(each, row[row >= 0].tolist()) for each, row in zip(configs, rows, strict=True)]
-        logits, cache = model.prefill(input_ids, pixel_values, attention_mask)
-        submitted = sample(logits, samplers)
-        mx.async_eval(submitted)
-    answers: list[list[int]] = [[] for _ in rows]
-    active = list(range(len(rows)))
-    while True:
-        ahead = None
-        if any(len(answers[row]) + 1 < limits[row] for row in active):
-            with turn():
-                logits = model.language_model(submitted[:, None], cache)[:, -1]
-                ahead = sample(logits, [samplers[row] for row in active])
-                mx.async_eval(ahead)
-        places = []
-        for place, (row, token) in enumerate(zip(active, read(submitted).tolist(), strict=True)):
-            if token not in ends[row]:
-                answers[row].append(token)
-                if len(answers[row]) < limits[row]:
-                    places.append(place)
-        if not places or ahead is None:
-            return answers
-        submitted = ahead
-        if len(places) < len(active):
-            active = [active[place] for place in places]
-            with turn():
-                submitted = ahead[mx.array(places)]
-                for layer in cache:
-                    layer.filter(places)
+    pixels = _pixels(pixel_values)
+    images = [int((prompt == IMAGE_TOKEN).sum()) for prompt in prompts]
+    if sum(images) != len(pixels):
+        raise PromptError(f"the prompt has {sum(images)} place(s) for an image but {len(pixels)} image(s) were given")
+    visual_tokens = (pixels.shape[1] // model.config.vision_config.patch_size) ** 2
+    rows = []
+    for number, (prompt, each) in enumerate(zip(prompts, configs, strict=True)):
+        room = model.config.context_length - len(prompt) - images[number] * (visual_tokens - 1)
+        if room <= 0:
+            context = model.config.context_length
+            raise PromptError(
+                f"the prompt of row {number} takes {context - room} positions but the context has {context}"
+            )
+        shown = pixels[sum(images[:number]) : sum(images[: number + 1])]
+        ends = () if each.ignore_eos else model.config.eos_token_id
+        rows.append(Row(prompt.tolist(), shown, each, max_tokens=min(each.max_tokens, room), end_tokens=ends))
+    scheduler = Scheduler(model, max_rows=len(rows))
+    scheduler.add(rows)
+    while scheduler.step():
+        pass
+    for row in rows:
+        if row.error is not None:
+            raise row.error
+    return [[token for token in row.tokens if token not in row.end_tokens] for row in rows]
 
 
-def _positions(model: FastVLM, row: npt.NDArray[np.int32], pixel_values: Any) -> int:
-    """L, the positions that a row of token ids takes."""
-    images = int((row == IMAGE_TOKEN).sum())
-    if not images or pixel_values is None:
-        return len(row)
-    side: int = np.shape(pixel_values)[1] // model.config.vision_config.patch_size
-    return len(row) + images * (side**2 - 1)
+def _pixels(pixel_values: npt.ArrayLike | mx.array | None) -> npt.NDArray[Any]:
+    """Pixel values (images, R, R, 3) as NumPy has them."""
+    if pixel_values is None:
+        return np.zeros((0, 0, 0, 3), dtype=np.uint8)
+    if isinstance(pixel_values, mx.array) and pixel_values.dtype != mx.uint8:
+        pixel_values = pixel_values.astype(mx.float32)
+    return np.asarray(pixel_values)

@@ -4,6 +4,7 @@ A prompt is known by its token ids and by the content, never the name, of its im
 """
 
 import hashlib
+import itertools
 import threading
 import weakref
 from collections import OrderedDict
@@ -21,6 +22,9 @@ PrefixKey = tuple[int | bytes, ...]
 """A prompt's token ids, each image's replaced by a hash of its pixels."""
 
 DEFAULT_BYTES = 256 << 20
+
+_TEXTS = 8
+"""The most recent entries that a prompt with new images is compared with: what they share is the text before these."""
 
 
 def prefix_key(token_ids: Sequence[int], pixel_values: npt.NDArray[Any] | None) -> PrefixKey:
@@ -50,7 +54,9 @@ class PrefixCache:
 
     def __init__(self, max_bytes: int = DEFAULT_BYTES) -> None:
         self.max_bytes = max_bytes
-        self._entries: OrderedDict[PrefixKey, tuple[PrefixKey, list[KVCache]]] = OrderedDict()
+        self._entries: OrderedDict[PrefixKey, tuple[PrefixKey, list[KVCache], int]] = OrderedDict()
+        self._by_pictures: dict[PrefixKey, dict[PrefixKey, None]] = {}
+        self._nbytes = 0
         self._lock = threading.RLock()
         self._model: weakref.ref[FastVLM] | None = None
 
@@ -58,16 +64,21 @@ class PrefixCache:
         """The number of prompts kept."""
         return len(self._entries)
 
+    def __contains__(self, pictures: PrefixKey) -> bool:
+        """Whether a prompt with this beginning, which ends with an image, is kept."""
+        return pictures in self._by_pictures
+
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        with self._lock:
-            return sum(layer.nbytes for _, cache in self._entries.values() for layer in cache)
+        return self._nbytes
 
     def clear(self) -> None:
         """Removes all entries; the cache may then serve another model."""
         with self._lock:
             self._entries.clear()
+            self._by_pictures.clear()
+            self._nbytes = 0
             self._model = None
 
     def bind(self, model: FastVLM) -> None:
@@ -91,25 +102,54 @@ class PrefixCache:
             num_visual_tokens: The positions that an image takes.
         """
         with self._lock:
-            shared = {name: _common(key[:-1], known) for name, (known, _) in self._entries.items()}
-            while shared and shared[best := max(shared, key=lambda name: shared[name])]:
-                _, cache = self._entries[best]
+            candidates = self._candidates(key)
+            while candidates:
+                name = max(candidates, key=lambda name: _common(key[:-1], self._entries[name][0]))
+                known, cache, _ = self._entries[name]
+                shared = _common(key[:-1], known)
+                if not shared:
+                    break
                 if all(_is_whole(layer) for layer in cache):
-                    self._entries.move_to_end(best)
-                    positions = _positions(key[: shared[best]], num_visual_tokens)
-                    return shared[best], [layer.prefix(positions) for layer in cache]
-                del self._entries[best], shared[best]
+                    self._entries.move_to_end(name)
+                    positions = _positions(key[:shared], num_visual_tokens)
+                    return shared, [layer.prefix(positions) for layer in cache]
+                self._remove(name)
+                candidates.remove(name)
             return 0, None
+
+    def _candidates(self, key: PrefixKey) -> list[PrefixKey]:
+        """The entries that share most of `key`: those with the most of its images, and some that may share its text."""
+        for pictures in reversed(_pictures(key)):
+            if pictures in self._by_pictures:
+                return list(self._by_pictures[pictures])
+        return list(itertools.islice(reversed(self._entries), _TEXTS))
 
     def store(self, key: PrefixKey, cache: list[KVCache]) -> None:
         """Keeps what a prompt left in `cache`, in place of an older one that is the same up to its last image."""
-        images = [place for place, token in enumerate(key) if isinstance(token, bytes)]
-        name = key[: images[-1] + 1] if images else ()
+        pictures = _pictures(key)
+        name = pictures[-1] if pictures else ()
         with self._lock:
-            self._entries[name] = key, [layer.prefix(layer.offset) for layer in cache]
-            self._entries.move_to_end(name)
-            while self._entries and self.nbytes > self.max_bytes:
-                self._entries.popitem(last=False)
+            if name in self._entries:
+                self._remove(name)
+            nbytes = sum(layer.nbytes for layer in cache)
+            self._entries[name] = key, [layer.prefix(layer.offset) for layer in cache], nbytes
+            self._nbytes += nbytes
+            for prefix in _pictures(name):
+                self._by_pictures.setdefault(prefix, {})[name] = None
+            while self._entries and self._nbytes > self.max_bytes:
+                self._remove(next(iter(self._entries)))
+
+    def _remove(self, name: PrefixKey) -> None:
+        self._nbytes -= self._entries.pop(name)[2]
+        for prefix in _pictures(name):
+            del self._by_pictures[prefix][name]
+            if not self._by_pictures[prefix]:
+                del self._by_pictures[prefix]
+
+
+def _pictures(key: PrefixKey) -> list[PrefixKey]:
+    """The beginnings of a prompt that end with an image."""
+    return [key[: place + 1] for place, token in enumerate(key) if isinstance(token, bytes)]
 
 
 def _is_whole(layer: KVCache) -> bool:

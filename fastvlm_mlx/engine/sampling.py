@@ -39,6 +39,13 @@ class Sampler:
         """Whether it does nothing else, so that many rows can be chosen from at once."""
         return self.is_greedy and self._config.repetition_penalty == 1.0
 
+    def skip(self, tokens: Sequence[int]) -> None:
+        """Goes on behind tokens that it has chosen already, with the key and the memory that they leave."""
+        self._prompt_ids += tokens
+        for _ in tokens:
+            if self._key is not None:
+                self._key, _ = mx.random.split(self._key)
+
     def __call__(self, logits: mx.array) -> mx.array:
         """The next token id (1,) from logits (1, V)."""
         if self._config.repetition_penalty != 1.0:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from fastvlm_mlx.config import IMAGE_TOKEN
 from fastvlm_mlx.engine.decode import RowDecoder
 from fastvlm_mlx.engine.options import GenerationConfig, GenerationOptions
 from fastvlm_mlx.engine.prefix_cache import PrefixCache
-from fastvlm_mlx.generation.result import GenerationResult, Timings
-from fastvlm_mlx.generation.stop import TextStream
+from fastvlm_mlx.generation.answer import Answer, whole
+from fastvlm_mlx.generation.result import GenerationResult
 from fastvlm_mlx.inputs.images import Resolution
 from fastvlm_mlx.inputs.processor import FastVLMProcessor, Inputs
 from fastvlm_mlx.inputs.prompts import Prompt
@@ -79,44 +77,15 @@ def stream_generate(
     submitted = time.perf_counter()
     _ = inputs.input_ids  # tokenized here, while a GPU runs the tower
     preprocess = time.perf_counter() - submitted + prepared - start
-    return _pieces(inputs, decoder, config, start=start, preprocess=preprocess)
+    return _pieces(inputs, decoder, Answer(inputs, config, start=start, preprocess=preprocess))
 
 
-def _pieces(
-    inputs: Inputs, decoder: RowDecoder, config: GenerationConfig, *, start: float, preprocess: float
-) -> Iterator[GenerationResult]:
-    """The answer of `decoder` as pieces of text; `start` is a time, `preprocess` a duration, both in seconds."""
-    processor, input_ids = inputs.processor, inputs.input_ids
-    prompt_tokens = processor.positions(input_ids, inputs.resolution)
-    end_tokens = () if config.ignore_eos else processor.eos_token_ids
-    text_stream = TextStream(processor.detokenizer(), config.stop_strings)
-    piece = GenerationResult(
-        text="",
-        token_ids=(),
-        prompt_tokens=prompt_tokens,
-        visual_tokens=input_ids.count(IMAGE_TOKEN) * processor.num_visual_tokens(inputs.resolution),
-        generated_tokens=0,
-        finish_reason=None,
-        timings=Timings(preprocess=preprocess, ttft=0.0, decode=0.0, total=0.0),
-    )
-    first, reason = 0.0, "length"
-    for token in decoder.tokens(input_ids, min(config.max_tokens, processor.context_length - prompt_tokens)):
-        now = time.perf_counter()
-        if not piece.generated_tokens:
-            first = now
-            piece = replace(piece, reused_tokens=processor.positions(input_ids[: decoder.reused], inputs.resolution))
-        timings = Timings(preprocess=preprocess, ttft=first - start, decode=now - first, total=now - start)
-        piece = replace(piece, generated_tokens=piece.generated_tokens + 1, timings=timings)
-        if token in end_tokens:
-            reason = "stop"
-            break
-        text, ended = text_stream.add(token)
-        if ended:
-            yield replace(piece, text=text, token_ids=(token,), finish_reason="stop")
-            return
-        yield replace(piece, text=text, token_ids=(token,))
-    text, ended = text_stream.finish()
-    yield replace(piece, text=text, finish_reason="stop" if ended else reason)
+def _pieces(inputs: Inputs, decoder: RowDecoder, answer: Answer) -> Iterator[GenerationResult]:
+    for token in decoder.tokens(inputs.input_ids, answer.max_tokens):
+        for piece in answer.add(token, reused=decoder.reused):
+            yield piece
+            if piece.finish_reason:
+                return
 
 
 def generate(
@@ -149,5 +118,4 @@ def generate(
             **options,
         )
     )
-    text = "".join(piece.text for piece in pieces)
-    return replace(pieces[-1], text=text, token_ids=tuple(token for piece in pieces for token in piece.token_ids))
+    return whole(pieces)

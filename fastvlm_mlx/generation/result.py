@@ -12,12 +12,14 @@ class Timings:
         ttft: From the call to the first token on the host, `preprocess` included.
         decode: From the first token to the latest.
         total: From the call to the latest token.
+        queue: Of `ttft`, what the request waited for others in an `Engine`.
     """
 
     preprocess: float
     ttft: float
     decode: float
     total: float
+    queue: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

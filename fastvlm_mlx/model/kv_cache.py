@@ -76,6 +76,38 @@ class KVCache:
             copy.values = self.values if whole else self.values[..., :length, :]
         return copy
 
+    @classmethod
+    def stack(cls, rows: "Sequence[KVCache]") -> "KVCache":
+        """One cache of rows that hold equally many positions."""
+        stacked = cls()
+        stacked.offset = rows[0].offset
+        parts = [row.filled for row in rows]
+        stacked.keys = mx.concatenate([keys for keys, _ in parts])
+        stacked.values = mx.concatenate([values for _, values in parts])
+        return stacked
+
+    def row(self, number: int) -> "KVCache":
+        """A cache of one row, which shares no memory with the others."""
+        copy = KVCache()
+        copy.offset = self.offset
+        keys, values = self.filled
+        if self.batch > 1:
+            keys, values = (mx.contiguous(part[number : number + 1]) for part in (keys, values))
+        copy.keys, copy.values = keys, values
+        return copy
+
+    @property
+    def filled(self) -> tuple[mx.array, mx.array]:
+        """Keys and values of the positions held, of a cache that holds any."""
+        assert self.keys is not None
+        assert self.values is not None
+        return self.keys[..., : self.offset, :], self.values[..., : self.offset, :]
+
+    @property
+    def batch(self) -> int:
+        """B."""
+        return 0 if self.keys is None else int(self.keys.shape[0])
+
     @property
     def state(self) -> tuple[mx.array | None, mx.array | None]:
         """Keys and values, for `mx.eval`."""

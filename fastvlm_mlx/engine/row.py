@@ -1,0 +1,92 @@
+"""One prompt and its answer, as a row of a batch."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastvlm_mlx.config import IMAGE_TOKEN
+from fastvlm_mlx.engine.options import GenerationConfig
+from fastvlm_mlx.engine.prefix_cache import PrefixKey, prefix_key
+from fastvlm_mlx.engine.sampling import Sampler
+
+
+class Row:
+    """A prompt, how to answer it, and the answer so far.
+
+    Args:
+        input_ids: (T,) of the prompt, an image's as `IMAGE_TOKEN`.
+        pixel_values: (images, R, R, 3), uint8; zero images for a prompt without any.
+        config: How to choose tokens.
+        max_tokens: The most tokens of the answer; at least 1.
+        end_tokens: The ids that end it.
+
+    Attributes:
+        tokens: The ids generated so far, an end token included.
+        reused: Tokens of the prompt whose keys and values came from the prefix cache.
+        cancelled: Set this to end the row at the next step.
+        error: Why it failed; None if it did not.
+        joined: When it began to be computed, a time of `time.perf_counter`.
+    """
+
+    def __init__(
+        self,
+        input_ids: Sequence[int],
+        pixel_values: NDArray[np.uint8],
+        config: GenerationConfig,
+        *,
+        max_tokens: int,
+        end_tokens: Sequence[int] = (),
+    ) -> None:
+        self.input_ids = list(input_ids)
+        self.pixel_values = pixel_values
+        seed = config.seed if config.seed is not None else int(np.random.default_rng().integers(2**63))
+        self.config = replace(config, seed=seed)
+        self.max_tokens = max_tokens
+        self.end_tokens = frozenset(end_tokens)
+        self.tokens: list[int] = []
+        self.reused = 0
+        self.cancelled = False
+        self.error: Exception | None = None
+        self.joined = 0.0
+
+    @property
+    def ended(self) -> bool:
+        """Whether no token follows."""
+        if self.cancelled or self.error is not None or len(self.tokens) >= self.max_tokens:
+            return True
+        return bool(self.tokens) and self.tokens[-1] in self.end_tokens
+
+    @property
+    def resolution(self) -> int:
+        """R, the side of its images in pixels."""
+        return int(self.pixel_values.shape[1])
+
+    @cached_property
+    def key(self) -> PrefixKey:
+        """The prompt's token ids, with each image known by its content."""
+        return prefix_key(self.input_ids, self.pixel_values)
+
+    @property
+    def image_keys(self) -> list[bytes]:
+        """The content of each image, hashed."""
+        return [token for token in self.key if isinstance(token, bytes)]
+
+    @property
+    def history(self) -> PrefixKey:
+        """The key of the prompt and the tokens after it: what the next token follows."""
+        return (*self.key, *self.tokens)
+
+    @property
+    def picture(self) -> PrefixKey:
+        """The key up to the last image; empty without images."""
+        images = [place for place, token in enumerate(self.key) if isinstance(token, bytes)]
+        return self.key[: images[-1] + 1] if images else ()
+
+    def sampler(self) -> Sampler:
+        """A sampler that chooses the next token, after those that are there."""
+        sampler = Sampler(self.config, [token for token in self.input_ids if token != IMAGE_TOKEN])
+        sampler.skip(self.tokens)
+        return sampler

@@ -1,0 +1,300 @@
+"""Rows that come and go while others are decoded; each is answered as it would be alone."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastvlm_mlx.backend import mx
+from fastvlm_mlx.config import IMAGE_TOKEN
+from fastvlm_mlx.engine.prefix_cache import PrefixCache, PrefixKey
+from fastvlm_mlx.engine.row import Row
+from fastvlm_mlx.engine.sampling import Sampler, sample
+from fastvlm_mlx.errors import ConfigError, FastVLMError
+from fastvlm_mlx.model.fastvlm import FastVLM
+from fastvlm_mlx.model.kv_cache import KVCache
+from fastvlm_mlx.model.kv_slab import KVSlab
+from fastvlm_mlx.streams import read, turn
+
+_T = TypeVar("_T")
+
+TOWER_PIXELS = 4 * 1024**2
+"""The most pixels that the vision tower sees at once: four images of 1024 px, 64 of 256 px."""
+
+PREFILL_POSITIONS = 2048
+"""The most positions that are prefilled at once, but for a longer prompt alone."""
+
+
+class Scheduler:
+    """Decodes rows together, one token of each in a step; for one thread at a time.
+
+    A step submits the next token of every row before it reads the latest ones. Between two steps, rows that have ended
+    leave and waiting ones join: images of one resolution share a pass of the vision tower, prompts of one length a
+    prefill, and each prompt begins where the prefix cache ends.
+
+    When a step fails, its rows begin again from where they are: in batches of half the size if memory was short,
+    otherwise one by one, so that only the culprit fails.
+
+    Args:
+        model: Prepared for the device.
+        max_rows: The most rows at once.
+        prefix_cache: What earlier prompts left, and where these leave their own; None reuses nothing.
+
+    Attributes:
+        max_rows: Halved when memory was short.
+    """
+
+    def __init__(self, model: FastVLM, *, max_rows: int, prefix_cache: PrefixCache | None = None) -> None:
+        self.max_rows = max_rows
+        self._model = model
+        self._prefix_cache = prefix_cache
+        if prefix_cache is not None:
+            prefix_cache.bind(model)
+        self._waiting: deque[Row] = deque()
+        self._suspects: set[Row] = set()
+        self._reset()
+
+    def _reset(self) -> None:
+        self._rows: list[Row] = []
+        self._samplers: list[Sampler] = []
+        self._joining: list[Row] = []
+        self._slab = KVSlab(len(self._model.language_model.layers))
+        self._submitted: mx.array | None = None
+        self._prompts: list[tuple[Row, list[KVCache]]] = []
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a step has anything to do."""
+        return bool(self._rows or self._waiting)
+
+    def free_unused_memory(self) -> None:
+        """Gives back the memory that is only kept for the next arrays."""
+        with turn():
+            mx.clear_cache()
+
+    def add(self, rows: Iterable[Row]) -> None:
+        """Lets rows join as soon as there is room."""
+        self._waiting.extend(rows)
+
+    def step(self) -> list[Row]:
+        """Goes on by one token; returns the rows that have a new one, or an error."""
+        try:
+            with turn():
+                self._leave()
+                self._join()
+                rows, latest = list(self._rows), self._submitted
+                if latest is None:
+                    return []
+                self._submitted = self._forward(latest) if any(_wants_more(row) for row in rows) else None
+            tokens = read(latest).tolist()
+        except (FastVLMError, RuntimeError, MemoryError) as error:
+            return self._recover(error)
+        self._keep_prompts()
+        for row, token in zip(rows, tokens, strict=True):
+            row.tokens.append(token)
+        return rows
+
+    def _forward(self, tokens: mx.array) -> mx.array:
+        """Submits the next token of every row; returns their ids (B,)."""
+        self._slab.begin()
+        logits = self._model.language_model(tokens[:, None], self._slab.layers)[:, -1]
+        following = sample(logits, self._samplers)
+        mx.async_eval(following)
+        return following
+
+    def _leave(self) -> None:
+        places = list(range(len(self._rows)))
+        for place in reversed(range(len(self._rows))):
+            if self._rows[place].ended:
+                self._slab.remove(place)
+                _remove(self._rows, place)
+                _remove(self._samplers, place)
+                _remove(places, place)
+        if self._submitted is not None and len(places) < self._submitted.shape[0]:
+            self._submitted = self._submitted[mx.array(places)] if places else None
+
+    def _join(self) -> None:
+        self._joining = self._take(self.max_rows - len(self._rows))
+        if not self._joining:
+            return
+        known = [self._known(row) for row in self._joining]
+        visual_tokens = self._encode(known)
+        for group in _groups(known):
+            self._prefill(group, visual_tokens)
+        self._joining = []
+
+    def _take(self, room: int) -> list[Row]:
+        """The waiting rows that join now: of several about one image, the first, so that it spares the others work."""
+        taken: list[Row] = []
+        later: list[Row] = []
+        pictures: set[PrefixKey] = set()
+        while self._waiting and len(taken) < room:
+            row = self._waiting.popleft()
+            if row.cancelled:
+                continue
+            if row in self._suspects and (self._rows or taken):
+                later.append(row)
+                break
+            if row.picture in pictures:
+                later.append(row)
+                continue
+            taken.append(row)
+            if row in self._suspects:
+                break
+            if self._prefix_cache is not None and row.picture and row.picture not in self._prefix_cache:
+                pictures.add(row.picture)
+        self._waiting.extendleft(reversed(later))
+        return taken
+
+    def _known(self, row: Row) -> _Prompt:
+        """A row's prompt, split where the prefix cache ends."""
+        ids, images = row.input_ids + row.tokens, row.image_keys
+        visual_tokens = (row.resolution // self._model.config.vision_config.patch_size) ** 2
+        row.reused, cache = 0, None
+        if self._prefix_cache is not None:
+            row.reused, cache = self._prefix_cache.match(row.history, visual_tokens)
+        seen = ids[: row.reused].count(IMAGE_TOKEN)
+        return _Prompt(
+            row=row, ids=ids[row.reused :], images=images[seen:], seen=seen, visual_tokens=visual_tokens, cache=cache
+        )
+
+    def _encode(self, prompts: Sequence[_Prompt]) -> dict[bytes, mx.array]:
+        """The visual tokens (N, D) of the images that no prefix holds, each once."""
+        unseen: dict[int, dict[bytes, NDArray[Any]]] = {}
+        for prompt in prompts:
+            pixels = prompt.row.pixel_values[prompt.seen :]
+            unseen.setdefault(prompt.row.resolution, {}).update(zip(prompt.images, pixels, strict=True))
+        visual_tokens: dict[bytes, mx.array] = {}
+        for resolution, images in unseen.items():
+            for keys in _chunks(list(images), max(1, TOWER_PIXELS // resolution**2)):
+                encoded = self._model.encode_image(np.stack([images[key] for key in keys]))
+                visual_tokens.update(zip(keys, encoded, strict=True))
+        return visual_tokens
+
+    def _prefill(self, prompts: Sequence[_Prompt], visual_tokens: dict[bytes, mx.array]) -> None:
+        """Submits the first tokens of prompts of one length, and makes them rows of the slab."""
+        shown = [visual_tokens[image] for prompt in prompts for image in prompt.images]
+        samplers = [prompt.row.sampler() for prompt in prompts]
+        logits, cache = self._model.prefill(
+            np.array([prompt.ids for prompt in prompts]),
+            visual_tokens=mx.stack(shown) if shown else None,
+            cache=_joined([prompt.cache for prompt in prompts]),
+        )
+        first = sample(logits, samplers)
+        self._slab.insert(cache)
+        for prompt in prompts:
+            prompt.row.joined = time.perf_counter()
+        self._rows += [prompt.row for prompt in prompts]
+        self._samplers += samplers
+        self._submitted = first if self._submitted is None else mx.concatenate([self._submitted, first])
+        mx.async_eval(self._submitted)
+        if self._prefix_cache is not None:
+            kept = [_row_of(cache, number) for number in range(len(prompts))]
+            self._prompts += zip([prompt.row for prompt in prompts], kept, strict=True)
+            mx.async_eval([layer.state for prompt in kept for layer in prompt])
+
+    def _keep_prompts(self) -> None:
+        """Adds the prompts that have been read to the prefix cache."""
+        for row, cache in self._prompts:
+            assert self._prefix_cache is not None
+            self._prefix_cache.store(row.history, cache)
+        self._prompts = []
+
+    def _recover(self, error: Exception) -> list[Row]:
+        """Lets the rows of a failed step begin again; returns those that failed for good."""
+        rows = [row for row in dict.fromkeys(self._rows + self._joining) if not row.ended]
+        self._reset()
+        if self._prefix_cache is not None:
+            self._prefix_cache.clear()
+        mx.clear_cache()
+        if len(rows) == 1:
+            short = is_out_of_memory(error)
+            rows[0].error = ConfigError(f"not enough memory for this request: {error}") if short else error
+            self._suspects.discard(rows[0])
+            return rows
+        if is_out_of_memory(error):
+            self.max_rows = max(1, len(rows) // 2)
+        else:
+            self._suspects.update(rows)
+        self._waiting.extendleft(reversed(rows))
+        return []
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Prompt:
+    """A row that joins.
+
+    Attributes:
+        row: The row.
+        ids: The token ids that are left to prefill.
+        images: The keys of the images among them.
+        seen: The number of images before those.
+        visual_tokens: N, the positions that each takes.
+        cache: What came before; None for nothing.
+    """
+
+    row: Row
+    ids: list[int]
+    images: list[bytes]
+    seen: int
+    visual_tokens: int
+    cache: list[KVCache] | None
+
+    @property
+    def positions(self) -> int:
+        """The number of positions to prefill."""
+        return len(self.ids) + len(self.images) * (self.visual_tokens - 1)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """What prompts that are prefilled together have in common."""
+        return len(self.ids), len(self.images), self.visual_tokens, self.cache[0].offset if self.cache else 0
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error of MLX or Python means that memory was short."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "malloc" in text or "allocate" in text or "out of memory" in text
+
+
+def _wants_more(row: Row) -> bool:
+    """Whether tokens follow the one that has been submitted."""
+    return not row.ended and len(row.tokens) + 1 < row.max_tokens
+
+
+def _groups(prompts: Iterable[_Prompt]) -> Iterator[list[_Prompt]]:
+    """Prompts of one shape, not more than `PREFILL_POSITIONS` at once."""
+    alike: dict[tuple[int, ...], list[_Prompt]] = {}
+    for prompt in prompts:
+        alike.setdefault(prompt.shape, []).append(prompt)
+    for group in alike.values():
+        yield from _chunks(group, max(1, PREFILL_POSITIONS // group[0].positions))
+
+
+def _remove(items: list[_T], place: int) -> None:
+    """Removes an item; the last one takes its place."""
+    items[place] = items[-1]
+    items.pop()
+
+
+def _chunks(items: list[_T], size: int) -> Iterator[list[_T]]:
+    for first in range(0, len(items), size):
+        yield items[first : first + size]
+
+
+def _joined(caches: Sequence[list[KVCache] | None]) -> list[KVCache] | None:
+    """The caches of several rows, of one length, as one."""
+    if caches[0] is None or len(caches) == 1:
+        return caches[0]
+    return [KVCache.stack(layers) for layers in zip(*caches, strict=True)]
+
+
+def _row_of(cache: Sequence[KVCache], row: int) -> list[KVCache]:
+    """One row of a batch's cache, which holds nothing else."""
+    return [layer.row(row) for layer in cache]

@@ -1,0 +1,86 @@
+"""The text of an answer, token by token, with its statistics."""
+
+import time
+from dataclasses import replace
+
+from fastvlm_mlx.config import IMAGE_TOKEN
+from fastvlm_mlx.engine.options import GenerationConfig
+from fastvlm_mlx.generation.result import GenerationResult, Timings
+from fastvlm_mlx.generation.stop import TextStream
+from fastvlm_mlx.inputs.processor import Inputs
+
+
+class Answer:
+    """Turns the tokens of an answer into the pieces that it is streamed in.
+
+    Args:
+        inputs: The prompt.
+        config: How its tokens are chosen, and where it stops.
+        start: When it was asked, a time of `time.perf_counter`.
+        preprocess: Seconds from images and prompt to arrays.
+
+    Attributes:
+        max_tokens: The most tokens of the answer, within the context.
+        end_tokens: The ids that end it.
+
+    Raises:
+        PromptError: If the prompt is too long.
+    """
+
+    def __init__(self, inputs: Inputs, config: GenerationConfig, *, start: float, preprocess: float) -> None:
+        processor, input_ids = inputs.processor, inputs.input_ids
+        prompt_tokens = processor.positions(input_ids, inputs.resolution)
+        self.max_tokens = min(config.max_tokens, processor.context_length - prompt_tokens)
+        self.end_tokens = () if config.ignore_eos else processor.eos_token_ids
+        self._inputs = inputs
+        self._start = start
+        self._first = 0.0
+        self._text = TextStream(processor.detokenizer(), config.stop_strings)
+        self._piece = GenerationResult(
+            text="",
+            token_ids=(),
+            prompt_tokens=prompt_tokens,
+            visual_tokens=input_ids.count(IMAGE_TOKEN) * processor.num_visual_tokens(inputs.resolution),
+            generated_tokens=0,
+            finish_reason=None,
+            timings=Timings(preprocess=preprocess, ttft=0.0, decode=0.0, total=0.0),
+        )
+
+    def add(self, token: int, *, reused: int = 0, joined: float | None = None) -> list[GenerationResult]:
+        """The pieces that a token brings; the last one of an answer has a `finish_reason`.
+
+        Args:
+            token: The next id.
+            reused: Tokens of the prompt whose keys and values came from a prefix cache.
+            joined: When the prompt began to be computed, if it had to wait for others.
+        """
+        now = time.perf_counter()
+        piece, inputs = self._piece, self._inputs
+        if not piece.generated_tokens:
+            self._first = now
+            known = inputs.processor.positions(inputs.input_ids[:reused], inputs.resolution)
+            waited = 0.0 if joined is None else joined - self._start - piece.timings.preprocess
+            piece = replace(piece, reused_tokens=known, timings=replace(piece.timings, queue=waited))
+        timings = replace(
+            piece.timings, ttft=self._first - self._start, decode=now - self._first, total=now - self._start
+        )
+        self._piece = piece = replace(piece, generated_tokens=piece.generated_tokens + 1, timings=timings)
+        if token in self.end_tokens:
+            return [self._last("stop")]
+        text, ended = self._text.add(token)
+        if ended:
+            return [replace(piece, text=text, token_ids=(token,), finish_reason="stop")]
+        pieces = [replace(piece, text=text, token_ids=(token,))]
+        if piece.generated_tokens == self.max_tokens:
+            pieces.append(self._last("length"))
+        return pieces
+
+    def _last(self, reason: str) -> GenerationResult:
+        text, ended = self._text.finish()
+        return replace(self._piece, text=text, finish_reason="stop" if ended else reason)
+
+
+def whole(pieces: list[GenerationResult]) -> GenerationResult:
+    """The pieces of an answer as one result."""
+    text = "".join(piece.text for piece in pieces)
+    return replace(pieces[-1], text=text, token_ids=tuple(token for piece in pieces for token in piece.token_ids))

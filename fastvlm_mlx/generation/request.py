@@ -1,0 +1,118 @@
+"""Requests to an engine, and the handles to their answers."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError
+from dataclasses import dataclass, field
+
+from fastvlm_mlx.engine.options import GenerationConfig
+from fastvlm_mlx.generation.answer import whole
+from fastvlm_mlx.generation.generate import DEFAULT_PROMPT
+from fastvlm_mlx.generation.result import GenerationResult
+from fastvlm_mlx.inputs.images import Resolution
+from fastvlm_mlx.inputs.prompts import Prompt
+from fastvlm_mlx.inputs.sources import Allow, ImageSource
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Request:
+    """One question; the fields are arguments of `fastvlm_mlx.generate`."""
+
+    image: ImageSource | Sequence[ImageSource] | None = None
+    prompt: Prompt = DEFAULT_PROMPT
+    system: str | None = None
+    resolution: Resolution = None
+    allow: Allow | None = None
+    config: GenerationConfig = field(default_factory=GenerationConfig)
+
+
+class Handle:
+    """The answer to a request, as it grows. Any thread may use it, and several may.
+
+    Iterate over it for pieces like those of `stream_generate`, or wait for its `result`.
+
+    Args:
+        request: The request.
+        on_change: Called with the handle for every new piece, and when it has ended; in an engine's thread.
+
+    Attributes:
+        request: The request.
+        cancelled: Whether it was cancelled.
+    """
+
+    def __init__(self, request: Request, on_change: Callable[[Handle], None] | None = None) -> None:
+        self.request = request
+        self.cancelled = False
+        self._on_change = on_change
+        self._changed = threading.Condition()
+        self._pieces: list[GenerationResult] = []
+        self._error: BaseException | None = None
+        self._done = False
+
+    @property
+    def done(self) -> bool:
+        """Whether it has ended: with an answer, with an error, or cancelled."""
+        return self._done
+
+    def cancel(self) -> None:
+        """Ends it at the next step, wherever it is; without effect when it is done."""
+        self.cancelled = True
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Whether it is done, after waiting for that, at most `timeout` seconds."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._done, timeout)
+
+    def result(self, timeout: float | None = None) -> GenerationResult:
+        """The whole answer.
+
+        Raises:
+            TimeoutError: If it is not there after `timeout` seconds.
+            CancelledError: If it was cancelled.
+            FastVLMError: For the reasons of `fastvlm_mlx.generate`.
+        """
+        if not self.wait(timeout):
+            raise TimeoutError(f"no answer within {timeout} seconds")
+        if self._error is not None:
+            raise self._error
+        return whole(self._pieces)
+
+    def __iter__(self) -> Iterator[GenerationResult]:
+        """The pieces from the first one on; errors are those of `result`."""
+        seen = 0
+        done = False
+        while not done:
+            with self._changed:
+                while not self._done and len(self._pieces) == seen:
+                    self._changed.wait()
+                pieces, done = self._pieces[seen:], self._done
+            yield from pieces
+            seen += len(pieces)
+        if self._error is not None:
+            raise self._error
+
+    def add(self, pieces: Sequence[GenerationResult]) -> None:
+        """Adds pieces of the answer; for the engine."""
+        with self._changed:
+            self._pieces += pieces
+            self._changed.notify_all()
+        if self._on_change is not None:
+            self._on_change(self)
+
+    def end(self, error: BaseException | None = None) -> bool:
+        """Says that nothing follows, and why; returns whether it had not ended before. For the engine."""
+        with self._changed:
+            if self._done:
+                return False
+            self._error = CancelledError() if error is None and self.cancelled and not self._is_whole else error
+            self._done = True
+            self._changed.notify_all()
+        if self._on_change is not None:
+            self._on_change(self)
+        return True
+
+    @property
+    def _is_whole(self) -> bool:
+        return bool(self._pieces) and self._pieces[-1].finish_reason is not None
