@@ -1,6 +1,6 @@
 """The plan of a conversion, made before any work."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
@@ -9,6 +9,9 @@ from fastvlm_mlx.config import ModelConfig
 from fastvlm_mlx.convert.source.source import Source
 from fastvlm_mlx.convert.write.shards import Shard
 from fastvlm_mlx.formatting import readable_bytes
+
+_LISTED = 3
+"""Dropped tensors whose names end alike are listed one by one up to this number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,15 +83,27 @@ class Plan:
             **({"quantized": f"{self.kept_quantized} layers, kept as they are"} if self.kept_quantized else {}),
             **({"dequantized": f"{len(self.dequantized)} layers"} if self.dequantized else {}),
         }
-        return "\n".join([*(f"{key:<13} {value}" for key, value in lines.items()), *self._dropped_lines()])
+        return "\n".join([*self._dropped_lines(), *(f"{key:<13} {value}" for key, value in lines.items())])
 
     def _dropped_lines(self) -> list[str]:
         lines = []
         by_reason = sorted(self.dropped, key=lambda tensor: (tensor.reason, tensor.name))
         for reason, tensors in groupby(by_reason, key=lambda tensor: tensor.reason):
             lines.append(f"{'dropped':<13} {reason}:")
-            lines += [f"{'':<15} {tensor.name} ({tensor.nbytes:,} bytes)" for tensor in tensors]
+            lines += [f"{'':<15} {line}" for line in _counted(list(tensors))]
         return lines
+
+
+def _counted(tensors: Sequence[Dropped]) -> Iterator[str]:
+    """Names of tensors with their bytes; those that end alike in one line, such as `45 × num_batches_tracked`."""
+    groups: dict[str, list[Dropped]] = {}
+    for tensor in tensors:
+        groups.setdefault(tensor.name.rpartition(".")[2], []).append(tensor)
+    for leaf, group in groups.items():
+        if len(group) > _LISTED:
+            yield f"{len(group)} × {leaf} ({sum(tensor.nbytes for tensor in group):,} bytes)"
+        else:
+            yield from (f"{tensor.name} ({tensor.nbytes:,} bytes)" for tensor in group)
 
 
 def dropped_tensors(source: Source, reasons: Mapping[str, str]) -> list[Dropped]:

@@ -272,6 +272,13 @@ def test_a_plan_reads_headers_and_says_what_would_be_done(tmp_path: Path) -> Non
         assert piece in text
 
 
+def test_a_plan_counts_dropped_tensors_that_end_alike_and_ends_with_the_summary() -> None:
+    lines = str(plan(SOURCES["apple"])).splitlines()
+    assert "                7 × num_batches_tracked (56 bytes)" in lines
+    assert lines.index("                7 × num_batches_tracked (56 bytes)") < len(lines) - 6
+    assert lines[-1].startswith("total         458,840 parameters")
+
+
 def test_an_empty_destination_and_new_parents_are_used(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for destination in (tmp_path / "empty", tmp_path / "new" / "folders" / "out"):
