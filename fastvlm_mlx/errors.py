@@ -1,5 +1,7 @@
 """Everything that fastvlm-mlx raises on purpose; catch `FastVLMError` to catch it all."""
 
+from typing import Any
+
 
 class FastVLMError(Exception):
     """Base of every error whose message is written for the user."""
@@ -18,7 +20,15 @@ class ConversionError(FastVLMError):
 
 
 class GateError(ConversionError):
-    """A quantization that does not meet a condition set for it."""
+    """A quantization that does not meet a condition set for it.
+
+    Attributes:
+        report: The `QuantizationReport`, as nothing was written that would hold it.
+    """
+
+    def __init__(self, message: str, report: Any = None) -> None:
+        super().__init__(message)
+        self.report = report
 
 
 class ImageError(FastVLMError):

@@ -14,7 +14,7 @@ CONVERT = ROOT / "convert"
 
 # A row may import the rows above it; those of one row may not import each other, unless they are in order in a tuple.
 LAYERS: tuple[tuple[str | tuple[str, ...], ...], ...] = (
-    (("errors", "formatting"),),
+    (("errors", "formatting", "intervals"),),
     (("backend", "machine", "streams", "config"),),
     ("inputs", "model"),
     ("checkpoint",),
@@ -33,6 +33,7 @@ CONVERT_LAYERS: tuple[tuple[str | tuple[str, ...], ...], ...] = (
     ("compare",),
     ("quantize",),
     ("export",),
+    ("request",),
     ("pipeline",),
     ("__init__",),
 )

@@ -6,7 +6,7 @@ rank the same token first, the other one would have given the same answer.
 Shapes: B probes, R resolution, N visual tokens, T positions of an answer, L of a prompt, D hidden size, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from fastvlm_mlx.checkpoint.load import load_model
 from fastvlm_mlx.convert.arrays import Array
 from fastvlm_mlx.convert.compare.probes import Probes
 from fastvlm_mlx.convert.progress import Notify
+from fastvlm_mlx.intervals import of_mean, wilson
 from fastvlm_mlx.model.fastvlm import FastVLM
 
 ANSWER = 10
@@ -84,6 +85,7 @@ class Agreement:
         top1: Share of the positions at which both rank the same token first.
         top5: Share of the reference's five most likely tokens that are among the checkpoint's.
         greedy: Share of the reference's answers that comes before the first token that differs.
+        intervals: The 95 % interval of each of these figures, as if positions were drawn independently.
     """
 
     positions: int
@@ -92,6 +94,7 @@ class Agreement:
     top1: float
     top5: float
     greedy: float
+    intervals: Mapping[str, tuple[float, float]]
 
     @classmethod
     def of(cls, model: FastVLM, probes: Probes, reference: Reference) -> "Agreement":
@@ -102,14 +105,46 @@ class Agreement:
         mine, theirs = logits[compared], reference.logits[compared]
         same = np.argmax(logits, axis=-1) == np.argmax(reference.logits, axis=-1)
         before = np.cumprod(same | ~compared, axis=1, dtype=np.bool_) & compared
+        cosines = _cosines(_evaluated(visual), reference.visual)
+        kl = divergences(theirs, mine)
+        top5 = [np.isin(a, b).mean() for a, b in zip(_top(theirs), _top(mine), strict=True)]
+        positions = int(compared.sum())
+        shares = {
+            "top1": float(np.mean(same[compared])),
+            "top5": float(np.mean(top5)),
+            "greedy": float(before.sum() / positions),
+        }
+        intervals = {name: wilson(share, positions) for name, share in shares.items()}
+        intervals["kl"] = of_mean(kl.tolist(), least=0.0)
+        intervals["visual_cosine"] = of_mean(cosines.ravel().tolist(), -1.0, 1.0)
         return cls(
-            positions=int(compared.sum()),
-            visual_cosine=float(np.mean(_cosines(_evaluated(visual), reference.visual))),
-            kl=float(np.mean(divergences(theirs, mine))),
-            top1=float(np.mean(same[compared])),
-            top5=float(np.mean([np.isin(a, b).mean() for a, b in zip(_top(theirs), _top(mine), strict=True)])),
-            greedy=float(before.sum() / compared.sum()),
+            positions=positions,
+            visual_cosine=float(np.mean(cosines)),
+            kl=float(np.mean(kl)),
+            **shares,
+            intervals=intervals,
         )
+
+    def metric(self, name: str) -> float:
+        """The value of one of `AGREEMENT_METRICS`."""
+        value: float = getattr(self, name)
+        return value
+
+    def interval(self, name: str) -> tuple[float, float] | None:
+        """The 95 % interval of a metric; None if there is none."""
+        return self.intervals.get(name)
+
+    def lines(self) -> list[str]:
+        """Its figures in words, each with its interval."""
+        spread = {name: f"95% interval {low:.1%} to {high:.1%}" for name, (low, high) in self.intervals.items()}
+        kl, cosine = self.intervals["kl"], self.intervals["visual_cosine"]
+        return [
+            f"top-1 agreement {self.top1:.1%} ({spread['top1']}, {self.positions} positions)",
+            f"top-5 overlap {self.top5:.1%} ({spread['top5']})",
+            f"answers identical for their first {self.greedy:.1%} ({spread['greedy']})",
+            f"KL divergence {self.kl:.2g} nats (95% interval {kl[0]:.2g} to {kl[1]:.2g})",
+            f"cosine of the visual tokens {self.visual_cosine:.4f} (95% interval {cosine[0]:.4f} to {cosine[1]:.4f})",
+        ]
 
 
 def _evaluated(value: mx.array) -> Array:

@@ -8,6 +8,12 @@ from typing import Protocol
 
 from fastvlm_mlx.errors import ConversionError
 
+AGREEMENT_METRICS = ("visual_cosine", "kl", "top1", "top5", "greedy")
+"""The metrics of an `Agreement`."""
+
+METRICS = (*AGREEMENT_METRICS, "weight_error", "size_ratio", "bits_per_weight")
+"""The metrics of a `QuantizationReport`."""
+
 _COMPARISONS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 
 
@@ -36,7 +42,7 @@ class Gate:
     limit: float
 
     @classmethod
-    def parse(cls, text: str, metrics: Collection[str]) -> "Gate":
+    def parse(cls, text: str, metrics: Collection[str] = METRICS) -> "Gate":
         """The condition that a text describes; `metrics` are those that it may name.
 
         Raises:

@@ -35,12 +35,12 @@ def allocate_bits(effects: Mapping[str, float], allocation: BitAllocation, targe
         allocation: The allocation to start from.
         target: Bits per weight, scales included.
     """
-    sizes = {path: int(np.prod(allocation.shapes[path])) for path in allocation.layers}
+    sizes = {path: allocation.weights(path) for path in allocation.layers}
     budget = target * sum(sizes.values())
 
     def cost(path: str, bits: int) -> float:
-        per_weight: float = replace(allocation.layers[path], bits=bits).bits_per_weight
-        return per_weight * sizes[path]
+        scheme = replace(allocation.layers[path], bits=bits)
+        return float(scheme.bits_per_weight(allocation.scale_bits) * sizes[path])
 
     chosen = dict.fromkeys(sizes, AUTO_BITS[0])
     spent = sum(cost(path, bits) for path, bits in chosen.items())
@@ -74,7 +74,7 @@ def sensitivities(model: FastVLM, allocation: BitAllocation, probes: Probes, not
         model: The exact model in float32; it is left as it was.
         allocation: The layers and their group sizes.
         probes: The images and prompts to measure on; the first few are used.
-        notify: Called with a label of the current step.
+        notify: Called with the path of each layer before it is measured.
     """
     parts = segments(model)
     prompts = probes.prompts[:_SAMPLES]
@@ -116,7 +116,7 @@ def _layers(allocation: BitAllocation, segment: Segment) -> Sequence[str]:
 @contextmanager
 def quantized_layer(model: FastVLM, allocation: BitAllocation, path: str, notify: Notify) -> Iterator[None]:
     """Replaces the weights of one layer by quantized ones for the duration of a `with` block."""
-    notify(f"measuring {path}")
+    notify(path)
     layer, group_size = module_at(model, path), allocation.layers[path].group_size
     exact = layer.weight
     layer.weight = mx.dequantize(*mx.quantize(exact, group_size, MEASURED_BITS), group_size, MEASURED_BITS)

@@ -53,7 +53,7 @@ def compensate(
         allocation: The scheme of each layer; all are affine.
         probes: The images and prompts to calibrate on.
         answers: The token ids (B, T) of the exact model's answers to them.
-        notify: Called with a label of the current step.
+        notify: Called with the path of each layer before it is quantized.
     """
     parts = segments(model)
     packed: dict[str, tuple[Packed, WeightError]] = {}
@@ -78,9 +78,9 @@ def _quantize(
     paths = [path for path in allocation.layers if segment.holds(path)]
     if not paths:
         return {}
-    notify(f"compensating {segment.name}")
     packed = {}
     for path, hessian in _hessians(model, segment, paths, states).items():
+        notify(path)
         linear = module_at(model, path)
         exact = np.array(linear.weight, order="C")
         parts, rounded = compensated(exact, hessian, allocation.layers[path], model.config.dtype)

@@ -12,14 +12,14 @@ from fastvlm_mlx.checkpoint.load import load_model
 from fastvlm_mlx.config import ModelConfig
 from fastvlm_mlx.convert.arrays import DTYPES, Packed, float32
 from fastvlm_mlx.convert.compare.agreement import Agreement, Reference
+from fastvlm_mlx.convert.compare.gates import Gate
 from fastvlm_mlx.convert.compare.probes import CALIBRATION_SEEDS, Probes, image_files
 from fastvlm_mlx.convert.compare.weights import WeightError
 from fastvlm_mlx.convert.parts import by_part
-from fastvlm_mlx.convert.progress import Meter, Notify, Progress
+from fastvlm_mlx.convert.progress import Meter, Progress
 from fastvlm_mlx.convert.quantize.auto_bits import allocate_bits, sensitivities
 from fastvlm_mlx.convert.quantize.calibrated import compensate
-from fastvlm_mlx.convert.quantize.gates import Gate
-from fastvlm_mlx.convert.quantize.report import QuantizationReport, part_reports
+from fastvlm_mlx.convert.quantize.report import QuantizationReport, layers_report, part_reports
 from fastvlm_mlx.convert.quantize.rounding import rounded
 from fastvlm_mlx.convert.quantize.scheme import AUTO, BitAllocation, Quantization
 from fastvlm_mlx.convert.source.source import Source, open_source
@@ -69,7 +69,8 @@ def quantize_checkpoint(
         GateError: If a gate is not met; nothing is written then.
         ImageError: If a calibration image cannot be read.
     """
-    conditions = [Gate.parse(text) for text in gates]
+    for gate in gates:
+        Gate.parse(gate)
     images = image_files(map(Path, calibration))
     folder, target = Path(source).expanduser(), vacant(destination)
     config = ModelConfig.from_path(folder)
@@ -89,7 +90,7 @@ def quantize_checkpoint(
         reference, answers = references[0], references[-1].answers
         del references  # the logits of long calibration answers take much memory
         mx.clear_cache()
-        allocation, compensated = _calibrated(folder, quantization, allocation, probes, answers, meter.notify)
+        allocation, compensated = _calibrated(folder, quantization, allocation, probes, answers, meter)
         errors = write_weights(opened, out, config.dtype, allocation, compensated, meter)
         del compensated
         quantized = replace(config, quantization=allocation.config())
@@ -98,16 +99,19 @@ def quantize_checkpoint(
         meter.notify("comparing with the source")
         with open_source(out) as result:
             parts = part_reports(opened, result, errors)
+            layers = layers_report(opened, result, errors, allocation.layers.keys())
         report = QuantizationReport(
             quantization=quantization.name,
             parts=parts,
+            quantized_layers=layers,
+            target_bpw=quantization.target_bpw,
             kept=allocation.kept,
             agreement=Agreement.of(load_model(out), probes[0], reference),
             folder_bytes_before=folder_bytes(folder, without=REPORTS),
             folder_bytes_after=folder_bytes(out, without=REPORTS),
+            gates=tuple(gates),
         )
-        for condition in conditions:
-            condition.check(report)
+        report.check_gates()
         write_json(out / REPORT_FILE, report.to_dict())
         parameters = by_part({name: tensor.size for name, tensor in opened.tensors.items()})
         layout = str(config.source.get("layout", ""))
@@ -122,7 +126,7 @@ def _calibrated(
     allocation: BitAllocation,
     probes: Sequence[Probes],
     answers: npt.NDArray[np.int32],
-    notify: Notify,
+    meter: Meter,
 ) -> tuple[BitAllocation, Compensated]:
     """The allocation with measured bits where the preset asks for them, and the layers that GPTQ quantizes.
 
@@ -134,11 +138,13 @@ def _calibrated(
     exact = load_model(folder, dtype="float32", lazy=True)
     if quantization.preset == AUTO:
         assert quantization.target_bpw is not None
-        effects = sensitivities(exact, allocation, probes[0], notify)
+        measured = meter.layers(len(allocation.layers), "measuring layers")
+        effects = sensitivities(exact, allocation, probes[0], measured)
         allocation = allocate_bits(effects, allocation, quantization.target_bpw)
     if quantization.method != "gptq":
         return allocation, {}
-    return allocation, compensate(exact, allocation, probes[-1], answers, notify)
+    compensated = meter.layers(len(allocation.linears), "compensating layers")
+    return allocation, compensate(exact, allocation, probes[-1], answers, compensated)
 
 
 def write_weights(

@@ -1,22 +1,23 @@
 """The report of a quantization: what it saved and what it cost."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 from fastvlm_mlx.convert.compare.agreement import Agreement
+from fastvlm_mlx.convert.compare.gates import METRICS, Gate
 from fastvlm_mlx.convert.compare.weights import WeightError, errors_by_part
-from fastvlm_mlx.convert.parts import by_part
+from fastvlm_mlx.convert.parts import part_of
+from fastvlm_mlx.convert.quantize.scheme import kept_lines
 from fastvlm_mlx.convert.source.source import Source
-from fastvlm_mlx.formatting import as_markdown, names, readable_bytes
-
-METRICS = ("visual_cosine", "kl", "top1", "top5", "greedy", "weight_error", "size_ratio", "bits_per_weight")
-"""The metrics that a gate can name."""
+from fastvlm_mlx.errors import GateError
+from fastvlm_mlx.formatting import as_markdown, readable_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
 class PartReport:
-    """The report on one part of the model.
+    """The report on one part of the model, or on all quantized layers.
 
     Attributes:
         bits_per_weight: Over all of its parameters, with scales and parameters in floating point.
@@ -30,6 +31,16 @@ class PartReport:
     bytes_after: int
     weight_error: float
 
+    def resized(self, bytes_after: int) -> "PartReport":
+        """The report on the same weights, stored in another number of bytes."""
+        bits_per_weight = self.bits_per_weight * bytes_after / self.bytes_after
+        return replace(self, bytes_after=bytes_after, bits_per_weight=bits_per_weight)
+
+    def row(self, name: str) -> tuple[str, str, str, str, str]:
+        """A row of text: name, bits per weight, bytes before and after, relative weight error."""
+        before, after = readable_bytes(self.bytes_before), readable_bytes(self.bytes_after)
+        return name, f"{self.bits_per_weight:.2f}", before, after, f"{self.weight_error:.2%}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizationReport:
@@ -38,18 +49,24 @@ class QuantizationReport:
     Attributes:
         quantization: The name of the request.
         parts: The report on each of `PARTS`.
+        quantized_layers: The report on the layers that are quantized, from all parts.
+        target_bpw: The bits per weight that these were allowed; None if no target was set.
         kept: The reason for each layer that stayed in floating point.
         agreement: The agreement with the source on calibration images and prompts.
         folder_bytes_before: Bytes of the source's files.
         folder_bytes_after: Bytes of the result's files, without this report and the model card.
+        gates: The conditions that were set, such as `top1>=0.95`.
     """
 
     quantization: str
     parts: Mapping[str, PartReport]
+    quantized_layers: PartReport
+    target_bpw: float | None
     kept: Mapping[str, str]
     agreement: Agreement
     folder_bytes_before: int
     folder_bytes_after: int
+    gates: tuple[str, ...] = ()
 
     @property
     def weight_error(self) -> float:
@@ -72,38 +89,65 @@ class QuantizationReport:
         value: float = getattr(self if hasattr(self, name) else self.agreement, name)
         return value
 
+    def interval(self, name: str) -> tuple[float, float] | None:
+        """The 95 % interval of a metric; None for one that is exact."""
+        interval: tuple[float, float] | None = self.agreement.interval(name)
+        return interval
+
+    def check_gates(self) -> None:
+        """Checks that the conditions are met.
+
+        Raises:
+            GateError: If one is not. It carries this report.
+        """
+        gates = [Gate.parse(text) for text in self.gates]
+        if unmet := [gate.sentence(self) for gate in gates if not gate.holds(self)]:
+            raise GateError(f"{'; '.join(unmet)}; nothing was written", self)
+
     def to_dict(self) -> dict[str, Any]:
         """The JSON form."""
         return {**asdict(self), **{name: self.metric(name) for name in METRICS}}
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "QuantizationReport":
+        """Reads what `to_dict` returns.
+
+        Raises:
+            KeyError: If a value is missing.
+            TypeError: If one has the wrong type.
+        """
+        known = {field.name: values[field.name] for field in fields(cls)}
+        agreement = dict(known["agreement"])
+        intervals = {name: (low, high) for name, (low, high) in agreement.pop("intervals").items()}
+        known |= {
+            "parts": {name: PartReport(**part) for name, part in known["parts"].items()},
+            "quantized_layers": PartReport(**known["quantized_layers"]),
+            "agreement": Agreement(**agreement, intervals=intervals),
+            "gates": tuple(known["gates"]),
+        }
+        return cls(**known)
+
     def rows(self) -> list[tuple[str, str, str, str, str]]:
         """Rows of text for a table: part, bits per weight, bytes before and after, relative weight error."""
-        parts = [
-            (
-                name,
-                f"{part.bits_per_weight:.2f}",
-                readable_bytes(part.bytes_before),
-                readable_bytes(part.bytes_after),
-                f"{part.weight_error:.2%}",
-            )
-            for name, part in self.parts.items()
-        ]
         before, after = readable_bytes(self.folder_bytes_before), readable_bytes(self.folder_bytes_after)
-        return [*parts, ("all files", f"{self.bits_per_weight:.2f}", before, after, f"{self.weight_error:.2%}")]
+        worst = f"worst part {self.weight_error:.2%}"
+        return [
+            *(part.row(name) for name, part in self.parts.items()),
+            self.quantized_layers.row("quantized layers"),
+            ("all files", f"{self.bits_per_weight:.2f}", before, after, worst),
+        ]
 
     def lines(self) -> list[str]:
-        """The agreement and the layers that stayed in floating point, in words."""
-        agreement = self.agreement
-        lines = [
-            f"on calibration inputs, {agreement.positions} positions: the same token most likely {agreement.top1:.1%}, "
-            f"of the five most likely {agreement.top5:.1%}, answers agree for {agreement.greedy:.1%} of their length",
-            f"KL divergence {agreement.kl:.2g} nats, cosine of the visual tokens {agreement.visual_cosine:.4f}",
-        ]
-        reasons = sorted(set(self.kept.values()))
-        for reason in reasons:
-            paths = [path for path, given in self.kept.items() if given == reason]
-            lines.append(f"in floating point ({reason}): {names(paths, most=3)}")
-        return lines
+        """The agreement, targets and gates, and the layers that stayed in floating point, in words."""
+        lines = self.agreement.lines()
+        if self.target_bpw is not None:
+            used = self.quantized_layers.bits_per_weight
+            verdict = "met" if used <= self.target_bpw + 1e-6 else "not met"
+            lines.append(
+                f"target of {self.target_bpw:g} bits per weight {verdict}: the quantized layers take {used:.2f}"
+            )
+        lines += [Gate.parse(text).sentence(self) for text in self.gates]
+        return [*lines, *kept_lines(self.kept)]
 
     def markdown(self) -> str:
         """The section for the model card."""
@@ -130,16 +174,32 @@ def part_reports(source: Source, result: Source, errors: Mapping[str, WeightErro
         result: The quantized checkpoint.
         errors: The error of every parameter or layer, by its path.
     """
-    before, after = (
-        by_part({name: tensor.nbytes for name, tensor in opened.tensors.items()}) for opened in (source, result)
-    )
-    sizes = by_part({name: tensor.size for name, tensor in source.tensors.items()})
     return {
-        part: PartReport(
-            bits_per_weight=8 * after[part] / sizes[part],
-            bytes_before=before[part],
-            bytes_after=after[part],
-            weight_error=error,
-        )
-        for part, error in errors_by_part(errors).items()
+        part: _report(source, result, error, partial(_is_in, part)) for part, error in errors_by_part(errors).items()
     }
+
+
+def layers_report(
+    source: Source, result: Source, errors: Mapping[str, WeightError], layers: Collection[str]
+) -> PartReport:
+    """The report on the layers at the paths `layers`; other arguments as for `part_reports`."""
+    error = WeightError.total(errors[path] for path in layers).relative
+    return _report(source, result, error, partial(_is_weight_of, layers))
+
+
+def _is_in(part: str, name: str) -> bool:
+    return bool(part_of(name) == part)
+
+
+def _is_weight_of(layers: Collection[str], name: str) -> bool:
+    path, _, leaf = name.rpartition(".")
+    return path in layers and leaf in ("weight", "scales", "biases")
+
+
+def _report(source: Source, result: Source, error: float, holds: Callable[[str], bool]) -> PartReport:
+    """The report on the tensors whose names `holds` accepts."""
+    before, after = (
+        sum(tensor.nbytes for name, tensor in opened.tensors.items() if holds(name)) for opened in (source, result)
+    )
+    weights = sum(tensor.size for name, tensor in source.tensors.items() if holds(name))
+    return PartReport(bits_per_weight=8 * after / weights, bytes_before=before, bytes_after=after, weight_error=error)

@@ -1,5 +1,6 @@
 """Quantization requests, and the bits and group size that they give every layer of a model."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from fastvlm_mlx.convert.arrays import Shape
 from fastvlm_mlx.convert.fold.modules import parameter_shapes
 from fastvlm_mlx.convert.parts import PARTS, part_of
 from fastvlm_mlx.errors import ConversionError
+from fastvlm_mlx.formatting import names
 
 METHODS = ("rtn", "gptq")
 AUTO = "auto"
@@ -58,10 +60,9 @@ class LayerScheme(LayerQuantization):
     group_size: int
     bits: int
 
-    @property
-    def bits_per_weight(self) -> float:
-        """Bits per weight, with the 16-bit scale and bias of each group or the 8-bit scale of modes without bias."""
-        return self.bits + (32 if self.mode == "affine" else 8) / self.group_size
+    def bits_per_weight(self, scale_bits: int = 16) -> float:
+        """Bits per weight, with each group's scale and bias of `scale_bits`, or the 8-bit scale of other modes."""
+        return self.bits + (2 * scale_bits if self.mode == "affine" else 8) / self.group_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +75,7 @@ class Quantization:
         group_size: Weights that share a scale; by default the mode's usual number.
         mode: `affine`, `mxfp4`, `mxfp8` or `nvfp4`.
         parts: Bits for single parts, 0 for none; these parts are affine in every mode.
-        target_bpw: Bits per weight that `auto` may use, over all layers that can be quantized.
+        target_bpw: Bits per weight that `auto` may use over the layers that it quantizes, scales and biases included.
         method: `rtn` rounds each weight to the nearest level; `gptq` makes the following weights of a row compensate
             for the error, as measured on calibration inputs.
 
@@ -104,15 +105,7 @@ class Quantization:
         if (self.preset == AUTO) != (self.target_bpw is not None):
             raise ConversionError("preset auto and a target in bits per weight belong together; give both or neither")
         if self.target_bpw is not None:
-            least, most = (
-                LayerScheme(group_size=self.group_size or group_sizes[0], bits=end).bits_per_weight
-                for end in _AUTO_RANGE
-            )
-            if not least <= self.target_bpw <= most:
-                raise ConversionError(
-                    f"target_bpw must be between {least:g} and {most:g}, what {_AUTO_RANGE[0]} and {_AUTO_RANGE[1]} "
-                    f"bits come to with the scales of this group size, not {self.target_bpw:g}"
-                )
+            self._check_target()
             if chosen := [part for part, bits in self.parts.items() if bits]:
                 raise ConversionError(f"preset auto chooses the bits of {chosen[0]}; only none can be asked for there")
         if self.bits is not None:
@@ -125,13 +118,42 @@ class Quantization:
         if self.method == "gptq" and self.mode != "affine":
             raise ConversionError(f"method gptq quantizes in mode affine, not {self.mode}; use rtn or mode affine")
 
+        if self._all_parts and any(self.parts.values()):
+            mode = None if self.mode == "affine" else self.mode
+            for name, value in {"preset": self.preset, "bits": self.bits, "mode": mode}.items():
+                if value is not None:
+                    raise ConversionError(
+                        f"every part has bits of its own, so {name} {value} would change nothing; leave it out"
+                    )
+
+    def _check_target(self, scale_bits: int = 16) -> None:
+        """Raises if no choice of bits comes to the target."""
+        assert self.target_bpw is not None
+        group_size = self.group_size or _MODES[self.mode][1][0]
+        least, most = (LayerScheme(group_size=group_size, bits=end).bits_per_weight(scale_bits) for end in _AUTO_RANGE)
+        if not least <= self.target_bpw <= most:
+            raise ConversionError(
+                f"target_bpw must be between {least:g} and {most:g}, what {_AUTO_RANGE[0]} and {_AUTO_RANGE[1]} "
+                f"bits come to with the scales of this group size, not {self.target_bpw:g}"
+            )
+
+    @property
+    def _all_parts(self) -> bool:
+        """Whether every part has bits of its own."""
+        return len(self.parts) == len(PARTS)
+
     @property
     def name(self) -> str:
         """Its name in reports."""
-        bits = self.preset or f"{self.bits or _MODES[self.mode][0][-1]} bits"
-        target = f" at {self.target_bpw:g} bits per weight" if self.target_bpw else ""
-        mode = "" if self.mode == "affine" else f", {self.mode}"
-        return f"{bits}{target}{mode}, {self.method}"
+        words = [] if self._all_parts else [self.preset or f"{self.bits or _MODES[self.mode][0][-1]} bits"]
+        if self.target_bpw is not None:
+            words = [f"{words[0]} at {self.target_bpw:g} bits per weight"]
+        if self.mode != "affine":
+            words.append(self.mode)
+        words += [f"{part} {self.parts[part] or 'none'}" for part in PARTS if part in self.parts]
+        if self.group_size is not None:
+            words.append(f"groups of {self.group_size}")
+        return ", ".join([*words, self.method])
 
     def for_layer(self, path: str, depth: Mapping[str, int]) -> LayerScheme | None:
         """The scheme of one layer, whatever its size; None if it is not to be quantized.
@@ -182,7 +204,14 @@ class Quantization:
         if not layers:
             reasons = "; ".join(sorted(set(kept.values())))
             raise ConversionError(f"no layer of this checkpoint can be quantized like this: {reasons}")
-        return BitAllocation(layers=layers, kept=kept, shapes=shapes)
+        allocation = BitAllocation(
+            layers=layers, kept=kept, shapes=shapes, scale_bits=32 if config.dtype == "float32" else 16
+        )
+        if self.target_bpw is not None:
+            self._check_target(allocation.scale_bits)
+        if self.method == "gptq" and not allocation.linears:
+            raise ConversionError("method gptq leaves embedding and head as they are, and no other layer is quantized")
+        return allocation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,17 +222,38 @@ class BitAllocation:
         layers: The schemes of the layers that are quantized, by path.
         kept: The reasons why the others are not.
         shapes: The shape of each layer's weight, (out, in).
+        scale_bits: Bits of each scale and bias in mode affine: those of the checkpoint's dtype.
     """
 
     layers: Mapping[str, LayerScheme]
     kept: Mapping[str, str]
     shapes: Mapping[str, Shape]
+    scale_bits: int = 16
+
+    @property
+    def linears(self) -> list[str]:
+        """The paths of the layers that are quantized, without embedding and head."""
+        return [path for path in self.layers if part_of(path) != "embed"]
+
+    def weights(self, path: str) -> int:
+        """The number of weights of a layer."""
+        return math.prod(self.shapes[path])
+
+    def bits(self, path: str) -> float:
+        """Bits that a quantized layer takes in all."""
+        return self.layers[path].bits_per_weight(self.scale_bits) * self.weights(path)
 
     def config(self) -> QuantizationConfig:
         """The layers as config.json records them."""
         return QuantizationConfig.of(
             {path: LayerQuantization(**scheme.to_dict()) for path, scheme in self.layers.items()}
         )
+
+
+def kept_lines(kept: Mapping[str, str]) -> list[str]:
+    """The layers that stay in floating point, in words; `kept` gives the reason for each."""
+    by_reason = {reason: [path for path, given in kept.items() if given == reason] for reason in kept.values()}
+    return [f"in floating point ({reason}): {names(paths, most=3)}" for reason, paths in sorted(by_reason.items())]
 
 
 def layer_shapes(config: ModelConfig) -> dict[str, Shape]:

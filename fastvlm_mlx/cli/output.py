@@ -1,12 +1,16 @@
 """Reports and uploads the checkpoint that `convert` or `quantize` has written."""
 
 import json
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
 from fastvlm_mlx.cli.terminal import note
+from fastvlm_mlx.errors import GateError
 from fastvlm_mlx.formatting import as_text, readable_bytes
 
 if TYPE_CHECKING:
@@ -20,11 +24,28 @@ def show_output(folder: Path, report: "QuantizationReport | None", *, as_json: b
     from fastvlm_mlx.convert.write.files import folder_bytes
 
     if report is not None:
-        if as_json:
-            typer.echo(json.dumps(report.to_dict()))
-        else:
-            typer.echo("\n".join([as_text([HEADER, *report.rows()]), "", *report.lines()]))
+        typer.echo(json.dumps(report.to_dict()) if as_json else _as_text(report))
     note(f"wrote {folder}, {readable_bytes(folder_bytes(folder))}")
+
+
+def _as_text(report: "QuantizationReport") -> str:
+    return "\n".join([as_text([HEADER, *report.rows()]), "", *map(wrapped, report.lines())])
+
+
+def wrapped(line: str, indent: int = 2) -> str:
+    """A line of text as several of at most 80 columns, the later ones indented."""
+    return textwrap.fill(line, 80, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
+
+
+@contextmanager
+def failed_report_shown() -> Iterator[None]:
+    """Writes the report of a quantization that does not meet its gates to stderr; nothing else would show it."""
+    try:
+        yield
+    except GateError as err:
+        if err.report is not None:
+            note(_as_text(err.report))
+        raise
 
 
 def check_upload(repository: str | None) -> None:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from fastvlm_mlx.formatting import readable_bytes
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
@@ -16,13 +18,14 @@ def note(message: str) -> None:
 
 
 class ByteProgress:
-    """A progress bar by bytes on stderr, drawn from the first call on; where stderr is no terminal, nothing.
+    """A progress bar by bytes or layers on stderr, drawn from the first call on; where it is no terminal, nothing.
 
     Rich is imported with the first call, so that a command that turns out to have nothing to wait for does not pay.
     """
 
     def __init__(self) -> None:
         self._bar: Progress | None = None
+        self._total = 0
 
     def __enter__(self) -> "ByteProgress":
         return self
@@ -32,18 +35,28 @@ class ByteProgress:
             self._bar.stop()
 
     def __call__(self, done: int, total: int, what: str) -> None:
-        """Shows that `done` of `total` bytes are through, and what is being done to them."""
+        """Shows that `done` of `total` bytes or layers are through, and what is being done to them."""
         if not sys.stderr.isatty():
             return
         if self._bar is None:
             from rich.console import Console
-            from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-            columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+            texts = TextColumn("{task.description}"), TextColumn("{task.fields[amount]}")
+            columns = (texts[0], BarColumn(), texts[1], TimeRemainingColumn())
             self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
-            self._task = self._bar.add_task(what)
+            self._task = self._bar.add_task(what, amount="")
             self._bar.start()
-        self._bar.update(self._task, completed=done, total=total, description=what)
+        from fastvlm_mlx.convert.progress import Layers
+
+        if total != self._total:  # another unit or another file: the time left is estimated anew
+            self._bar.reset(self._task, total=total)
+            self._total = total
+        if isinstance(total, Layers):
+            amount = f"{done}/{total} layers"
+        else:
+            amount = f"{readable_bytes(done)} of {readable_bytes(total)}"
+        self._bar.update(self._task, completed=done, description=what, amount=amount)
 
 
 class LiveLine:

@@ -1,15 +1,12 @@
 """Scores of a model on a question file with their intervals, and the comparison of two models."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fastvlm_mlx.errors import ConfigError
+from fastvlm_mlx.intervals import of_mean, wilson
 from fastvlm_mlx.jobs.metrics import normalize
-
-Z95 = 1.959964
-"""Half-width of a 95 % interval in standard deviations."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,13 +21,9 @@ class Share:
     @classmethod
     def of(cls, scores: Sequence[float]) -> "Share":
         """Returns the share of at least one score, all between 0 and 1."""
-        n = len(scores)
-        p = sum(scores) / n
-        spread = 1 + Z95**2 / n
-        centre = (p + Z95**2 / (2 * n)) / spread
-        half = Z95 / spread * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n**2))
-        # The score lies within its interval, whatever rounding makes of the ends at 0 and 1.
-        return cls(count=n, score=p, low=min(p, max(0.0, centre - half)), high=max(p, min(1.0, centre + half)))
+        score = sum(scores) / len(scores)
+        low, high = wilson(score, len(scores))
+        return cls(count=len(scores), score=score, low=low, high=high)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,14 +94,12 @@ class EvaluationReport:
             raise ConfigError("two evaluations can be compared only on the same questions and metric")
         pairs = list(zip(self.answers, baseline.answers, strict=True))
         differences = [mine.score - theirs.score for mine, theirs in pairs]
-        n = len(pairs)
-        mean = sum(differences) / n
-        half = Z95 * math.sqrt(sum((d - mean) ** 2 for d in differences) / max(1, n - 1) / n)
+        low, high = of_mean(differences)
         return Comparison(
             agreement=Share.of([float(_alike(mine, theirs)) for mine, theirs in pairs]),
-            difference=mean,
-            low=mean - half,
-            high=mean + half,
+            difference=sum(differences) / len(differences),
+            low=low,
+            high=high,
             won=sum(d > 0 for d in differences),
             lost=sum(d < 0 for d in differences),
         )

@@ -1,6 +1,7 @@
 """Quantizing converted checkpoints: what is written, what it is said to cost, and gates and verification on it."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,12 @@ from fastvlm_mlx.convert import convert_checkpoint, verify
 from fastvlm_mlx.convert.compare.layerwise import module_at
 from fastvlm_mlx.convert.parts import PARTS
 from fastvlm_mlx.convert.pipeline import convert_and_quantize
+from fastvlm_mlx.convert.progress import Layers
 from fastvlm_mlx.convert.quantize import checkpoint as quantize
 from fastvlm_mlx.convert.quantize.auto_bits import quantized_layer
 from fastvlm_mlx.convert.quantize.report import QuantizationReport
 from fastvlm_mlx.convert.quantize.scheme import Quantization
+from fastvlm_mlx.convert.request import planned_request
 from fastvlm_mlx.convert.write import upload as hub
 from fastvlm_mlx.errors import ConversionError
 from fastvlm_mlx.resolve import load
@@ -69,6 +72,11 @@ def test_a_quantized_checkpoint_answers_and_says_what_was_lost(quantized: tuple[
     assert "| decoder | 6." in card
     config = json.loads((folder / "config.json").read_text())
     assert config["quantization"] == config["quantization_config"] == {"group_size": 32, "bits": 4, "mode": "affine"}
+
+
+def test_the_planned_size_is_the_size(exact: Path, quantized: tuple[Path, QuantizationReport]) -> None:
+    planned = planned_request(exact, quantization=INT4, dtype="float32")
+    assert planned.output_bytes == sum(values.nbytes for values in tensors(quantized[0]).values())
 
 
 def test_dequantizing_leaves_exactly_the_error_of_quantization(
@@ -141,20 +149,35 @@ def test_the_gate_stops_a_broken_layer(exact: Path, tmp_path: Path, monkeypatch:
 
 
 def test_a_gate_that_is_not_met_ends_with_exit_code_3(exact: Path, tmp_path: Path) -> None:
-    result = invoke("quantize", exact, tmp_path / "out", "--q-group-size", 32, "--gate", "top1>1")
+    gates = ("--gate", "top1>1", "--gate", "kl<0", "--gate", "weight_error<1")
+    result = invoke("quantize", exact, tmp_path / "out", "--q-group-size", 32, *gates)
     assert result.exit_code == 3
-    assert result.stderr.splitlines()[-1].startswith("error: the gate top1>1 is not met: top1 is ")
+    *report, error = result.stderr.splitlines()
+    assert error.startswith("error: the gate top1>1 is not met: top1 is ")
+    assert "; the gate kl<0 is not met: kl is " in error
+    assert error.endswith("; nothing was written")
     assert not list(tmp_path.iterdir())
+    assert result.stdout == ""
+    rows = {line.partition("  ")[0] for line in report}
+    assert {"part", *PARTS, "quantized layers", "all files"} <= rows
+    assert any(line.startswith("the gate weight_error<1 is met: weight_error is 0.00") for line in report)
+    (met,) = (line for line in report if line.startswith("the gate top1>1"))
+    assert re.search(r"top1 is [\d.]+ \(95% interval 0\.\d+ to [01]\.?\d*\)$", met)
 
 
 def test_compensation_loses_less_than_rounding(
     exact: Path, quantized: tuple[Path, QuantizationReport], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(quantize, "CALIBRATION_SEEDS", range(1000, 1004))
+    quantization = Quantization(bits=4, group_size=32, method="gptq")
+    calls: list[tuple[int, int, str]] = []
     better = convert_and_quantize(
-        exact, tmp_path / "out", quantization=Quantization(bits=4, group_size=32, method="gptq")
+        exact, tmp_path / "out", quantization=quantization, progress=lambda *call: calls.append(call)
     )
     assert better is not None
+    layers = quantization.allocate(ModelConfig.from_path(exact)).linears
+    expected = [(number, len(layers), "compensating layers") for number in range(len(layers))]
+    assert [call for call in calls if isinstance(call[1], Layers)] == expected
     plain = quantized[1]
     assert better.folder_bytes_after == pytest.approx(plain.folder_bytes_after, abs=10)
     assert better.agreement.kl < 0.7 * plain.agreement.kl
@@ -199,14 +222,23 @@ def test_a_layer_is_exact_again_after_it_was_measured(exact: Path) -> None:
 def test_auto_spends_its_bits_where_they_matter(
     exact: Path, quantized: tuple[Path, QuantizationReport], tmp_path: Path
 ) -> None:
-    quantization = Quantization(preset="auto", target_bpw=5.0, group_size=32)
-    report = convert_and_quantize(exact, tmp_path / "out", quantization=quantization)
+    quantization = Quantization(preset="auto", target_bpw=6.0, group_size=32)
+    calls: list[tuple[int, int, str]] = []
+    report = convert_and_quantize(
+        exact, tmp_path / "out", quantization=quantization, progress=lambda *call: calls.append(call)
+    )
     assert report is not None
     layers = Quantization(bits=4, group_size=32).allocate(ModelConfig.from_path(exact)).layers
     entry = json.loads((tmp_path / "out" / "config.json").read_text())["quantization"]
     bits = {path: entry.get(path, entry)["bits"] for path in layers}
     assert len(set(bits.values())) > 1
-    assert report.agreement.kl < quantized[1].agreement.kl  # at the same 4 + 1 bits per weight
+    measured = [done for done, total, label in calls if (total, label) == (len(layers), "measuring layers")]
+    assert measured == list(range(len(layers)))
+    assert report.agreement.kl < quantized[1].agreement.kl  # at the same 4 + 2 bits per weight
+    assert quantized[1].quantized_layers.bits_per_weight == 6
+    assert 5.9 < report.quantized_layers.bits_per_weight <= 6
+    assert "target of 6 bits per weight met: the quantized layers take 6.00" in report.lines()
+    assert report.rows()[-2][:2] == ("quantized layers", "6.00")
 
 
 @pytest.mark.parametrize("mode", ["mxfp4", "mxfp8", "nvfp4"])

@@ -1,12 +1,14 @@
 """What can be asked of quantization, and what it comes to for a model's layers."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from fastvlm_mlx.config import ModelConfig
 from fastvlm_mlx.convert import plan
+from fastvlm_mlx.convert.parts import PARTS
 from fastvlm_mlx.convert.quantize.scheme import PRESETS, LayerScheme, Quantization, is_sensitive
 from fastvlm_mlx.errors import ConversionError
 from tests.checkpoints import SOURCES
@@ -36,6 +38,8 @@ def config() -> ModelConfig:
         ({"bits": 4, "method": "awq"}, "method must be one of rtn, gptq, not 'awq'"),
         ({"mode": "mxfp4", "method": "gptq"}, "method gptq quantizes in mode affine, not mxfp4"),
         ({"bits": 4, "parts": {"head": 8}}, "part must be one of decoder, embed, projector, vision, not 'head'"),
+        ({"bits": 4, "parts": dict.fromkeys(PARTS, 8)}, "every part has bits of its own, so bits 4 would change"),
+        ({"mode": "mxfp4", "parts": dict.fromkeys(PARTS, 8)}, "so mode mxfp4 would change nothing; leave it out"),
         ({"bits": 4, "parts": {"vision": 7}}, "bits of vision must be one of 0, 2, 3, 4, 5, 6, 8, not 7"),
     ],
 )
@@ -82,6 +86,36 @@ def test_what_a_group_does_not_divide_stays_in_floating_point(config: ModelConfi
 def test_nothing_left_to_quantize(config: ModelConfig) -> None:
     with pytest.raises(ConversionError, match="no layer of this checkpoint can be quantized like this: not asked for"):
         Quantization(bits=4, parts=dict.fromkeys(("decoder", "embed", "projector", "vision"), 0)).allocate(config)
+
+
+def test_a_target_allows_for_the_scales_that_are_stored(config: ModelConfig) -> None:
+    quantization = Quantization(preset="auto", target_bpw=4.5, group_size=32)
+    assert quantization.allocate(config).scale_bits == 16
+    with pytest.raises(ConversionError, match=r"target_bpw must be between 5 and 10, .* not 4\.5"):
+        quantization.allocate(replace(config, dtype="float32"))
+
+
+def test_compensation_without_a_layer_for_it_is_refused(config: ModelConfig) -> None:
+    parts = {"decoder": 0, "projector": 0, "vision": 0}
+    with pytest.raises(ConversionError, match="method gptq leaves embedding and head as they are, and no other"):
+        Quantization(bits=4, parts=parts, group_size=32, method="gptq").allocate(config)
+
+
+@pytest.mark.parametrize(
+    ("asked", "name"),
+    [
+        ({"preset": "int8"}, "int8, rtn"),
+        (
+            {"bits": 4, "parts": {"vision": 0, "embed": 6}, "group_size": 32},
+            "4 bits, embed 6, vision none, groups of 32",
+        ),
+        ({"parts": dict.fromkeys(PARTS, 8)}, "decoder 8, embed 8, projector 8, vision 8, rtn"),
+        ({"preset": "auto", "target_bpw": 4.5, "method": "gptq"}, "auto at 4.5 bits per weight, gptq"),
+        ({"mode": "mxfp4"}, "4 bits, mxfp4, rtn"),
+    ],
+)
+def test_the_name_of_a_request_says_all_of_it(asked: dict[str, Any], name: str) -> None:
+    assert Quantization(**asked).name.startswith(name)
 
 
 def test_embeddings_are_affine_in_every_mode(config: ModelConfig) -> None:
