@@ -5,7 +5,10 @@ linears, upstream's order of channels, and activations of true magnitude: mlx-vl
 for float16, so it is taken out.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +16,43 @@ import numpy as np
 import numpy.typing as npt
 
 from fastvlm_mlx.checkpoint.safetensors import Tensor
-from fastvlm_mlx.config import IMAGE_TOKEN, ModelConfig
+from fastvlm_mlx.config import ModelConfig
 from fastvlm_mlx.convert.arrays import DTYPES, Array, Shape, float32
+from fastvlm_mlx.convert.export.configs import PROJECTION_DIM, check_exportable, configs
 from fastvlm_mlx.convert.fold.float16 import Scaling, factors
+from fastvlm_mlx.convert.fold.modules import parameter_shapes
 from fastvlm_mlx.convert.fold.operations import BATCH_NORM_EPS, even_odd
+from fastvlm_mlx.convert.parts import by_part
 from fastvlm_mlx.convert.progress import Meter, Progress
+from fastvlm_mlx.convert.quantize.report import QuantizationReport
 from fastvlm_mlx.convert.source.layouts import LAYOUTS
 from fastvlm_mlx.convert.source.match import expand
 from fastvlm_mlx.convert.source.source import open_source
+from fastvlm_mlx.convert.write.card import Reader, card
 from fastvlm_mlx.convert.write.destination import partial_folder, vacant
-from fastvlm_mlx.convert.write.files import INDEX_FILE, REPORT_FILE, copy_small_files, write_json
-from fastvlm_mlx.convert.write.shards import ShardWriter, Stored, index, shards
-from fastvlm_mlx.errors import ConversionError
-from fastvlm_mlx.inputs.tokenizer import IM_END, Tokenizer
+from fastvlm_mlx.convert.write.files import (
+    INDEX_FILE,
+    REPORT_FILE,
+    REPORTS,
+    copy_small_files,
+    folder_bytes,
+    licences,
+    write_json,
+)
+from fastvlm_mlx.convert.write.shards import Shard, ShardWriter, Stored, index, shards
+from fastvlm_mlx.inputs.tokenizer import Tokenizer
 
-PROJECTION_DIM = 768
-"""The width of CLIP's head, which mlx-vlm has weights for and FastVLM does not use."""
+MLX_VLM = Reader(
+    tags=("mlx-vlm",),
+    form=" for mlx-vlm and mlx-swift-lm: the vision tower's norms and layer scales are folded into its convolutions",
+    usage="""\
+```bash
+pip install mlx-vlm
+python -m mlx_vlm.generate --model PATH --image photo.jpg --prompt "Describe the image."
+```
+
+PATH is this folder or the id of its repository on the Hub.""",
+)
 
 HEAD = "vision_tower.vision_model.head.proj"
 
@@ -38,17 +62,26 @@ _ROWS = tuple(f"{name}.{leaf}" for name in _DOUBLED for leaf in ("weight", "bias
 _COLUMNS = (".downsample.proj.weight", "se.reduce.weight", "mm_projector.0.weight")
 
 
-def export_mlx_vlm(source: str | Path, destination: str | Path, *, progress: Progress | None = None) -> None:
+def export_mlx_vlm(
+    source: str | Path, destination: str | Path, *, gates: Sequence[str] = (), progress: Progress | None = None
+) -> QuantizationReport | None:
     """Writes the converted checkpoint `source` to the folder `destination` in mlx-vlm's layout.
+
+    Towers of any size are written, though mlx-vlm loads none but the released one; see `check_readable`.
 
     Args:
         source: A folder in this project's format; its decoder and embedding may be quantized.
         destination: A folder that does not exist yet or is empty.
+        gates: Conditions on the quantization report, such as `size_ratio<=0.4`.
         progress: Called with the bytes done, the bytes in all and a label of the current step.
+
+    Returns:
+        The quantization report of the source, if it has one, with the sizes of the export.
 
     Raises:
         CheckpointError: If the source is incomplete or damaged.
         ConversionError: If its tower or projector is quantized, or the destination exists.
+        GateError: If a gate is not met; nothing is written then.
     """
     folder, target = Path(source).expanduser(), vacant(destination)
     config = ModelConfig.from_path(folder)
@@ -62,24 +95,39 @@ def export_mlx_vlm(source: str | Path, destination: str | Path, *, progress: Pro
                     writer.write(key, [values], lambda count: meter.advance(count, "exporting"))
             write_json(out / INDEX_FILE, index(files))
             copy_small_files(folder, out)
-            for name, contents in _configs(config, Tokenizer(folder)).items():
+            for name, contents in configs(config, Tokenizer(folder)).items():
                 write_json(out / name, contents)
-            for name in ("README.md", REPORT_FILE):
-                if (folder / name).is_file():
-                    (out / name).write_text((folder / name).read_text(encoding="utf-8"), encoding="utf-8")
+            report = _resized_report(folder, out, files, gates)
+            if report is not None:
+                report.check_gates()
+                write_json(out / REPORT_FILE, report.to_dict())
+            _write_card(out, target.name, config, "" if report is None else report.markdown())
+    return report
 
 
-def check_exportable(quantized: Iterable[str]) -> None:
-    """Checks that mlx-vlm's format can have quantized layers at these paths.
+def _resized_report(
+    source: Path, export: Path, files: Sequence[Shard], gates: Sequence[str]
+) -> QuantizationReport | None:
+    """The quantization report of a source with the sizes of its export; None if it has none of this version."""
+    try:
+        report = QuantizationReport.from_dict(json.loads((source / REPORT_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    sizes = by_part({name: stored.nbytes for file in files for name, stored in file.tensors.items()})
+    return replace(
+        report,
+        parts={part: each.resized(sizes[part]) for part, each in report.parts.items()},
+        folder_bytes_after=folder_bytes(export, without=REPORTS),
+        gates=tuple(gates),
+    )
 
-    Raises:
-        ConversionError: If it cannot.
-    """
-    if other := [path for path in quantized if not path.startswith("language_model.")]:
-        raise ConversionError(
-            f"{other[0]} would be quantized; mlx-vlm's readers need tower and projector in floating point: quantize "
-            "with vision none and projector none"
-        )
+
+def _write_card(folder: Path, title: str, config: ModelConfig, report: str) -> None:
+    """Writes the model card of an export."""
+    parameters = by_part({name: math.prod(shape) for name, shape in parameter_shapes(config).items()})
+    layout = str(config.source.get("layout", ""))
+    text = card(config, parameters, layout, title, licences(folder), report, reader=MLX_VLM)
+    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def _stored(tensors: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Stored]:
@@ -161,80 +209,3 @@ def _identities(config: ModelConfig) -> dict[str, Array]:
             if stage > 2:
                 values[f"{block}.token_mixer.layer_scale"] = ones[None, None]
     return values
-
-
-def _configs(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
-    """The config files that differ from ours, by name."""
-    vision, text = config.vision_config, config.text_config
-    side = vision.image_size
-    entry = config.quantization.to_dict() if config.quantization else None
-    quantization = {"quantization": entry, "quantization_config": entry}
-    image_processor = {
-        "image_processor_type": "CLIPImageProcessor",
-        "crop_size": {"height": side, "width": side},
-        "size": {"shortest_edge": side},
-        "image_mean": [0, 0, 0],
-        "image_std": [1, 1, 1],
-        "do_center_crop": True,
-        "do_convert_rgb": True,
-        "do_normalize": True,
-        "do_rescale": True,
-        "do_resize": True,
-        "resample": 3,
-        "rescale_factor": 1 / 255,
-    }
-    return {
-        "config.json": {
-            "model_type": "llava_qwen2",
-            "architectures": ["LlavaQwen2ForCausalLM"],
-            "hidden_act": "silu",
-            "hidden_size": text.hidden_size,
-            "intermediate_size": text.intermediate_size,
-            "num_hidden_layers": text.num_hidden_layers,
-            "num_attention_heads": text.num_attention_heads,
-            "num_key_value_heads": text.num_key_value_heads,
-            "vocab_size": text.vocab_size,
-            "rms_norm_eps": text.rms_norm_eps,
-            "rope_theta": text.rope_theta,
-            "max_position_embeddings": text.max_position_embeddings,
-            "tie_word_embeddings": text.tie_word_embeddings,
-            "use_sliding_window": False,
-            "eos_token_id": tokenizer.token_id(IM_END),
-            "image_token_index": IMAGE_TOKEN,
-            "image_aspect_ratio": "pad",
-            "mm_hidden_size": vision.hidden_size,
-            "mm_patch_merge_type": "flat",
-            "mm_projector_type": "mlp2x_gelu",
-            "mm_vision_tower": f"mobileclip_l_{side}",
-            "tokenizer_model_max_length": config.max_length,
-            "tokenizer_padding_side": "right",
-            "torch_dtype": config.dtype,
-            "vision_config": {
-                "model_type": "llava_qwen2",
-                "architecture": "fastvit_mci3",
-                "image_size": side,
-                "patch_size": vision.patch_size,
-                "hidden_size": 1024,
-                "intermediate_size": vision.hidden_size,
-                "projection_dim": PROJECTION_DIM,
-                "num_classes": 1000,
-                "cls_ratio": 2.0,
-                "down_patch_size": 7,
-                "down_stride": 2,
-                "downsamples": [True] * 5,
-                "embed_dims": list(vision.embed_dims),
-                "layers": list(vision.depths),
-                "layer_scale_init_value": 1e-5,
-                "mlp_ratios": [vision.mlp_ratio] * 5,
-                "pos_embs_shapes": [None, None, None, [7, 7], [7, 7]],
-                "repmixer_kernel_size": 3,
-                "token_mixers": ["repmixer", "repmixer", "repmixer", "attention", "attention"],
-            },
-            **(quantization if entry else {}),
-        },
-        "preprocessor_config.json": {**image_processor, "processor_class": "FastVLMProcessor"},
-        "processor_config.json": {
-            "image_processor": {**image_processor, "image_processor_type": "FastVLMImageProcessor"},
-            "processor_class": "FastVLMProcessor",
-        },
-    }

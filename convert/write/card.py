@@ -1,6 +1,7 @@
 """Writes the README.md of a converted checkpoint: a model card for the Hub."""
 
 from collections.abc import Collection, Mapping
+from typing import NamedTuple
 
 from fastvlm_mlx.config import ModelConfig
 
@@ -11,23 +12,14 @@ pipeline_tag: image-text-to-text
 {licence_tags}{base_model}tags:
 - mlx
 - fastvlm
-- fastvlm-mlx
----
+{tags}---
 
 # {title}
 
 [FastVLM](https://arxiv.org/abs/2412.13303) for [MLX](https://github.com/ml-explore/mlx), converted from {origin}
-with fastvlm-mlx: the vision tower is folded into its inference form, the weights are {dtype}.
+with fastvlm-mlx{form}, the weights are {dtype}.
 
-```bash
-fastvlm generate photo.jpg --model .
-```
-
-```python
-from fastvlm_mlx import load, generate
-model, processor = load(".")
-print(generate(model, processor, image="photo.jpg", prompt="Describe the image.").text)
-```
+{usage}
 
 | | |
 |---|---|
@@ -43,6 +35,36 @@ print(generate(model, processor, image="photo.jpg", prompt="Describe the image."
 """
 
 
+class Reader(NamedTuple):
+    """A program that loads a checkpoint.
+
+    Attributes:
+        tags: Of the model card, besides `mlx` and `fastvlm`.
+        form: The form of the checkpoint; continues "converted with fastvlm-mlx".
+        usage: How to use it, as Markdown.
+    """
+
+    tags: tuple[str, ...]
+    form: str
+    usage: str
+
+
+FASTVLM = Reader(
+    tags=("fastvlm-mlx",),
+    form=": the vision tower is folded into its inference form",
+    usage="""\
+```bash
+fastvlm generate photo.jpg --model .
+```
+
+```python
+from fastvlm_mlx import load, generate
+model, processor = load(".")
+print(generate(model, processor, image="photo.jpg", prompt="Describe the image.").text)
+```""",
+)
+
+
 def card(
     config: ModelConfig,
     parameters: Mapping[str, int],
@@ -50,6 +72,7 @@ def card(
     title: str,
     licences: Collection[str],
     report: str = "",
+    reader: Reader = FASTVLM,
 ) -> str:
     """The text of the model card.
 
@@ -60,6 +83,7 @@ def card(
         title: The name of the checkpoint.
         licences: The licence files that were copied.
         report: The section on what quantization cost.
+        reader: The program that the checkpoint is for.
     """
     name, revision = config.source["name"], config.source["revision"]
     vision, text = config.vision_config, config.text_config
@@ -80,6 +104,9 @@ def card(
     return _TEMPLATE.format(
         licence_tags="license: apple-amlr\n" if apple else "",
         base_model=base_model,
+        tags="".join(f"- {tag}\n" for tag in reader.tags),
+        form=reader.form,
+        usage=reader.usage,
         title=title,
         origin=origin,
         dtype="quantized" if config.quantization else config.dtype,
