@@ -8,17 +8,16 @@ from fastvlm_mlx.checkpoint.folder import is_converted
 from fastvlm_mlx.checkpoint.released import parse_name
 from fastvlm_mlx.config import ModelConfig
 from fastvlm_mlx.convert.compare.probes import image_files
-from fastvlm_mlx.convert.conversion import convert_checkpoint, plan
-from fastvlm_mlx.convert.export.mlx_vlm import check_exportable, export_mlx_vlm
+from fastvlm_mlx.convert.conversion import convert_checkpoint
+from fastvlm_mlx.convert.export.mlx_vlm import export_mlx_vlm
 from fastvlm_mlx.convert.plan import Plan
 from fastvlm_mlx.convert.progress import Progress
 from fastvlm_mlx.convert.quantize.checkpoint import quantize_checkpoint
-from fastvlm_mlx.convert.quantize.gates import Gate
 from fastvlm_mlx.convert.quantize.report import QuantizationReport
 from fastvlm_mlx.convert.quantize.scheme import Quantization
+from fastvlm_mlx.convert.request import planned_request
 from fastvlm_mlx.convert.scratch import scratch_folder
 from fastvlm_mlx.convert.write.destination import check_alone, vacant
-from fastvlm_mlx.errors import ConversionError
 
 Step = Callable[..., Plan | QuantizationReport | None]
 """Called with a source, a destination and `progress=`."""
@@ -50,7 +49,7 @@ def convert_and_quantize(
         vision_from: As for `convert_checkpoint`.
         dequantize: Whether to dequantize a quantized source.
         calibration: Images, or folders of them, to measure on in addition to the built-in ones.
-        gates: Conditions on the quantization report, such as `top1>=0.95`.
+        gates: Conditions on the quantization report, such as `top1>=0.95`, about the checkpoint as it is written.
         progress: Called with the bytes done, the bytes in all and a label of the current step.
 
     Returns:
@@ -105,31 +104,18 @@ def planned_steps(
         CheckpointError: If the source is missing, incomplete, damaged or of an unknown layout.
         ConversionError: If the request is impossible.
     """
-    for gate in gates:
-        Gate.parse(gate)
-    if gates and quantization is None:
-        raise ConversionError("a gate is a condition on what quantization costs, and nothing is to be quantized")
     folder = parse_name(source).path
     converted = ModelConfig.from_path(folder) if folder and is_converted(folder) else None
     dtype = dtype or (converted.dtype if converted else "float16")
     options = {"dtype": dtype, "revision": revision, "vision_from": vision_from, "dequantize": dequantize}
-    planned = plan(source, **options)
-    if dequantize and not planned.dequantized:
-        raise ConversionError(f"{source}: is not quantized; there is nothing to dequantize")
-    if quantization is not None:
-        if planned.kept_quantized or planned.dequantized:
-            raise ConversionError(
-                f"{source}: is quantized already; quantize what it was made from, or dequantize it first"
-            )
-        layers = quantization.allocate(planned.config).layers
-        if mlx_vlm:
-            check_exportable(layers)
+    planned_request(source, **options, quantization=quantization, mlx_vlm=mlx_vlm, calibration=images, gates=gates)
 
     steps: list[Step] = []
     if quantization is not None:
-        steps.append(partial(quantize_checkpoint, quantization=quantization, calibration=images, gates=gates))
+        checked = () if mlx_vlm else gates  # an export is larger, so its gates are checked in its place
+        steps.append(partial(quantize_checkpoint, quantization=quantization, calibration=images, gates=checked))
     if mlx_vlm:
-        steps.append(export_mlx_vlm)
+        steps.append(partial(export_mlx_vlm, gates=gates))
     if converted is None or dtype != converted.dtype or dequantize or not steps:
         steps.insert(0, partial(convert_checkpoint, **options, calibration_images=images))
     return steps

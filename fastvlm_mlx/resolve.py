@@ -67,6 +67,7 @@ def resolve(
         ConversionError: If it cannot be converted.
     """
     location = parse_name(name)
+    location.check_revision(revision)
     if location.path is not None and location.path.is_dir() and is_converted(location.path):
         return location.path
     entry = cache_folder() / _key(location, revision)

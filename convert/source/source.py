@@ -103,6 +103,7 @@ def open_source(name: str | Path, revision: str | None = None) -> Iterator[Sourc
         CheckpointError: If there is no such checkpoint, it is damaged, or it holds only pickled weights.
     """
     location = parse_name(name)
+    location.check_revision(revision)
     path = location.path
     if path is None:
         folder = download(location.name, revision, ["*.safetensors", *_SMALL_FILES])

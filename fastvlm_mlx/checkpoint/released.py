@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fastvlm_mlx.config import ActivationScales, ModelConfig, TextConfig, VisionConfig
 from fastvlm_mlx.errors import CheckpointError
+from fastvlm_mlx.formatting import printable
 
 ALIASES = {"0.5b": "apple/FastVLM-0.5B", "1.5b": "apple/FastVLM-1.5B", "7b": "apple/FastVLM-7B"}
 """Short names of Apple's released checkpoints."""
@@ -60,6 +61,18 @@ class Location:
     name: str
     path: Path | None
     bundled: bool = False
+
+    def check_revision(self, revision: str | None) -> None:
+        """Checks that a revision is not given for a checkpoint on disk.
+
+        Raises:
+            CheckpointError: If it is.
+        """
+        if self.path is not None and revision is not None:
+            raise CheckpointError(
+                f"{printable(self.name)}: is on this disk, where revision {printable(revision)!r} would change "
+                "nothing; leave it out or give a Hub id"
+            )
 
 
 def parse_name(name: str | Path) -> Location:

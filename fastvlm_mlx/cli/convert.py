@@ -27,9 +27,10 @@ from fastvlm_mlx.cli.options import (
     Source,
     TargetBpw,
     UploadRepo,
+    refuse,
 )
-from fastvlm_mlx.cli.output import check_upload, show_output, upload_output
-from fastvlm_mlx.cli.terminal import ByteProgress
+from fastvlm_mlx.cli.output import check_upload, failed_report_shown, show_output, upload_output, wrapped
+from fastvlm_mlx.cli.terminal import ByteProgress, note
 
 
 def convert(
@@ -71,13 +72,6 @@ def convert(
     Folds the vision tower and keeps its activations within float16, without torch. Nothing in the source is executed
     or modified, and a conversion that is interrupted leaves nothing behind. Exit code 3: a gate is not met.
     """
-    from fastvlm_mlx.convert import plan
-
-    if dry_run:
-        typer.echo(plan(source, dtype=dtype.value, revision=revision, vision_from=vision_from, dequantize=dequantize))
-        return
-    if destination is None:
-        raise typer.BadParameter("missing; give a folder to write, or --dry-run", param_hint="DESTINATION")
     options = QuantizeOptions(
         preset=preset,
         bits=bits,
@@ -87,11 +81,35 @@ def convert(
         target_bpw=target_bpw,
         method=method,
     )
-    quantization = options.request(output) if quantize or gates or options.given else None
+    if not quantize and not options.given:
+        refuse(["--gate"] if gates else [], "without -q or another --q option: nothing is quantized")
+    quantization = options.request(output) if quantize or options.given else None
     check_upload(upload_repo)
-    from fastvlm_mlx.convert.pipeline import convert_and_quantize  # runs models: a dry run needs no MLX
+    if dry_run:
+        from fastvlm_mlx.convert.request import planned_request  # without MLX
 
-    with ByteProgress() as progress:
+        planned = planned_request(
+            source,
+            quantization=quantization,
+            mlx_vlm=output is Format.mlx_vlm,
+            dtype=dtype.value,
+            revision=revision,
+            vision_from=vision_from,
+            dequantize=dequantize,
+            calibration=calibration or (),
+            gates=gates or (),
+        )
+        typer.echo("\n".join(wrapped(line, indent=16) for line in str(planned).splitlines()))
+        if upload_repo:
+            typer.echo(f"{'then upload':<13} to {upload_repo}")
+        return
+    if destination is None:
+        raise typer.BadParameter("missing; give a folder to write, or --dry-run", param_hint="DESTINATION")
+    if options.takes_minutes:
+        note(options.takes_minutes)
+    from fastvlm_mlx.convert.pipeline import convert_and_quantize
+
+    with failed_report_shown(), ByteProgress() as progress:
         report = convert_and_quantize(
             source,
             destination,

@@ -1,6 +1,6 @@
 """Options that several commands share."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -13,6 +13,8 @@ CHECK_FAILED = 3
 if TYPE_CHECKING:
     from fastvlm_mlx.convert.quantize.scheme import Quantization
 
+METRICS = ("visual_cosine", "kl", "top1", "top5", "greedy", "weight_error", "size_ratio", "bits_per_weight")
+"""What a gate can name; importing it from the converter would load MLX."""
 DEFAULT_MODEL = "apple/FastVLM-0.5B"
 DEFAULT_PROMPT = "Describe the image."
 MODEL_HELP = "Folder, .zip, Hub id, or one of demo, 0.5b, 1.5b, 7b."
@@ -88,7 +90,8 @@ def _part_bits(part: str) -> Any:
 QPreset = Annotated[
     Preset | None,
     typer.Option(
-        "--q-preset", help="Bits for all parts at once; auto measures what each layer is worth. [default: int8]"
+        "--q-preset",
+        help="Bits for all parts at once; auto measures what each layer is worth, which takes minutes. [default: int8]",
     ),
 ]
 QBits = Annotated[int | None, typer.Option("--q-bits", help="Instead of a preset: 8, 6, 5, 4, 3 or 2 for every part.")]
@@ -98,10 +101,19 @@ QDecoder = Annotated[Any, _part_bits("the decoder's layers")]
 QEmbed = Annotated[Any, _part_bits("embedding and head")]
 QProjector = Annotated[Any, _part_bits("the projector")]
 QVision = Annotated[Any, _part_bits("the linears of the vision tower")]
-TargetBpw = Annotated[float | None, typer.Option("--target-bpw", help="Bits per weight that preset auto may use.")]
+TargetBpw = Annotated[
+    float | None,
+    typer.Option(
+        "--target-bpw",
+        help="Bits per weight that preset auto may use: over the layers that it quantizes, scales included.",
+    ),
+]
 QMethod = Annotated[
     Method,
-    typer.Option("--q-method", help="Round each weight to the nearest, or let others make up for it (takes minutes)."),
+    typer.Option(
+        "--q-method",
+        help="rtn rounds each weight to the nearest; gptq compensates for rounding errors, which takes minutes.",
+    ),
 ]
 Calibration = Annotated[
     list[Path] | None,
@@ -110,13 +122,26 @@ Calibration = Annotated[
 Gates = Annotated[
     list[str] | None,
     typer.Option(
-        "--gate", metavar="CONDITION", help="Write nothing unless the report meets this, such as 'top1>=0.95'."
+        "--gate",
+        metavar="CONDITION",
+        help="Write nothing unless the report meets this, such as 'top1>=0.95'; may be repeated. It can name "
+        f"{', '.join(METRICS)}.",
     ),
 ]
 OutputFormat = Annotated[Format, typer.Option("--format", help="Write for this project, or for mlx-vlm and mlx-swift.")]
 UploadRepo = Annotated[
     str | None, typer.Option("--upload-repo", metavar="OWNER/NAME", help="Push the result to the Hub.")
 ]
+
+
+def refuse(options: Sequence[str], reason: str) -> None:
+    """Refuses the first of some options that were given and would change nothing.
+
+    Raises:
+        BadParameter: If there is one.
+    """
+    if options:
+        raise typer.BadParameter(f"would change nothing {reason}", param_hint=options[0])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,11 +157,28 @@ class QuantizeOptions:
     method: Method
 
     @property
-    def given(self) -> bool:
-        """Whether any of them differs from its default."""
-        optional = (self.preset, self.bits, self.group_size, self.target_bpw, *self.parts.values())
-        changed = self.mode is not Mode.affine or self.method is not Method.rtn
-        return changed or any(option is not None for option in optional)
+    def given(self) -> list[str]:
+        """The options that differ from their defaults."""
+        values = {
+            "--q-preset": self.preset,
+            "--q-bits": self.bits,
+            "--q-group-size": self.group_size,
+            "--q-mode": None if self.mode is Mode.affine else self.mode,
+            **{f"--q-{part}": bits for part, bits in self.parts.items()},
+            "--target-bpw": self.target_bpw,
+            "--q-method": None if self.method is Method.rtn else self.method,
+        }
+        return [option for option, value in values.items() if value is not None]
+
+    @property
+    def takes_minutes(self) -> str | None:
+        """Why quantizing takes long, as a line for the user; None if it does not."""
+        reasons = []
+        if self.preset is Preset.auto or (self.preset is None and self.target_bpw is not None):
+            reasons.append("auto measures every layer by itself")
+        if self.method is Method.gptq:
+            reasons.append("gptq calibrates layer after layer")
+        return f"{' and '.join(reasons)}: this takes minutes at full size" if reasons else None
 
     def request(self, output: Format) -> "Quantization":
         """The quantization for an output format; without bits, preset or mode it is int8."""
@@ -148,7 +190,7 @@ class QuantizeOptions:
         preset = self.preset
         if preset is None and self.target_bpw is not None:
             preset = Preset.auto
-        elif preset is None and self.bits is None and self.mode is Mode.affine:
+        elif preset is None and self.bits is None and self.mode is Mode.affine and len(parts) < len(self.parts):
             preset = Preset.int8
         return Quantization(
             preset=preset.value if preset else None,

@@ -26,8 +26,9 @@ from fastvlm_mlx.cli.options import (
     Source,
     TargetBpw,
     UploadRepo,
+    refuse,
 )
-from fastvlm_mlx.cli.output import check_upload, show_output, upload_output
+from fastvlm_mlx.cli.output import check_upload, failed_report_shown, show_output, upload_output
 from fastvlm_mlx.cli.terminal import ByteProgress, note
 
 
@@ -59,13 +60,6 @@ def quantize(
     The report compares weights, visual tokens and next-token distributions with the source's. It is printed, written
     beside the weights and put on the model card. Exit code 3: a gate is not met.
     """
-    from fastvlm_mlx.convert.compare.probes import image_files
-    from fastvlm_mlx.convert.pipeline import convert_and_quantize
-    from fastvlm_mlx.convert.write.destination import vacant
-    from fastvlm_mlx.resolve import resolve
-
-    vacant(destination)
-    images = image_files(calibration or ())
     options = QuantizeOptions(
         preset=preset,
         bits=bits,
@@ -75,9 +69,20 @@ def quantize(
         target_bpw=target_bpw,
         method=method,
     )
+    if dequantize:
+        refuse([*options.given, *(["--gate"] if gates else []), *(["--json"] if as_json else [])], "with --dequantize")
+    from fastvlm_mlx.convert.compare.probes import image_files
+    from fastvlm_mlx.convert.pipeline import convert_and_quantize
+    from fastvlm_mlx.convert.write.destination import vacant
+    from fastvlm_mlx.resolve import resolve
+
+    vacant(destination)
+    images = image_files(calibration or ())
     quantization = None if dequantize else options.request(output)
     check_upload(upload_repo)
-    with ByteProgress() as progress:
+    if options.takes_minutes:
+        note(options.takes_minutes)
+    with failed_report_shown(), ByteProgress() as progress:
         folder = resolve(source, revision=revision, notify=note, progress=progress)
         report = convert_and_quantize(
             folder,
