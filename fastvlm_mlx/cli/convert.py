@@ -29,7 +29,7 @@ from fastvlm_mlx.cli.options import (
     UploadRepo,
     refuse,
 )
-from fastvlm_mlx.cli.output import check_upload, failed_report_shown, show_output, upload_output, wrapped
+from fastvlm_mlx.cli.output import check_upload, failed_report_shown, show_output, upload_output
 from fastvlm_mlx.cli.terminal import ByteProgress, note
 
 
@@ -99,7 +99,7 @@ def convert(
             calibration=calibration or (),
             gates=gates or (),
         )
-        typer.echo("\n".join(wrapped(line, indent=16) for line in str(planned).splitlines()))
+        typer.echo(planned)
         if upload_repo:
             typer.echo(f"{'then upload':<13} to {upload_repo}")
         return

@@ -29,12 +29,12 @@ def show_output(folder: Path, report: "QuantizationReport | None", *, as_json: b
 
 
 def _as_text(report: "QuantizationReport") -> str:
-    return "\n".join([as_text([HEADER, *report.rows()]), "", *map(wrapped, report.lines())])
+    return "\n".join([as_text([HEADER, *report.rows()]), "", *map(_wrapped, report.lines())])
 
 
-def wrapped(line: str, indent: int = 2) -> str:
+def _wrapped(line: str) -> str:
     """A line of text as several of at most 80 columns, the later ones indented."""
-    return textwrap.fill(line, 80, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
+    return textwrap.fill(line, 80, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 @contextmanager
