@@ -14,7 +14,7 @@ CONVERT = ROOT / "convert"
 
 # A row may import the rows above it; those of one row may not import each other, unless they are in order in a tuple.
 LAYERS: tuple[tuple[str | tuple[str, ...], ...], ...] = (
-    (("errors", "formatting", "intervals"),),
+    (("errors", "formatting", "intervals", "outputs"),),
     (("backend", "machine", "streams", "config"),),
     ("inputs", "model"),
     ("checkpoint",),

@@ -5,8 +5,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from fastvlm_mlx.bench.measure import PHASES
-from fastvlm_mlx.bench.report import Report, write_output
+from fastvlm_mlx.bench.report import Report
 from fastvlm_mlx.errors import ConfigError
+from fastvlm_mlx.outputs import write_output
 
 PAPER = {896: ("0.5B", 0.166), 3584: ("7B", 0.641)}
 """Hidden size -> name and TTFT in seconds at 1024 px that arXiv 2412.13303 gives for an M1 MacBook Pro."""

@@ -193,8 +193,9 @@ def _measure(
     from fastvlm_mlx.bench.images import Images
     from fastvlm_mlx.bench.measure import measure
     from fastvlm_mlx.bench.plot import check_plot, plot
-    from fastvlm_mlx.bench.report import Report, Settings, check_output, write_output
+    from fastvlm_mlx.bench.report import Report, Settings
     from fastvlm_mlx.bench.tables import as_csv, table
+    from fastvlm_mlx.outputs import check_output, write_output
 
     if outputs.plot:
         check_plot(outputs.plot)
