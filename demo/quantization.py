@@ -3,8 +3,9 @@
     python demo/quantization.py
 
 The questions are those of the first seed of `evaluate.py`, so nobody can have looked at them. Writes
-`quantization.json`, `quantization.md` (the README's table) and `quantization.png` beside this file. Checkpoints and
-answers are stored under `--work`, so that an interrupted run continues where it stopped.
+`quantization.json`, `quantization.md` (the README's table) and `quantization.png` into `build/`, or with `--record`
+beside this file. Checkpoints and answers are stored under `--work`, so that an interrupted run continues where it
+stopped.
 """
 
 from __future__ import annotations
@@ -16,19 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-from evaluate import first_questions
+from evaluate import first_questions, folder_of
 from scenes import scene_of
 
 from fastvlm_mlx.convert.pipeline import convert_and_quantize
 from fastvlm_mlx.convert.quantize.scheme import Quantization
 from fastvlm_mlx.convert.write.files import REPORTS, folder_bytes
-from fastvlm_mlx.jobs.evaluate import evaluate
-from fastvlm_mlx.jobs.journal import Predictions
+from fastvlm_mlx.jobs.evaluate import evaluate, prediction_settings
+from fastvlm_mlx.jobs.fingerprints import checkpoint_fingerprint
+from fastvlm_mlx.jobs.predictions import Predictions
 from fastvlm_mlx.jobs.questions import read_questions
 from fastvlm_mlx.jobs.scores import EvaluationReport
 from fastvlm_mlx.resolve import load, resolve
 
-HERE = Path(__file__).parent
 BASELINE = "fp16"
 GROUP_SIZE = 32
 """The demo's layers are narrow."""
@@ -75,9 +76,10 @@ def measure(model: str, questions: Path, work: Path, limit: int | None) -> dict[
     reports: dict[str, EvaluationReport] = {}
     results = {}
     for name, folder in folders.items():
-        settings = {"model": name, "questions": questions.name}
-        with Predictions(work / f"{name}.jsonl", settings) as predictions:
-            reports[name] = evaluate(*load(folder), rows, limit=limit, predictions=predictions)
+        network, processor = load(folder)
+        settings = prediction_settings(network, checkpoint_fingerprint(folder))
+        with Predictions(work / "answers", settings) as predictions:
+            reports[name] = evaluate(network, processor, rows, limit=limit, predictions=predictions)
         comparison = reports[name].against(reports[BASELINE])
         results[name] = {
             "weight_bytes": tensor_bytes(folder),
@@ -125,13 +127,15 @@ def main() -> None:
     parser.add_argument("questions", type=Path, nargs="?", help="those of the first seed of evaluate.py by default")
     parser.add_argument("--model", default="demo")
     parser.add_argument("--work", type=Path, default=Path("build/quantized"))
-    parser.add_argument("--limit", type=int)
+    parser.add_argument("--limit", type=int, help="ask only a sample of this many questions")
+    parser.add_argument("--record", action="store_true", help="write beside this script, not into build/")
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     results = measure(arguments.model, arguments.questions or first_questions(), arguments.work, arguments.limit)
-    (HERE / "quantization.json").write_text(json.dumps(results, indent=2) + "\n")
-    (HERE / "quantization.md").write_text(table(results))
-    plot(results, HERE / "quantization.png")
+    folder = folder_of(arguments.record)
+    (folder / "quantization.json").write_text(json.dumps(results, indent=2) + "\n")
+    (folder / "quantization.md").write_text(table(results))
+    plot(results, folder / "quantization.png")
     print(table(results))
 
 

@@ -1,10 +1,12 @@
 """Files that a user names for results: written whole or not at all."""
 
 import errno
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from fastvlm_mlx.errors import ConfigError
 from fastvlm_mlx.formatting import printable
@@ -64,3 +66,8 @@ def _partial(path: Path) -> Path:
     """Where the content of `path` is written first: beside the file, or beside the target of a link."""
     target = Path(os.path.realpath(path))
     return target.with_name(f".{target.name}.partial-{os.getpid()}")
+
+
+def json_line(record: Mapping[str, Any]) -> bytes:
+    """A line of JSON Lines in UTF-8, in which names that are not UTF-8 are escaped."""
+    return json.dumps(record, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace") + b"\n"

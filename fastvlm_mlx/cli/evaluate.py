@@ -1,6 +1,7 @@
 """`fastvlm eval`: scores a model on a question file, by kind, alone or beside another model."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -8,7 +9,7 @@ import typer
 
 from fastvlm_mlx.cli.options import CHECK_FAILED, MODEL_HELP, DType, Model, parse_resolution
 from fastvlm_mlx.cli.terminal import ByteProgress, LiveLine, note
-from fastvlm_mlx.formatting import as_text
+from fastvlm_mlx.formatting import as_text, printable
 
 if TYPE_CHECKING:
     from fastvlm_mlx.inputs.images import Resolution
@@ -29,75 +30,114 @@ def evaluate(
     ] = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="Longest answer, in tokens.")] = 64,
     dtype: Annotated[DType | None, typer.Option(help="Load the weights as this type.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Ask again what earlier runs have answered.")] = False,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE.jsonl", help="Write question, answer and score of each row.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
     """Score a model's answers to the questions in a file.
 
-    Answers are stored in the cache folder as they come, so an interrupted run continues where it stopped. A row that
-    cannot be asked counts as failed and makes the exit code 3.
+    Answers are kept in the cache folder as they come, so an interrupted run continues where it stopped. They are found
+    again by what they depend on: the content of the model's files and of the image, the question, the settings and the
+    versions of the programs. A row that cannot be asked counts as failed and makes the exit code 3.
     """
     from fastvlm_mlx.jobs.metrics import METRICS
-    from fastvlm_mlx.jobs.questions import read_questions
+    from fastvlm_mlx.jobs.questions import check_images, read_questions
+    from fastvlm_mlx.outputs import check_output, json_line, write_output
 
     if metric not in METRICS:
         raise typer.BadParameter(f"{metric!r} is not one of {', '.join(METRICS)}", param_hint="--metric")
+    if output:
+        if output.exists() and data.exists() and output.samefile(data):
+            raise typer.BadParameter("is the file of questions; name another", param_hint="--output")
+        check_output(output)
     questions = read_questions(data)
-
-    def score(name: str) -> "EvaluationReport":
-        return _score(name, data, questions, metric, limit, resolution, max_tokens, dtype)
-
-    report = score(model)
-    against = report.against(score(baseline)) if baseline else None
+    check_images(data, questions)
+    settings = _Settings(metric, limit, resolution, max_tokens, dtype, fresh)
+    report = _score(model, questions, settings)
+    other = _score(baseline, questions, settings) if baseline else None
+    if output:
+        records = list(report.records(questions))
+        for record, answer in zip(records, other.answers if other else (), strict=False):
+            record |= {"baseline_prediction": answer.prediction, "baseline_score": answer.score}
+        write_output(output, b"".join(map(json_line, records)))
     for answer in report.failed:
-        note(f"{data}:{answer.line}: {answer.error}")
+        note(f"{printable(data)}:{answer.line}: {answer.error}")
     if as_json:
-        from dataclasses import asdict
-
-        record = {"model": model, "data": str(data), **report.to_dict()}
-        if against:
-            record["baseline"] = {"model": baseline, **asdict(against)}
-        typer.echo(json.dumps(record, ensure_ascii=False))
+        typer.echo(json.dumps(_record(model, data, report, baseline, other), ensure_ascii=False))
     else:
-        typer.echo(as_text([("kind", "questions", f"{metric} %", "95 % interval"), *report.table()]))
-        if against:
-            typer.echo(
-                f"\nagrees with {baseline} on {100 * against.agreement.score:.1f} %; difference "
-                f"{100 * against.difference:+.1f} points ({100 * against.low:+.1f} to {100 * against.high:+.1f}), "
-                f"{against.won} won, {against.lost} lost"
-            )
+        typer.echo(_table(metric, report, baseline, other))
     if report.failed:
         note(f"{len(report.failed)} of {len(report.answers)} rows failed")
         raise typer.Exit(CHECK_FAILED)
 
 
-def _score(
-    name: str,
-    data: Path,
-    questions: "list[Question | BadRow]",
-    metric: str,
-    limit: int | None,
-    resolution: "Resolution",
-    max_tokens: int,
-    dtype: DType | None,
-) -> "EvaluationReport":
-    from fastvlm_mlx import load
-    from fastvlm_mlx.jobs.evaluate import EvaluationSettings, evaluate
-    from fastvlm_mlx.jobs.journal import Predictions
-    from fastvlm_mlx.resolve import cache_folder
+@dataclass(frozen=True)
+class _Settings:
+    """The options that are the same for both models."""
+
+    metric: str
+    limit: int | None
+    resolution: "Resolution"
+    max_tokens: int
+    dtype: DType | None
+    fresh: bool
+
+
+def _score(name: str, questions: "list[Question | BadRow]", settings: _Settings) -> "EvaluationReport":
+    from fastvlm_mlx.errors import CheckpointError
+    from fastvlm_mlx.jobs.evaluate import evaluate, prediction_settings
+    from fastvlm_mlx.jobs.fingerprints import checkpoint_files, checkpoint_fingerprint, versions
+    from fastvlm_mlx.jobs.predictions import Predictions
+    from fastvlm_mlx.resolve import cache_folder, load, resolve
 
     with ByteProgress() as progress:
-        network, processor = load(name, dtype=dtype.value if dtype else None, notify=note, progress=progress)
-    settings = EvaluationSettings.of(network, data, resolution=resolution, max_tokens=max_tokens)
-    journal = cache_folder() / "eval" / settings.file_name(name)
-    with LiveLine() as line, Predictions(journal, settings.to_dict()) as predictions:
-        return evaluate(
+        folder = resolve(name, notify=note, progress=progress)
+        files = checkpoint_files(folder)
+        before = versions(files)
+        network, processor = load(folder, dtype=settings.dtype.value if settings.dtype else None)
+        checkpoint = checkpoint_fingerprint(folder, cache_folder() / "digests.json", progress)
+    if versions(files) != before:
+        raise CheckpointError(f"{printable(folder)}: changed while it was loaded; run the command again")
+    depends = prediction_settings(network, checkpoint, resolution=settings.resolution, max_tokens=settings.max_tokens)
+    with LiveLine() as line, Predictions(cache_folder() / "eval", depends, fresh=settings.fresh, notify=note) as known:
+        report = evaluate(
             network,
             processor,
             questions,
-            metric=metric,
-            limit=limit,
-            resolution=resolution,
-            max_tokens=max_tokens,
-            predictions=predictions,
+            metric=settings.metric,
+            limit=settings.limit,
+            resolution=settings.resolution,
+            max_tokens=settings.max_tokens,
+            predictions=known,
             progress=lambda done, total: line.show(f"{name}: {done} of {total} questions"),
         )
+    if report.kept:
+        note(f"{name}: {report.kept} of {len(report.answers)} answers are from an earlier run; --fresh asks again")
+    return report
+
+
+def _record(
+    model: str, data: Path, report: "EvaluationReport", baseline: str | None, other: "EvaluationReport | None"
+) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    record = {"model": model, "data": str(data), **report.to_dict()}
+    if other:
+        record["baseline"] = {"model": baseline, **asdict(report.against(other)), **other.to_dict()}
+    return record
+
+
+def _table(metric: str, report: "EvaluationReport", baseline: str | None, other: "EvaluationReport | None") -> str:
+    header, rows = ("kind", "questions", f"{metric} %", "95 % interval"), report.table()
+    if not other:
+        return as_text([header, *rows])
+    beside = [(*mine, *theirs[2:]) for mine, theirs in zip(rows, other.table(), strict=True)]
+    against = report.against(other)
+    return (
+        as_text([(*header, "baseline %", "95 % interval"), *beside])
+        + f"\n\nagrees with {baseline} on {100 * against.agreement.score:.1f} %; difference "
+        f"{100 * against.difference:+.1f} points ({100 * against.low:+.1f} to {100 * against.high:+.1f}), "
+        f"{against.won} won, {against.lost} lost"
+    )

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
+from pathlib import Path
 
 from fastvlm_mlx.checkpoint.released import DEMO, bundled_checkpoint
 from fastvlm_mlx.doctor.checks import Check
@@ -27,7 +28,7 @@ def demo_answers(model: FastVLM, processor: FastVLMProcessor, questions: Sequenc
         for row, answer in zip(rows, evaluate(model, processor, rows).answers, strict=True):
             yield Check(
                 part=PART,
-                name=f"{row.image.name}: {row.question}",
+                name=f"{Path(row.image).name}: {row.question}",
                 value=answer.prediction if answer.prediction is not None else str(answer.error),
                 reason=f"right is: {' or '.join(row.answers)}",
                 ok=answer.score == 1,

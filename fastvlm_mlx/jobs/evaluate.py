@@ -1,19 +1,21 @@
 """Evaluates a model on a question file, for `fastvlm eval` and to judge quantization."""
 
-import hashlib
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import io
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from fastvlm_mlx import __version__
+from fastvlm_mlx.backend import device
 from fastvlm_mlx.engine.prefix_cache import PrefixCache
 from fastvlm_mlx.errors import ConfigError, FastVLMError
 from fastvlm_mlx.generation.generate import generate
 from fastvlm_mlx.inputs.images import Resolution
 from fastvlm_mlx.inputs.processor import FastVLMProcessor
-from fastvlm_mlx.jobs.journal import Predictions
+from fastvlm_mlx.inputs.sources import Encoded, read
 from fastvlm_mlx.jobs.metrics import METRICS
+from fastvlm_mlx.jobs.predictions import Prediction, Predictions
 from fastvlm_mlx.jobs.questions import MALFORMED, BadRow, Question, sample
 from fastvlm_mlx.jobs.scores import Answer, EvaluationReport
 from fastvlm_mlx.model.fastvlm import FastVLM
@@ -25,47 +27,25 @@ ANSWER_TOKENS = 64
 """Default length of the longest answer."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvaluationSettings:
-    """What the predictions for a question file depend on.
+def prediction_settings(
+    model: FastVLM, checkpoint: str, *, resolution: Resolution = None, max_tokens: int = ANSWER_TOKENS
+) -> dict[str, Any]:
+    """Returns what all predictions of a model depend on, for `Predictions`.
 
-    Attributes:
-        weights: The source of the checkpoint, as its config says.
-        quantization: The entry of its config.json; None for floating point.
-        dtype: What it computes in.
+    Args:
+        model: From `load`.
+        checkpoint: The `checkpoint_fingerprint` of the folder that it was loaded from.
         resolution: As in `evaluate`.
         max_tokens: As in `evaluate`.
-        data: SHA-256 of the question file.
     """
-
-    weights: Mapping[str, Any]
-    quantization: Mapping[str, Any] | None
-    dtype: str
-    resolution: Resolution
-    max_tokens: int
-    data: str
-
-    @classmethod
-    def of(cls, model: FastVLM, data: Path, *, resolution: Resolution, max_tokens: int) -> "EvaluationSettings":
-        """Returns the settings for a loaded model and the question file `data`."""
-        quantization = model.config.quantization
-        return cls(
-            weights=model.config.source,
-            quantization=quantization.to_dict() if quantization else None,
-            dtype=str(model.dtype),
-            resolution=resolution,
-            max_tokens=max_tokens,
-            data=hashlib.sha256(data.read_bytes()).hexdigest(),
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns a JSON object, the header of the predictions."""
-        return asdict(self)
-
-    def file_name(self, model: str) -> str:
-        """Returns the name of the file for the predictions of a model that the user calls `model`."""
-        identity = json.dumps([model, self.to_dict()], sort_keys=True, default=str)
-        return f"{hashlib.sha256(identity.encode()).hexdigest()[:16]}.jsonl"
+    return {
+        "checkpoint": checkpoint,
+        "dtype": str(model.dtype),
+        "device": device(),
+        "versions": {"fastvlm-mlx": __version__} | {name: version(name) for name in ("mlx", "pillow", "tokenizers")},
+        "resolution": resolution,
+        "max_tokens": max_tokens,
+    }
 
 
 def evaluate(
@@ -93,7 +73,8 @@ def evaluate(
         limit: Ask only a `sample` of this many rows.
         resolution: Side in pixels that images are resized to; None for the model's own.
         max_tokens: Longest answer.
-        predictions: Where answers are stored, and where known answers come from.
+        predictions: Where answers are kept, and where answers of earlier runs come from; with the
+            `prediction_settings` of this model, resolution and length.
         progress: Called before each question and at the end.
 
     Raises:
@@ -104,33 +85,70 @@ def evaluate(
     rows = questions if limit is None else sample(questions, limit)
     if not rows:
         raise ConfigError("there are no questions to evaluate")
-    answers, prefix_cache = [], PrefixCache()
+    answers, images, prefix_cache = [], _Images(), PrefixCache()
     for done, row in enumerate(rows):
         if progress:
             progress(done, len(rows))
         if isinstance(row, BadRow):
-            answers.append(Answer(line=row.line, kind=MALFORMED, prediction=None, score=0.0, error=row.reason))
+            answers.append(Answer(line=row.line, kind=MALFORMED, score=0.0, error=row.reason))
             continue
         try:
-            prediction = predictions.get(row) if predictions else None
+            image = images.read(row.image)
+            prediction = predictions.get(row.question, image.data) if predictions else None
+            kept = prediction is not None
             if prediction is None:
                 result = generate(
                     model,
                     processor,
-                    image=row.image,
+                    image=_as_file(image),
                     prompt=row.question,
                     resolution=resolution,
                     max_tokens=max_tokens,
                     prefix_cache=prefix_cache,
                 )
-                prediction = result.text
+                prediction = Prediction(
+                    text=result.text,
+                    prompt_tokens=result.prompt_tokens,
+                    generated_tokens=result.generated_tokens,
+                    finish_reason=str(result.finish_reason),
+                )
                 if predictions:
-                    predictions.add(row, prediction)
+                    predictions.add(row.question, image.data, prediction)
         except FastVLMError as err:
-            answers.append(Answer(line=row.line, kind=row.kind, prediction=None, score=0.0, error=str(err)))
+            answers.append(Answer(line=row.line, kind=row.kind, score=0.0, error=str(err)))
             continue
-        score = METRICS[metric](prediction, row.answers)
-        answers.append(Answer(line=row.line, kind=row.kind, prediction=prediction, score=score))
+        score = METRICS[metric](prediction.text, row.answers)
+        answers.append(
+            Answer(
+                line=row.line,
+                kind=row.kind,
+                prediction=prediction.text,
+                score=score,
+                tokens=prediction.generated_tokens,
+                kept=kept,
+            )
+        )
     if progress:
         progress(len(rows), len(rows))
     return EvaluationReport(metric=metric, answers=tuple(answers))
+
+
+class _Images:
+    """Reads encoded images; the latest stays in memory for the next question about it."""
+
+    def __init__(self) -> None:
+        self._source: Path | str | None = None
+        self._latest: Encoded | None = None
+
+    def read(self, source: Path | str) -> Encoded:
+        if self._latest is None or source != self._source:
+            self._latest = read(source)
+            self._source = source
+        return self._latest
+
+
+def _as_file(image: Encoded) -> io.BytesIO:
+    """The very bytes that a prediction is kept for, under the name that messages give."""
+    file = io.BytesIO(image.data)
+    file.name = image.name
+    return file

@@ -1,41 +1,48 @@
 """Question files: JSON Lines such as `{"image": "photos/1.jpg", "question": "…", "answers": ["…"], "kind": "count"}`.
 
-Image paths are relative to the file's folder, `answers` holds all right texts, and `kind`, which is optional, groups
-the results.
+An image is a path, relative to the file's folder, or an http(s) or `data:` URL; `answers` holds all right texts; and
+`kind`, which is optional, groups the results.
 """
 
-import hashlib
 import json
+import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any, BinaryIO
 
 from fastvlm_mlx.errors import ConfigError
+from fastvlm_mlx.formatting import printable
 
 OTHER = "other"
 """Kind of a question without one."""
 MALFORMED = "malformed"
 """Kind of a row that is not a question."""
 
+_MAX_LINE = 64 << 20
+"""Bytes of the longest row; an image may be in it."""
+_EXAMPLE = '{"image": "1.jpg", "question": "…", "answers": ["…"]}'
+
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """A question about an image, from one row of a question file."""
+    """A question about an image, from one row of a question file.
+
+    Attributes:
+        line: In the file, from 1.
+        image: A file, or the text of a URL.
+        question: The question.
+        answers: All right answers.
+        kind: Groups the results.
+    """
 
     line: int
-    image: Path
+    image: Path | str
     question: str
     answers: tuple[str, ...]
     kind: str = OTHER
-
-    @property
-    def key(self) -> str:
-        """Identifies the question in a journal; changes when the image file is overwritten."""
-        stat = self.image.stat() if self.image.is_file() else None
-        version = (stat.st_size, stat.st_mtime_ns) if stat else None
-        return hashlib.sha256(repr((str(self.image), version, self.question)).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,36 +57,97 @@ def read_questions(path: Path) -> list[Question | BadRow]:
     """Reads the rows of a question file in order, malformed ones as `BadRow`.
 
     Raises:
-        ConfigError: If the file cannot be read or holds no rows.
+        ConfigError: If the file cannot be read or holds no question.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as err:
-        raise ConfigError(f"{path}: cannot be read as a question file: {err}") from err
-    rows = [_parse(path.parent, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+        with path.open("rb") as file:
+            rows = [_parse(path.parent, number, line) for number, line in _lines(file) if line.strip()]
+    except OSError as err:
+        raise ConfigError(f"{printable(path)}: cannot be read as a question file: {err.strerror or err}") from err
     if not rows:
-        raise ConfigError(f"{path}: the question file is empty; expected one JSON object per line")
+        raise ConfigError(f"{printable(path)}: the question file is empty; expected one JSON object per line")
+    bad = [row for row in rows if isinstance(row, BadRow)]
+    if len(bad) == len(rows):
+        raise ConfigError(
+            f"{printable(path)}: holds no question; line {bad[0].line}: {bad[0].reason}; expected rows like {_EXAMPLE}"
+        )
     return rows
 
 
-def _parse(folder: Path, line: int, text: str) -> Question | BadRow:
+def check_images(path: Path, rows: Sequence[Question | BadRow]) -> None:
+    """Raises if no image of a question file exists, as when the file was moved without its images.
+
+    Raises:
+        ConfigError: If so.
+    """
+    images = [row.image for row in rows if isinstance(row, Question)]
+    if not any(isinstance(image, str) or os.path.exists(os.path.expanduser(image)) for image in images):
+        raise ConfigError(
+            f"{printable(path)}: none of its images exists, such as {printable(images[0])}; their paths are relative "
+            "to the file's folder"
+        )
+
+
+def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """Yields number and bytes of each line. Only a line feed ends one; a text may hold what else separates lines."""
+    number = 0
+    while line := file.readline(_MAX_LINE):
+        number += 1
+        yield number, line
+        while len(line) == _MAX_LINE and not line.endswith(b"\n"):
+            line = file.readline(_MAX_LINE)
+
+
+def _parse(folder: Path, line: int, data: bytes) -> Question | BadRow:
+    if len(data) == _MAX_LINE:
+        return BadRow(line=line, reason=f"longer than {_MAX_LINE >> 20} MiB")
     try:
-        row = json.loads(text)
-    except ValueError as err:
-        return BadRow(line=line, reason=f"not valid JSON: {err}")
+        return _question(folder, line, json.loads(data.decode("utf-8-sig" if line == 1 else "utf-8")))
+    except UnicodeDecodeError as err:
+        reason = f"not UTF-8 ({err.reason} at byte {err.start})"
+    except json.JSONDecodeError as err:
+        reason = f"not valid JSON: {err}"
+    except RecursionError:
+        reason = "its JSON is nested too deeply"
+    except (ConfigError, ValueError) as err:  # ValueError: a number has too many digits
+        reason = printable(err)
+    return BadRow(line=line, reason=reason)
+
+
+def _question(folder: Path, line: int, row: Any) -> Question:
+    """The question in a parsed row.
+
+    Raises:
+        ConfigError: If there is none.
+    """
     if not isinstance(row, dict):
-        return BadRow(line=line, reason=f"expected a JSON object, found {type(row).__name__}")
+        raise ConfigError(f"expected a JSON object, found {type(row).__name__}")
     for name in ("image", "question"):
         if not isinstance(row.get(name), str) or not row[name].strip():
-            return BadRow(line=line, reason=f'"{name}" must be a text that is not empty, found {row.get(name)!r}')
+            raise ConfigError(f'"{name}" must be a text that is not empty, found {row.get(name)!r}')
     answers = row.get("answers")
     answers = [answers] if isinstance(answers, str) else answers
     if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
-        return BadRow(line=line, reason=f'"answers" must be a list of texts, at least one, found {answers!r}')
+        raise ConfigError(f'"answers" must be a list of texts, at least one, found {answers!r}')
     kind = row.get("kind", OTHER)
     if not isinstance(kind, str):
-        return BadRow(line=line, reason=f'"kind" must be a text, found {kind!r}')
-    return Question(line=line, image=folder / row["image"], question=row["question"], answers=tuple(answers), kind=kind)
+        raise ConfigError(f'"kind" must be a text, found {kind!r}')
+    for name, texts in (("question", [row["question"]]), ("answers", answers), ("kind", [kind])):
+        for text in texts:
+            try:
+                text.encode()
+            except UnicodeEncodeError as err:
+                raise ConfigError(f'"{name}" holds half of a surrogate pair, which is no character: {text!r}') from err
+    image = _image(folder, row["image"])
+    return Question(line=line, image=image, question=row["question"], answers=tuple(answers), kind=kind)
+
+
+def _image(folder: Path, name: str) -> Path | str:
+    """What an image is called outside the folder of the question file."""
+    if "://" in name or name[:5].lower() == "data:":
+        return name
+    beside = folder / name
+    return Path(name) if name.startswith("~") and not os.path.lexists(beside) else beside
 
 
 def _kind(row: Question | BadRow) -> str:

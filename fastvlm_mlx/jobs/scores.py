@@ -1,12 +1,13 @@
 """Scores of a model on a question file with their intervals, and the comparison of two models."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fastvlm_mlx.errors import ConfigError
 from fastvlm_mlx.intervals import of_mean, wilson
 from fastvlm_mlx.jobs.metrics import normalize
+from fastvlm_mlx.jobs.questions import BadRow, Question
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,13 +29,25 @@ class Share:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """The outcome for one row: a prediction and its score, or an error and the score 0."""
+    """The outcome for one row: a prediction and its score, or an error and the score 0.
+
+    Attributes:
+        line: Of the row, from 1.
+        kind: Of the question.
+        prediction: The model's answer.
+        score: Between 0 and 1.
+        error: Why there is no prediction.
+        tokens: Number of tokens of the prediction.
+        kept: Whether the prediction comes from an earlier run.
+    """
 
     line: int
     kind: str
-    prediction: str | None
+    prediction: str | None = None
     score: float
     error: str | None = None
+    tokens: int | None = None
+    kept: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +84,11 @@ class EvaluationReport:
         return tuple(answer for answer in self.answers if answer.error is not None)
 
     @property
+    def kept(self) -> int:
+        """How many predictions come from an earlier run."""
+        return sum(answer.kept for answer in self.answers)
+
+    @property
     def total(self) -> Share:
         """The share over all rows; failed ones count as 0."""
         return Share.of([answer.score for answer in self.answers])
@@ -105,11 +123,12 @@ class EvaluationReport:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns a JSON object with `metric`, `total`, `kinds` and `failed`."""
+        """Returns a JSON object with `metric`, `total`, `kinds`, `from_cache` and `failed`."""
         return {
             "metric": self.metric,
             "total": asdict(self.total),
             "kinds": {kind: asdict(share) for kind, share in self.kinds.items()},
+            "from_cache": self.kept,
             "failed": [{"line": answer.line, "error": answer.error} for answer in self.failed],
         }
 
@@ -119,6 +138,29 @@ class EvaluationReport:
             (kind, str(share.count), f"{100 * share.score:.1f}", f"{100 * share.low:.1f} to {100 * share.high:.1f}")
             for kind, share in [*self.kinds.items(), ("all", self.total)]
         ]
+
+    def records(self, questions: Sequence[Question | BadRow]) -> Iterator[dict[str, Any]]:
+        """Yields a JSON object for each row: what was asked, what was answered and what it scored.
+
+        Args:
+            questions: From `read_questions`; those that were not asked are left out.
+        """
+        rows = {row.line: row for row in questions}
+        for answer in self.answers:
+            row = rows[answer.line]
+            question = row if isinstance(row, Question) else None
+            yield {
+                "line": answer.line,
+                "image": str(question.image) if question else None,
+                "question": question.question if question else None,
+                "kind": answer.kind,
+                "answers": list(question.answers) if question else [],
+                "prediction": answer.prediction,
+                "score": answer.score,
+                "tokens": answer.tokens,
+                "from_cache": answer.kept,
+                "error": answer.error,
+            }
 
 
 def _alike(a: Answer, b: Answer) -> bool:

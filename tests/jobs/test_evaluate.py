@@ -1,5 +1,5 @@
-import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +8,19 @@ import pytest
 from fastvlm_mlx.engine.prefix_cache import PrefixCache
 from fastvlm_mlx.errors import ConfigError, ImageError
 from fastvlm_mlx.generation.result import GenerationResult, Timings
+from fastvlm_mlx.inputs.processor import FastVLMProcessor
 from fastvlm_mlx.jobs import evaluate as evaluation
-from fastvlm_mlx.jobs.evaluate import EvaluationSettings, evaluate
-from fastvlm_mlx.jobs.journal import Predictions
+from fastvlm_mlx.jobs.evaluate import evaluate, prediction_settings
+from fastvlm_mlx.jobs.fingerprints import fingerprint
 from fastvlm_mlx.jobs.metrics import METRICS
+from fastvlm_mlx.jobs.predictions import Predictions
 from fastvlm_mlx.jobs.questions import read_questions
 from fastvlm_mlx.jobs.scores import EvaluationReport
+from fastvlm_mlx.model.fastvlm import FastVLM
 
 
 def write(folder: Path, *rows: object) -> Path:
+    (folder / "a.png").write_bytes(b"cat")
     path = folder / "questions.jsonl"
     path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
     return path
@@ -28,13 +32,11 @@ def row(**changes: object) -> dict[str, object]:
 
 @pytest.fixture
 def prompts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The prompts that reach the model, which answers with the prompt itself; an image called bad fails."""
+    """The prompts that reach the model, which answers with the prompt itself."""
     prompts: list[str] = []
 
-    def generate(model: Any, processor: Any, *, image: Path, prompt: str, **_: Any) -> GenerationResult:
+    def generate(model: Any, processor: Any, *, image: Any, prompt: str, **_: Any) -> GenerationResult:
         prompts.append(prompt)
-        if image.name == "bad.png":
-            raise ImageError(f"{image}: no such file")
         return GenerationResult(
             text=prompt,
             token_ids=(),
@@ -80,40 +82,91 @@ def test_unknown_metric_is_an_error_that_lists_the_known(tmp_path: Path) -> None
 
 
 def test_interrupted_run_continues_where_it_stopped(tmp_path: Path, prompts: list[str]) -> None:
-    rows, journal = [row(question=q) for q in ("cat", "dog", "cow")], tmp_path / "journal.jsonl"
-    with Predictions(journal, {"model": "m"}) as predictions:
+    rows = [row(question=question) for question in ("cat", "dog", "cow")]
+    with Predictions(tmp_path, {}) as predictions:
         run(write(tmp_path, *rows[:2]), predictions=predictions)
     path = write(tmp_path, *rows)
-    # An interruption may cut the last line anywhere.
-    journal.write_text(journal.read_text()[:-9])
     prompts.clear()
-    with Predictions(journal, {"model": "m"}) as predictions:
+    with Predictions(tmp_path, {}) as predictions:
         report = run(path, predictions=predictions)
-    assert prompts == ["dog", "cow"]
-    assert report.total.count == 3
+    assert prompts == ["cow"]
+    assert [answer.kept for answer in report.answers] == [True, True, False]
+    assert (report.kept, report.to_dict()["from_cache"]) == (2, 2)
     prompts.clear()
-    with Predictions(journal, {"model": "m"}) as predictions:
+    with Predictions(tmp_path, {}) as predictions:
         assert run(path, metric="anls", predictions=predictions).answers[0].score == 1
     assert prompts == []
 
 
-def settings(data: Path, **changes: Any) -> EvaluationSettings:
-    values = {"weights": {"sha256": "0"}, "quantization": None, "dtype": "mlx.core.float32", "resolution": None}
-    digest = hashlib.sha256(data.read_bytes()).hexdigest()
-    return EvaluationSettings(**{**values, "max_tokens": 64, "data": digest, **changes})
+def test_a_question_that_occurs_twice_does_not_count_as_kept(tmp_path: Path, prompts: list[str]) -> None:
+    with Predictions(tmp_path, {}) as predictions:
+        assert run(write(tmp_path, row(), row()), predictions=predictions).kept == 0
 
 
-def test_predictions_of_earlier_versions_are_found_again(tmp_path: Path) -> None:
-    """The file name that 0.1.0 gave to these settings."""
-    assert settings(write(tmp_path, row())).file_name("demo") == "5d26207ccb37b98c.jsonl"
+def test_an_image_that_changed_under_its_name_is_asked_about_again(tmp_path: Path, prompts: list[str]) -> None:
+    path, image = write(tmp_path, row()), tmp_path / "a.png"
+    status = image.stat()
+    for content in (b"cat", b"dog", b"cat"):
+        image.write_bytes(content)
+        os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns))
+        with Predictions(tmp_path, {}) as predictions:
+            run(path, predictions=predictions)
+    assert len(prompts) == 2
+    (tmp_path / "elsewhere").mkdir()
+    with Predictions(tmp_path, {}) as predictions:
+        assert run(write(tmp_path / "elsewhere", row()), predictions=predictions).kept == 1
 
 
-def test_other_settings_have_other_files(tmp_path: Path) -> None:
-    path = write(tmp_path, row())
-    names = {settings(path).file_name("demo"), settings(path).file_name("0.5b")}
-    names |= {settings(path, **change).file_name("demo") for change in ({"resolution": 256}, {"max_tokens": 8})}
-    names.add(settings(write(tmp_path, row(), row())).file_name("demo"))
-    assert len(names) == 5
+def test_what_is_asked_is_what_the_prediction_is_kept_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, bytes]] = []
+
+    def generate(model: Any, processor: Any, *, image: Any, **_: Any) -> GenerationResult:
+        seen.append((image.name, image.read()))
+        raise ImageError("no")
+
+    monkeypatch.setattr(evaluation, "generate", generate)
+    path = write(tmp_path, row(), row(image="data:image/png;base64,aGVsbG8="))
+    run(path)
+    assert seen == [(str(tmp_path / "a.png"), b"cat"), ("data:image/png;base64,aGVsbG8=…", b"hello")]
+
+
+def test_settings_are_all_that_a_prediction_depends_on(
+    loaded: tuple[FastVLM, FastVLMProcessor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = loaded
+    settings = [
+        prediction_settings(model, "0"),
+        prediction_settings(model, "1"),
+        prediction_settings(model, "0", resolution=256),
+        prediction_settings(model, "0", max_tokens=8),
+    ]
+    monkeypatch.setattr(evaluation, "__version__", "9.9")
+    settings.append(prediction_settings(model, "0"))
+    monkeypatch.undo()
+    monkeypatch.setattr(evaluation, "device", lambda: "another")
+    settings.append(prediction_settings(model, "0"))
+    assert len({fingerprint(values) for values in settings}) == len(settings)
+    assert settings[0]["dtype"] == "mlx.core.float32"
+
+
+def test_records_hold_what_was_asked_and_answered(tmp_path: Path, prompts: list[str]) -> None:
+    path = write(tmp_path, row(question="Cat!"), "{", row(image="bad.png"))
+    asked, malformed, failed = run(path).records(read_questions(path))
+    assert asked == {
+        "line": 1,
+        "image": str(tmp_path / "a.png"),
+        "question": "Cat!",
+        "kind": "thing",
+        "answers": ["cat"],
+        "prediction": "Cat!",
+        "score": 1.0,
+        "tokens": 0,
+        "from_cache": False,
+        "error": None,
+    }
+    assert (malformed["line"], malformed["question"], malformed["kind"]) == (2, None, "malformed")
+    assert (failed["prediction"], failed["score"]) == (None, 0.0)
+    assert "bad.png" in failed["error"]
 
 
 def test_the_questions_of_a_run_share_one_prefix_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
