@@ -1,11 +1,12 @@
 """Measures the demo model on held-out questions that nobody can have looked at: their seeds come from its own weights.
 
-    python demo/evaluate.py
-    python demo/evaluate.py --model build/quantized/int4 --baseline demo --out demo/evaluation_int4.json
+    python demo/evaluate.py --record
+    python demo/evaluate.py --model build/quantized/int4 --baseline demo
 
 The seeds are the first groups of four hexadecimal digits of the SHA-256 of `model.safetensors`. Whoever changes the
 model therefore changes the questions. `fastvlm eval` answers 2,000 questions of each seed. Any other model, such as a
-quantized one, answers the same questions; with a baseline, the two are compared question by question.
+quantized one, answers the same questions; with a baseline, the two are compared question by question. The result goes
+into `build/evaluation.json`, or with `--record` into the one beside this file, which is about the shipped model.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from scenes import KINDS, write_questions
 
 HERE = Path(__file__).parent
 WEIGHTS = HERE.parent / "fastvlm_mlx" / "demo_model" / "model.safetensors"
-DATA = Path("build/evaluation")
+BUILD = Path("build")
+DATA = BUILD / "evaluation"
 SEEDS = 5
 QUESTIONS = 2000
 """Per seed."""
@@ -119,14 +121,24 @@ def evaluate(model: str, questions: Path, baseline: str | None) -> dict[str, Any
     return dict(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout))
 
 
+def folder_of(record: bool) -> Path:
+    """Returns the folder that results go to: the one of the tracked figures only if they are to be recorded."""
+    folder = HERE if record else BUILD
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description="Accuracy of the demo model on questions that follow from its hash.")
     parser.add_argument("--model", default="demo", help="model to ask; the seeds are the shipped demo's in any case")
     parser.add_argument("--baseline", help="another model, to compare with on each question")
     parser.add_argument("--data", type=Path, default=DATA, help="folder of the questions")
-    parser.add_argument("--out", type=Path, default=HERE / "evaluation.json")
+    parser.add_argument("--out", type=Path, help="write the result into this JSON file instead")
+    parser.add_argument("--record", action="store_true", help="write beside this script, not into build/")
     arguments = parser.parse_args()
+    if arguments.record and (arguments.out or arguments.model != "demo" or arguments.baseline):
+        parser.error("--record is for the shipped model alone, at its usual place")
     digest = shipped_digest()
     seeds = seeds_of(digest)
     files = [questions_of(seed, arguments.data) for seed in seeds]
@@ -142,7 +154,8 @@ def main() -> None:
     if arguments.baseline:
         comparison = paired([report["baseline"] for report in reports])
         result["baseline"] = {"model": Path(arguments.baseline).name, **comparison}
-    arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    out = arguments.out or folder_of(arguments.record) / "evaluation.json"
+    out.write_text(json.dumps(result, indent=2) + "\n")
     print(f"sha256 {digest}\nseeds {seeds}, {QUESTIONS} questions each")
     print(f"{'kind':14}{'count':>6}{'exact':>8}   95 % interval   by seed, %")
     for kind, row in table.items():

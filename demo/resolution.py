@@ -3,7 +3,7 @@
     python demo/resolution.py
 
 The questions are those of the first seed of `evaluate.py`, so nobody can have looked at them. Writes
-`resolution.json` and `resolution.png` beside this file.
+`resolution.json` and `resolution.png` into `build/`, or with `--record` beside this file.
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from evaluate import first_questions
+from evaluate import first_questions, folder_of
 
 from fastvlm_mlx import load
 from fastvlm_mlx.jobs.evaluate import evaluate
 from fastvlm_mlx.jobs.questions import read_questions
 
 RESOLUTIONS = (128, 192, 256, 320)
-HERE = Path(__file__).parent
 
 
 def measure(model: str, questions: Path, limit: int | None) -> dict[str, dict[str, dict[str, float]]]:
@@ -60,11 +59,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Accuracy of the demo model by resolution.")
     parser.add_argument("questions", type=Path, nargs="?", help="those of the first seed of evaluate.py by default")
     parser.add_argument("--model", default="demo")
-    parser.add_argument("--limit", type=int)
+    parser.add_argument("--limit", type=int, help="ask only a sample of this many questions")
+    parser.add_argument("--record", action="store_true", help="write beside this script, not into build/")
     arguments = parser.parse_args()
     results = measure(arguments.model, arguments.questions or first_questions(), arguments.limit)
-    (HERE / "resolution.json").write_text(json.dumps(results, indent=2) + "\n")
-    plot(results, HERE / "resolution.png")
+    folder = folder_of(arguments.record)
+    (folder / "resolution.json").write_text(json.dumps(results, indent=2) + "\n")
+    plot(results, folder / "resolution.png")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 import hashlib
 import json
 from collections import Counter
+from importlib import import_module
 from pathlib import Path
 from random import Random
 from types import ModuleType
@@ -202,3 +203,20 @@ def test_other_figures_use_the_first_seed(
     seed = json.loads((evaluate.HERE / "evaluation.json").read_text())["seeds"][0]
     assert file == evaluate.DATA / str(seed) / "questions.jsonl"
     assert len(read_questions(file)) == 2
+
+
+@pytest.mark.parametrize("script", ["resolution", "quantization"])
+def test_tracked_figures_are_overwritten_only_on_demand(
+    scenes: ModuleType, demo_path: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str
+) -> None:
+    evaluate, module = import_module("evaluate"), import_module(script)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "HERE", tmp_path / "tracked")
+    for name in ("measure", "table"):
+        monkeypatch.setattr(module, name, lambda *_: "", raising=False)
+    monkeypatch.setattr(module, "plot", lambda results, path: path.touch())
+    for options, folder in (["--limit", "3"], "build"), ([], "build"), (["--record"], "tracked"):
+        monkeypatch.setattr("sys.argv", [script, "questions.jsonl", *options])
+        module.main()
+        assert {file.name for file in (tmp_path / folder).glob(f"{script}.*")} >= {f"{script}.json", f"{script}.png"}
+        assert (tmp_path / "tracked").exists() == (folder == "tracked")
