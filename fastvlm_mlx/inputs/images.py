@@ -12,6 +12,7 @@ import numpy as np
 
 from fastvlm_mlx.errors import ConfigError, ImageError
 from fastvlm_mlx.formatting import printable
+from fastvlm_mlx.inputs.resampling import RowFilter
 from fastvlm_mlx.inputs.sources import DOWNLOAD_TIMEOUT, Allow, Encoded, ImageSource, read
 from fastvlm_mlx.machine import cpu_threads
 
@@ -77,26 +78,32 @@ def preprocess(image: Image, resolution: int) -> NDArray[np.uint8]:
     Bit-equal to padding first and resizing then (`expand2square` and CLIPImageProcessor in apple/ml-fastvlm). Pillow
     filters rows first, columns second, and rounds to 8 bits in between. Here each pass runs by itself, in bands: rows
     first, then columns. So threads share the work, and the padded square is never made; for an image of 20000×10 it
-    would take 1.6 GB.
+    would take 1.6 GB. The black beside a tall image is not filtered either.
     """
     from PIL import Image
 
     width, height = image.size
     side = max(width, height)
     left, top = (side - width) // 2, (side - height) // 2
-    narrow = Image.new("RGB", (resolution, side))
-    pixels = np.empty((resolution, resolution, 3), dtype=np.uint8)
+    tall = RowFilter(left=left, width=width, side=side, resolution=resolution) if 5 * width < 2 * height else None
+    first, count = (tall.first, tall.count) if tall else (0, resolution)
+    narrow = Image.new("RGB", (count, side))
+    pixels = np.zeros((resolution, resolution, 3), dtype=np.uint8)
 
     def filter_rows(start: int, end: int) -> None:
-        band = image.crop((-left, start, side - left, end))  # black outside the image
-        narrow.paste(band.resize((resolution, end - start), Image.Resampling.BICUBIC), (0, top + start))
+        if tall:
+            filtered = Image.fromarray(tall(np.asarray(image.crop((0, start, width, end)))))
+        else:
+            band = image.crop((-left, start, side - left, end))  # black outside the image
+            filtered = band.resize((resolution, end - start), Image.Resampling.BICUBIC)
+        narrow.paste(filtered, (0, top + start))
 
     def filter_columns(start: int, end: int) -> None:
-        band = narrow.crop((start, 0, end, side))
-        pixels[:, start:end] = np.asarray(band.resize((end - start, resolution), Image.Resampling.BICUBIC))
+        band = narrow.crop((start, 0, end, side)).resize((end - start, resolution), Image.Resampling.BICUBIC)
+        pixels[:, first + start : first + end] = np.asarray(band)
 
     with ThreadPoolExecutor(cpu_threads()) as threads:
-        for run, length in ((filter_rows, height), (filter_columns, resolution)):
+        for run, length in ((filter_rows, height), (filter_columns, count)):
             for done in [threads.submit(run, *band) for band in _bands(length, side)]:
                 done.result()
     return pixels

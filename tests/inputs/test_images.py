@@ -2,6 +2,7 @@
 
 import base64
 import io
+import time
 
 import numpy as np
 import pytest
@@ -67,6 +68,28 @@ def test_two_passes_in_bands_equal_padding_first(size, band_pixels, threads, mon
     monkeypatch.setattr(images, "cpu_threads", lambda: threads)
     image = noise(*size)
     np.testing.assert_array_equal(preprocess(image, 64), padded_first(image, 64))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_any_size_at_any_resolution_equals_padding_first(seed):
+    rng = np.random.default_rng(seed)
+    for _ in range(8):
+        long, resolution = int(rng.integers(1, 400)), 64 * int(rng.integers(1, 6))
+        short = int(rng.integers(1, long + 1)) if seed % 2 else max(long // int(rng.integers(3, 99)), 1)
+        image = noise(short, long).point(lambda level: 255 * (level > 127))  # overshoots, so that levels are cut
+        for picture in (image, image.transpose(Image.Transpose.ROTATE_90)):
+            np.testing.assert_array_equal(preprocess(picture, resolution), padded_first(picture, resolution))
+
+
+def test_the_work_for_a_tall_picture_does_not_grow_with_the_square():
+    tall, wide = Image.new("RGB", (150, 9_000)), Image.new("RGB", (9_000, 150))
+    seconds = {size: [] for size in (tall.size, wide.size)}
+    for image in (tall, wide) * 3:
+        start = time.process_time()
+        preprocess(image, 256)
+        seconds[image.size].append(time.process_time() - start)
+    # Filtering whole rows of the square takes 20 times as long.
+    assert min(seconds[tall.size]) < 8 * min(seconds[wide.size])
 
 
 def test_a_very_wide_picture_is_resized_without_its_square():
