@@ -2,9 +2,18 @@
 
 from typing import Any
 
+from fastvlm_mlx.formatting import MESSAGE_LENGTH, printable
+
 
 class FastVLMError(Exception):
-    """Base of every error whose message is written for the user."""
+    """Base of every error whose message is written for the user.
+
+    The message is one printable line of bounded length, whatever names it holds.
+    """
+
+    def __str__(self) -> str:
+        """The message; `args` has it as it was given."""
+        return printable(super().__str__(), MESSAGE_LENGTH)
 
 
 class ConfigError(FastVLMError):

@@ -2,14 +2,17 @@
 
 from collections.abc import Collection, Sequence
 
+MESSAGE_LENGTH = 500
+"""The most characters of a message."""
+
 
 def readable_bytes(count: float) -> str:
-    """`count` bytes with three digits and a decimal unit: `994 MB`, `1.32 GB`."""
+    """`count` bytes with three digits and a decimal unit: `994 MB`, `1.30 GB`."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 999.5 or unit == "GB":
             break
         count /= 1000
-    return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.3g} {unit}"
+    return f"{count:.0f} {unit}" if unit == "B" or count >= 99.95 else f"{count:#.3g} {unit}"
 
 
 def names(items: Collection[str], most: int = 5) -> str:
