@@ -1,10 +1,13 @@
 """Arranges a loaded model for the device that it runs on."""
 
+import functools
 from collections.abc import Callable
 
 from mlx.utils import tree_map_with_path
 
+from fastvlm_mlx import kernels
 from fastvlm_mlx.backend import blas_threads, device, mx, nn
+from fastvlm_mlx.model.activations import gelu
 from fastvlm_mlx.model.cpu.quantized import CPUQuantizedEmbedding, CPUQuantizedLinear
 from fastvlm_mlx.model.cpu.vision import CPUTower, store_by_hidden_unit
 from fastvlm_mlx.model.fastvlm import FastVLM
@@ -26,6 +29,7 @@ def prepare(model: FastVLM) -> FastVLM:
         if device() == "gpu":
             model.tower = PreparedTower(tower, mx.compile(tower), waits=False)
             return model
+        _check_compiler()
         replace_quantized_layers(model, "language_model", model.dtype)
         if model.dtype == mx.float32:
             store_by_hidden_unit(tower)
@@ -33,6 +37,18 @@ def prepare(model: FastVLM) -> FastVLM:
         else:
             model.tower = PreparedTower(tower, tower, waits=False)
     return model
+
+
+@functools.cache
+def _check_compiler() -> None:
+    """Turns MLX's compiler off where its kernels cannot be built or loaded; tries the one that every model needs."""
+    try:
+        if kernels.is_usable():
+            mx.eval(gelu(mx.zeros(1)))
+            return
+    except RuntimeError:  # of the C++ compiler or of the loader, whatever the reason
+        pass
+    mx.disable_compile()
 
 
 class PreparedTower:
