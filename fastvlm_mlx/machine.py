@@ -1,8 +1,14 @@
-"""The machine: its chip and memory, and the CPU threads to use on it."""
+"""The machine and the process: chip and memory, the CPU threads to use, the cache folder, the standard streams."""
 
 import os
 import platform
+import sys
 from dataclasses import dataclass
+from pathlib import Path
+
+from fastvlm_mlx.errors import CheckpointError
+
+CACHE_VARIABLE = "FASTVLM_CACHE"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +32,21 @@ class Machine:
     system: str
     python: str
     mlx: str
+
+
+def cache_folder() -> Path:
+    """The folder for converted checkpoints: `$FASTVLM_CACHE`, else `fastvlm-mlx` in the user's cache folder.
+
+    Raises:
+        CheckpointError: If the user has no home folder.
+    """
+    shared = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(shared):  # its specification says to ignore it then
+        shared = "~/.cache"
+    try:
+        return Path(os.environ.get(CACHE_VARIABLE) or Path(shared, "fastvlm-mlx")).expanduser()
+    except RuntimeError as err:
+        raise CheckpointError(f"there is no home folder; set {CACHE_VARIABLE} to a folder for models") from err
 
 
 def cpu_threads() -> int:
@@ -94,3 +115,18 @@ def tune_allocator() -> None:
     mallopt(top_pad, 64 << 20)
     mallopt(mmap_max, 0)
     mallopt(arena_max, 1)
+
+
+def open_missing_streams() -> None:
+    """Opens the null device for each of stdin, stdout and stderr that is closed; before any file is opened.
+
+    The first file would take the free descriptor: messages would be written into it, and MLX takes descriptor 0 for a
+    failure.
+    """
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free descriptor, which is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(descriptor, "w" if descriptor else "r", encoding="utf-8", errors="replace"))

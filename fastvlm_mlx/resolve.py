@@ -17,12 +17,12 @@ from fastvlm_mlx.checkpoint.folder import is_complete, is_converted
 from fastvlm_mlx.checkpoint.load import load_model
 from fastvlm_mlx.checkpoint.released import DEMO, Location, parse_name
 from fastvlm_mlx.config import ModelConfig
-from fastvlm_mlx.errors import CheckpointError, ConversionError, FastVLMError
+from fastvlm_mlx.errors import ConversionError, FastVLMError
 from fastvlm_mlx.inputs.processor import FastVLMProcessor
+from fastvlm_mlx.machine import CACHE_VARIABLE as CACHE_VARIABLE
+from fastvlm_mlx.machine import cache_folder as cache_folder
 from fastvlm_mlx.model.fastvlm import FastVLM
 from fastvlm_mlx.streams import turn
-
-CACHE_VARIABLE = "FASTVLM_CACHE"
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _DAY, _HOUR = 86400.0, 3600.0
@@ -33,19 +33,6 @@ Notify = Callable[[str], None]
 """Called with a one-line message before a slow step."""
 Progress = Callable[[int, int, str], None]
 """Called with the bytes done, the bytes in all, and a label."""
-
-
-def cache_folder() -> Path:
-    """The folder for converted checkpoints: `$FASTVLM_CACHE`, else `fastvlm-mlx` in the user's cache folder.
-
-    Raises:
-        CheckpointError: If the user has no home folder.
-    """
-    chosen = os.environ.get(CACHE_VARIABLE)
-    try:
-        return Path(chosen or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "fastvlm-mlx")).expanduser()
-    except RuntimeError as err:
-        raise CheckpointError(f"there is no home folder; set {CACHE_VARIABLE} to a folder for models") from err
 
 
 def resolve(

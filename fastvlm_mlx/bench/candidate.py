@@ -48,12 +48,13 @@ class Candidate:
         name: str,
         *,
         dtype: str | None = None,
+        revision: str | None = None,
         notify: Callable[[str], None] | None = None,
         progress: Progress | None = None,
     ) -> "Candidate":
         """Loads the model that `fastvlm_mlx.load` knows by `name`; raises what that raises."""
         location = parse_name(name)
-        folder = resolve(name, notify=notify, progress=progress)
+        folder = resolve(name, revision=revision, notify=notify, progress=progress)
         start = time.perf_counter()
         model = load_model(folder, dtype=dtype)
         mx.eval(model.parameters())

@@ -1,53 +1,30 @@
-"""The Typer application: its commands, and how each of them ends.
-
-Exit codes: 0 done, 1 an error (one line on stderr), 2 wrong usage, 3 a check failed or some of many items did,
-130 interrupted, 128 and the signal's number if ended by SIGTERM or SIGHUP.
-"""
+"""The Typer application: its commands, and the process that they run in."""
 
 import io
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
-from fastvlm_mlx import __version__
+from fastvlm_mlx import __version__, kernels
 from fastvlm_mlx.cli import bench, convert, doctor, evaluate, generate, info, quantize, verify
-from fastvlm_mlx.cli.options import CHECK_FAILED
-from fastvlm_mlx.errors import FastVLMError, GateError
-from fastvlm_mlx.machine import tune_allocator
+from fastvlm_mlx.cli.terminal import complain
+from fastvlm_mlx.cli.usage import Command, CommandGroup, Program
+from fastvlm_mlx.errors import CheckpointError
+from fastvlm_mlx.machine import cache_folder, open_missing_streams, tune_allocator
 
 DEBUG_VARIABLE = "FASTVLM_DEBUG"
 
 
-class _Group(TyperGroup):
-    """Turns the errors that users can cause into one line on stderr and an exit code."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except BrokenPipeError:
-            raise  # Typer ends quietly when the reader of a pipe has gone
-        except (FastVLMError, OSError) as error:
-            if ctx.params["debug"]:
-                raise
-            typer.echo(f"error: {_one_line(error)}", err=True)
-            raise typer.Exit(CHECK_FAILED if isinstance(error, GateError) else 1) from error
-
-
-def _one_line(error: Exception) -> str:
-    """The error's message; an operating system's as `No space left on device: weights.safetensors`."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror + (f": {error.filename}" if error.filename else "")
-    return str(error)
-
-
 def _report_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Reports an unexpected error in one line and names the variable that shows the traceback."""
-    typer.echo(f"error: {kind.__name__}: {error} (unexpected; {DEBUG_VARIABLE}=1 shows where)", err=True)
+    complain(f"{kind.__name__}: {error} (unexpected; {DEBUG_VARIABLE}=1 shows where)")
 
 
 def _print_version(wanted: bool) -> None:
@@ -59,10 +36,9 @@ def _print_version(wanted: bool) -> None:
 # Plain help instead of Rich's panels: they cost 0.17 s of a 0.13 s start.
 app = typer.Typer(
     name="fastvlm",
-    cls=_Group,
+    cls=Program,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -79,14 +55,12 @@ def fastvlm(
         sys.excepthook = _report_bug
 
 
-app.command()(generate.generate)
-app.command()(convert.convert)
-app.command()(quantize.quantize)
-app.command()(verify.verify)
-app.command("eval")(evaluate.evaluate)
-app.command()(info.info)
-app.command()(doctor.doctor)
-app.add_typer(bench.app, name="bench")
+for command in (generate.generate, convert.convert, quantize.quantize, verify.verify):
+    app.command(cls=Command)(command)
+app.command("eval", cls=Command)(evaluate.evaluate)
+app.command(cls=Command)(info.info)
+app.command(cls=Command, short_help="Check this machine and a model.")(doctor.doctor)
+app.add_typer(bench.app, name="bench", cls=CommandGroup)
 
 
 def _exit(number: int, _: FrameType | None) -> None:
@@ -94,8 +68,16 @@ def _exit(number: int, _: FrameType | None) -> None:
     raise SystemExit(128 + number)
 
 
+def _kernel_folders() -> Iterator[Path]:
+    """Where MLX's kernels can go if not where MLX keeps them."""
+    yield Path("/tmp")
+    with suppress(CheckpointError):
+        yield cache_folder()
+
+
 def main() -> None:
     """Runs the command line; the entry point of `fastvlm` and `fastvlm-mlx`."""
+    open_missing_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # an answer may hold characters that the terminal's encoding lacks
     for number in (signal.SIGTERM, signal.SIGHUP):
@@ -103,4 +85,5 @@ def main() -> None:
             signal.signal(number, _exit)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     tune_allocator()
+    kernels.move_to_own_folder(_kernel_folders())
     app()

@@ -10,13 +10,37 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from fastvlm_mlx.cli.options import CHECK_FAILED, DEFAULT_MODEL, DEFAULT_PROMPT, MODEL_HELP, DType, parse_resolution
-from fastvlm_mlx.cli.terminal import ByteProgress, LiveLine, note
+from fastvlm_mlx.cli.options import (
+    CHECK_FAILED,
+    DEFAULT_MODEL,
+    DEFAULT_PROMPT,
+    MODEL_HELP,
+    LoadDType,
+    Revision,
+    choices,
+    complete_model,
+    parse_resolution,
+    refuse,
+    user_path,
+)
+from fastvlm_mlx.cli.terminal import ByteProgress, LiveLine, note, show, warn_of_slow_blas
+from fastvlm_mlx.cli.usage import Command, is_given
 from fastvlm_mlx.formatting import as_markdown, as_text
 
 if TYPE_CHECKING:
     from fastvlm_mlx.bench.candidate import Candidate
     from fastvlm_mlx.inputs.images import Resolution
+
+_UNUSED_BY_COST = {
+    "--image": "image",
+    "--prompt": "prompt",
+    "--runs": "runs",
+    "--warmup": "warmup",
+    "--max-tokens": "max_tokens",
+    "--dtype": "dtype",
+    "--cold": "cold",
+}
+"""The options that only a measurement needs, and their parameters."""
 
 app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
 
@@ -46,32 +70,47 @@ def bench(
     models: Annotated[
         list[str] | None,
         typer.Option(
-            "--model", "-m", help=f"{MODEL_HELP} Repeatable. [env var: FASTVLM_MODEL] [default: {DEFAULT_MODEL}]"
+            "--model",
+            "-m",
+            metavar="NAME",
+            help=f"{MODEL_HELP} Repeatable. [env var: FASTVLM_MODEL] [default: {DEFAULT_MODEL}]",
+            autocompletion=complete_model,
         ),
     ] = None,
+    revision: Revision = None,
     random_weights: Annotated[
         list[Size] | None,
-        typer.Option(help="Instead of a model: the full architecture of this size, random, no download. Repeatable."),
+        typer.Option(
+            metavar=choices(Size),
+            help="Instead of a model: the full architecture of this size, random, no download. Repeatable.",
+        ),
     ] = None,
     image: Annotated[
         Path | None,
-        typer.Option(help="Show marked copies of this image instead of synthetic ones."),
+        typer.Option(
+            metavar="FILE",
+            parser=user_path,
+            help="Instead of synthetic images: copies of this one, each with a small square of its own colour.",
+        ),
     ] = None,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question.")] = DEFAULT_PROMPT,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", metavar="TEXT", help="The question.")] = DEFAULT_PROMPT,
     resolutions: Annotated[
         list[Any] | None,
         typer.Option(
             "--resolution",
             "-r",
             parser=parse_resolution,
-            metavar="INT|auto",
-            help="Pixels a side, or auto; repeatable. [default: the model's own]",
+            metavar="N|auto",
+            envvar="FASTVLM_RESOLUTION",
+            help="Pixels per side, or auto; repeatable. [default: the model's own]",
         ),
     ] = None,
-    runs: Annotated[int, typer.Option(min=1, help="Measured runs.")] = 10,
-    warmup: Annotated[int, typer.Option(min=0, help="Runs before the measured ones.")] = 3,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="Length of each answer.")] = 32,
-    dtype: Annotated[DType | None, typer.Option(help="Load the weights as this type.")] = None,
+    runs: Annotated[int, typer.Option(metavar="N", min=1, help="Measured runs.")] = 10,
+    warmup: Annotated[int, typer.Option(metavar="N", min=0, help="Runs before the measured ones.")] = 3,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", "-n", metavar="N", min=1, help="Length of each answer.")
+    ] = 32,
+    dtype: LoadDType = None,
     cold: Annotated[bool, typer.Option("--cold", help="Also measure the cold TTFT; needs a model on disk.")] = False,
     cost: Annotated[
         bool,
@@ -79,10 +118,18 @@ def bench(
             "--cost", help="Measure nothing: FLOPs, bytes and kernels by part, and the least time on M-series chips."
         ),
     ] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the report, every sample in it.")] = None,
-    csv_file: Annotated[Path | None, typer.Option("--csv", help="Write one line for each sample.")] = None,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", parser=user_path, help="Write the report, every sample in it."),
+    ] = None,
+    csv_file: Annotated[
+        Path | None, typer.Option("--csv", metavar="FILE", parser=user_path, help="Write one line for each sample.")
+    ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Draw the phases: .svg, .png or .pdf (extra: plot).")] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", parser=user_path, help="Draw the phases: .svg, .png or .pdf; needs matplotlib."),
+    ] = None,
 ) -> None:
     """Measure the time to first token.
 
@@ -102,18 +149,30 @@ def bench(
     every sample and the conditions.
     """
     if context.invoked_subcommand:
+        given = [option.opts[0] for option in context.command.params if is_given(context, str(option.name))]
+        refuse(given, f"before {context.invoked_subcommand}")
         return
     if random_weights and models:
         raise typer.BadParameter("give models or random weights, not both", param_hint="--random-weights")
     if random_weights and cold:
         raise typer.BadParameter("a cold start needs a model on disk, not random weights", param_hint="--cold")
-    for option, path in (("--json", json_file), ("--csv", csv_file), ("--plot", plot)):
-        if cost and path:
+    if random_weights:
+        refuse(["--revision"] if revision else [], "with random weights")
+    files = {option: path for option, path in (("--json", json_file), ("--csv", csv_file), ("--plot", plot)) if path}
+    for option in files:
+        if cost:
             raise typer.BadParameter("--cost prints its tables and writes no file", param_hint=option)
+    if len({path.absolute() for path in files.values()}) < len(files):
+        raise typer.BadParameter("each report needs a file of its own", param_hint=" / ".join(files))
+    if cost:
+        unused = [option for option, name in _UNUSED_BY_COST.items() if is_given(context, name)]
+        refuse(unused, "with --cost, which measures nothing")
+    if cost and is_given(context, "resolutions") and "auto" in (resolutions or ()):
+        raise typer.BadParameter("--cost needs pixels, not auto", param_hint="--resolution")
     names = list(models or [os.environ.get("FASTVLM_MODEL", DEFAULT_MODEL)])
     if cost:
-        sides = [side for side in resolutions or [256, 512, 1024] if side != "auto"]
-        _print_costs([size.value for size in random_weights or ()], names, sides, markdown)
+        sides = [side for side in resolutions or () if side != "auto"] or [256, 512, 1024]
+        _print_costs([size.value for size in random_weights or ()], names, revision, sides, markdown)
         return
 
     from fastvlm_mlx.bench.candidate import Candidate
@@ -122,7 +181,7 @@ def bench(
     candidates = (
         (Candidate.random(size.value, dtype=dtype_name) for size in random_weights)
         if random_weights
-        else (_load(name, dtype_name) for name in names)
+        else (_load(name, revision, dtype_name) for name in names)
     )
     outputs = Outputs(json_file, csv_file, plot, markdown)
     _measure(
@@ -138,31 +197,34 @@ def bench(
     )
 
 
-def _load(name: str, dtype: str | None) -> "Candidate":
+def _load(name: str, revision: str | None, dtype: str | None) -> "Candidate":
     from fastvlm_mlx.bench.candidate import Candidate
 
-    with ByteProgress() as progress:
-        return Candidate.load(name, dtype=dtype, notify=note, progress=progress)
+    with LiveLine() as line, ByteProgress() as progress:
+        line.wait_for(f"loading {name}")
+        return Candidate.load(name, dtype=dtype, revision=revision, notify=note, progress=progress)
 
 
-def _print_costs(sizes: list[str], models: list[str], resolutions: list[int], markdown: bool) -> None:
+def _print_costs(
+    sizes: list[str], models: list[str], revision: str | None, resolutions: list[int], markdown: bool
+) -> None:
     from fastvlm_mlx.bench.costs import chips, cost_table, costs, roofline_table
     from fastvlm_mlx.checkpoint.folder import read_weights
     from fastvlm_mlx.checkpoint.released import full_size
     from fastvlm_mlx.config import ModelConfig
     from fastvlm_mlx.resolve import resolve
 
-    show = partial(as_markdown if markdown else as_text, left=2)
+    formatted = partial(as_markdown if markdown else as_text, left=2)
     peaks, sources = chips()
     for name in sizes or models:
         if sizes:
             parts = costs(full_size(name), resolutions)
         else:
             with ByteProgress() as progress:
-                folder = resolve(name, notify=note, progress=progress)
+                folder = resolve(name, revision=revision, notify=note, progress=progress)
             parts = costs(ModelConfig.from_path(folder), resolutions, read_weights(folder))
-        typer.echo(f"{name}\n\n{show(cost_table(parts))}\n\n{show(roofline_table(parts, peaks))}\n")
-    typer.echo(
+        show(f"{name}\n\n{formatted(cost_table(parts))}\n\n{formatted(roofline_table(parts, peaks))}\n")
+    show(
         "Lower bounds from published peaks, not measurements: each kernel takes as long as its arithmetic or its "
         f"memory traffic does at these peaks, whichever is longer, and launching it takes no time. {sources}"
     )
@@ -203,6 +265,7 @@ def _measure(
         if path:
             check_output(path)
     images = Images(image.read_bytes() if image else None, str(image))
+    warn_of_slow_blas()
     before = conditions()
     with LiveLine() as line:
         rows = [
@@ -222,7 +285,7 @@ def _measure(
         ]
     settings = Settings(prompt=prompt, image_sha256=images.sha256, runs=runs, warmup=warmup, max_tokens=max_tokens)
     report = Report(conditions=before, settings=settings, rows=tuple(rows))
-    typer.echo((as_markdown if outputs.markdown else as_text)(table(report), left=2))
+    show((as_markdown if outputs.markdown else as_text)(table(report), left=2))
     if outputs.json:
         write_output(outputs.json, (json.dumps(report.to_dict(), indent=1) + "\n").encode())
     if outputs.csv:
@@ -236,10 +299,12 @@ def _show_run(line: LiveLine, name: str, resolution: "Resolution", done: int, to
     line.show(f"{name}, {size}: run {done + 1} of {total}")
 
 
-@app.command()
+@app.command(cls=Command, short_help="Compare two reports.")
 def compare(
-    before: Annotated[Path, typer.Argument(metavar="A.json", help="A report of `fastvlm bench --json`.")],
-    after: Annotated[Path, typer.Argument(metavar="B.json", help="A later one.")],
+    before: Annotated[
+        Path, typer.Argument(metavar="A.json", parser=user_path, help="A report of `fastvlm bench --json`.")
+    ],
+    after: Annotated[Path, typer.Argument(metavar="B.json", parser=user_path, help="A later one.")],
     threshold: Annotated[
         float, typer.Option(parser=_percentage, metavar="PERCENT", help="How much slower a median may be.")
     ] = "5%",  # type: ignore[assignment]
@@ -268,7 +333,7 @@ def compare(
                 verdict,
             ]
         )
-    typer.echo(as_text(lines, left=2))
+    show(as_text(lines, left=2))
     if slower := [change for change in changes if change.slower > threshold]:
         note(f"{len(slower)} of {len(changes)} metrics are worse by more than {threshold:.0%}")
         raise typer.Exit(CHECK_FAILED)

@@ -7,6 +7,7 @@ import typer
 
 from fastvlm_mlx.cli.options import (
     Calibration,
+    Destination,
     DType,
     Format,
     Gates,
@@ -27,6 +28,7 @@ from fastvlm_mlx.cli.options import (
     Source,
     TargetBpw,
     UploadRepo,
+    choices,
     refuse,
 )
 from fastvlm_mlx.cli.output import check_upload, failed_report_shown, show_output, upload_output
@@ -35,11 +37,8 @@ from fastvlm_mlx.cli.terminal import ByteProgress, note
 
 def convert(
     source: Source,
-    destination: Annotated[
-        Path | None,
-        typer.Argument(metavar="DESTINATION", help="Folder to write; must not exist. Not needed with --dry-run."),
-    ] = None,
-    dtype: Annotated[DType, typer.Option(help="Floating-point type to store.")] = DType.float16,
+    destination: Annotated[Path | None, Destination] = None,
+    dtype: Annotated[DType, typer.Option(metavar=choices(DType), help="Floating-point type to store.")] = DType.float16,
     revision: Revision = None,
     vision_from: Annotated[
         str | None, typer.Option(metavar="SOURCE", help="Take the vision tower from here, for exports without one.")

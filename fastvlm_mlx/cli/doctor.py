@@ -1,14 +1,13 @@
 """`fastvlm doctor`: proves that this machine computes what it should, or names what is off."""
 
-import json
 import os
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fastvlm_mlx.cli.bench import Size
-from fastvlm_mlx.cli.options import CHECK_FAILED, MODEL_HELP
-from fastvlm_mlx.cli.terminal import ByteProgress, LiveLine, note
+from fastvlm_mlx.cli.options import CHECK_FAILED, MODEL_HELP, choices, complete_model
+from fastvlm_mlx.cli.terminal import ByteProgress, LiveLine, complain, note, show, show_json
 
 if TYPE_CHECKING:
     from fastvlm_mlx.doctor.checks import Examination
@@ -16,10 +15,14 @@ if TYPE_CHECKING:
 
 
 def doctor(
-    model: Annotated[str | None, typer.Argument(metavar="MODEL", help=f"{MODEL_HELP} [default: demo]")] = None,
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help=f"{MODEL_HELP} [default: demo]", autocompletion=complete_model)
+    ] = None,
     random_weights: Annotated[
         Size | None,
-        typer.Option(help="Instead of a model: the full architecture of this size, random, no download."),
+        typer.Option(
+            metavar=choices(Size), help="Instead of a model: the full architecture of this size, random, no download."
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown, to paste into a bug report.")] = False,
@@ -32,6 +35,8 @@ def doctor(
     """
     if model is not None and random_weights is not None:
         raise typer.BadParameter("give a model or random weights, not both", param_hint="--random-weights")
+    if as_json and markdown:
+        raise typer.BadParameter("give --json or --markdown, not both", param_hint="--markdown")
     # By default NVIDIA GPUs and new Macs round the factors of float32 products, which would hide small faults.
     os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
@@ -47,7 +52,7 @@ def doctor(
     finally:
         _show(examination, subject.label, as_json=as_json, markdown=markdown)
     if examination.wrong:
-        note(f"error: something is off: {len(examination.wrong)} checks failed")
+        complain(f"something is off: {len(examination.wrong)} checks failed")
         raise typer.Exit(CHECK_FAILED)
 
 
@@ -77,6 +82,6 @@ def _show(examination: "Examination", label: str, *, as_json: bool, markdown: bo
 
     findings = Findings.of(examination, label)
     if as_json:
-        typer.echo(json.dumps(findings.to_dict(), ensure_ascii=False))
+        show_json(findings.to_dict())
     else:
-        typer.echo("\n".join(as_lines(findings, markdown=markdown)))
+        show("\n".join(as_lines(findings, markdown=markdown)))

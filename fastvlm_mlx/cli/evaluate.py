@@ -1,38 +1,61 @@
 """`fastvlm eval`: scores a model on a question file, by kind, alone or beside another model."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastvlm_mlx.cli.options import CHECK_FAILED, MODEL_HELP, DType, Model, parse_resolution
-from fastvlm_mlx.cli.terminal import ByteProgress, LiveLine, note
+from fastvlm_mlx.cli.options import (
+    CHECK_FAILED,
+    MODEL_HELP,
+    DType,
+    LoadDType,
+    Model,
+    Resolution,
+    Revision,
+    complete_model,
+    user_path,
+)
+from fastvlm_mlx.cli.terminal import ByteProgress, LiveLine, note, show, show_json, warn_of_slow_blas
 from fastvlm_mlx.formatting import as_text, printable
 
 if TYPE_CHECKING:
-    from fastvlm_mlx.inputs.images import Resolution
+    from fastvlm_mlx.inputs.images import Resolution as Pixels
     from fastvlm_mlx.jobs.questions import BadRow, Question
     from fastvlm_mlx.jobs.scores import EvaluationReport
 
 
 def evaluate(
     model: Model,
-    data: Annotated[Path, typer.Option(help="JSON Lines with image, question, answers and, optionally, kind.")],
-    baseline: Annotated[str | None, typer.Option(help=f"Another model to compare with. {MODEL_HELP}")] = None,
-    metric: Annotated[str, typer.Option(help="exact, vqa, relaxed or anls.")] = "exact",
+    data: Annotated[
+        Path,
+        typer.Option(
+            metavar="FILE", parser=user_path, help="JSON Lines with image, question, answers and, optionally, kind."
+        ),
+    ],
+    revision: Revision = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help=f"Another model to compare with. {MODEL_HELP}", autocompletion=complete_model
+        ),
+    ] = None,
+    metric: Annotated[str, typer.Option(metavar="exact|vqa|relaxed|anls", help="How answers are scored.")] = "exact",
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Ask a sample of this many rows, each kind in proportion.")
+        int | None, typer.Option(metavar="N", min=1, help="Ask a sample of this many rows, each kind in proportion.")
     ] = None,
-    resolution: Annotated[
-        Any, typer.Option("--resolution", "-r", parser=parse_resolution, metavar="INT|auto", help="Pixels a side.")
-    ] = None,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", min=1, help="Longest answer, in tokens.")] = 64,
-    dtype: Annotated[DType | None, typer.Option(help="Load the weights as this type.")] = None,
+    resolution: Resolution = None,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", "-n", metavar="N", min=1, help="Longest answer, in tokens.")
+    ] = 64,
+    dtype: LoadDType = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Ask again what earlier runs have answered.")] = False,
     output: Annotated[
-        Path | None, typer.Option(metavar="FILE.jsonl", help="Write question, answer and score of each row.")
+        Path | None,
+        typer.Option(
+            metavar="FILE", parser=user_path, help="Write question, answer and score of each row as JSON Lines."
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
@@ -55,8 +78,9 @@ def evaluate(
     questions = read_questions(data)
     check_images(data, questions)
     settings = _Settings(metric, limit, resolution, max_tokens, dtype, fresh)
-    report = _score(model, questions, settings)
-    other = _score(baseline, questions, settings) if baseline else None
+    warn_of_slow_blas()
+    report = _score(model, revision, questions, settings)
+    other = _score(baseline, None, questions, settings) if baseline else None
     if output:
         records = list(report.records(questions))
         for record, answer in zip(records, other.answers if other else (), strict=False):
@@ -65,9 +89,9 @@ def evaluate(
     for answer in report.failed:
         note(f"{printable(data)}:{answer.line}: {answer.error}")
     if as_json:
-        typer.echo(json.dumps(_record(model, data, report, baseline, other), ensure_ascii=False))
+        show_json(_record(model, data, report, baseline, other))
     else:
-        typer.echo(_table(metric, report, baseline, other))
+        show(_table(metric, report, baseline, other))
     if report.failed:
         note(f"{len(report.failed)} of {len(report.answers)} rows failed")
         raise typer.Exit(CHECK_FAILED)
@@ -79,21 +103,25 @@ class _Settings:
 
     metric: str
     limit: int | None
-    resolution: "Resolution"
+    resolution: "Pixels"
     max_tokens: int
     dtype: DType | None
     fresh: bool
 
 
-def _score(name: str, questions: "list[Question | BadRow]", settings: _Settings) -> "EvaluationReport":
+def _score(
+    name: str, revision: str | None, questions: "list[Question | BadRow]", settings: _Settings
+) -> "EvaluationReport":
     from fastvlm_mlx.errors import CheckpointError
     from fastvlm_mlx.jobs.evaluate import evaluate, prediction_settings
     from fastvlm_mlx.jobs.fingerprints import checkpoint_files, checkpoint_fingerprint, versions
     from fastvlm_mlx.jobs.predictions import Predictions
-    from fastvlm_mlx.resolve import cache_folder, load, resolve
+    from fastvlm_mlx.machine import cache_folder
+    from fastvlm_mlx.resolve import load, resolve
 
-    with ByteProgress() as progress:
-        folder = resolve(name, notify=note, progress=progress)
+    with LiveLine() as line, ByteProgress() as progress:
+        line.wait_for(f"loading {name}")
+        folder = resolve(name, revision=revision, notify=note, progress=progress)
         files = checkpoint_files(folder)
         before = versions(files)
         network, processor = load(folder, dtype=settings.dtype.value if settings.dtype else None)

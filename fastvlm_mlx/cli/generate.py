@@ -1,55 +1,73 @@
 """`fastvlm generate`: one question about one or several images, streamed to stdout."""
 
-import json
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastvlm_mlx.cli.options import DEFAULT_MODEL, DEFAULT_PROMPT, DType, Model, parse_resolution
-from fastvlm_mlx.cli.terminal import ByteProgress, note
-from fastvlm_mlx.formatting import readable_bytes
+from fastvlm_mlx.cli.options import DEFAULT_MODEL, DEFAULT_PROMPT, LoadDType, Model, Resolution, Revision, refuse
+from fastvlm_mlx.cli.terminal import ByteProgress, LiveLine, note, show_answer, show_json, warn_of_slow_blas
+from fastvlm_mlx.cli.usage import is_given, usage_errors
+from fastvlm_mlx.errors import ImageError, PromptError
+from fastvlm_mlx.formatting import printable, readable_bytes
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from fastvlm_mlx import GenerationResult
 
 
 def generate(
+    context: typer.Context,
     images: Annotated[
         list[str] | None, typer.Argument(metavar="IMAGE", help="Files, URLs or data: URLs; - reads one from stdin.")
     ] = None,
     prompt: Annotated[
         str | None,
-        typer.Option("--prompt", "-p", help=f"The question; - reads it from stdin. [default: {DEFAULT_PROMPT}]"),
-    ] = None,
-    model: Model = DEFAULT_MODEL,
-    max_tokens: Annotated[
-        int, typer.Option("--max-tokens", "-n", min=1, envvar="FASTVLM_MAX_TOKENS", help="Longest answer, in tokens.")
-    ] = 256,
-    temperature: Annotated[
-        float, typer.Option("--temp", "-t", min=0.0, help="Sampling temperature; 0 takes the most likely token.")
-    ] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from this much of the probability.")] = 1.0,
-    top_k: Annotated[int, typer.Option(min=0, help="Sample from the k most likely tokens; 0 from all.")] = 0,
-    min_p: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Least probability, relative to the most likely token.")
-    ] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(min=0.0, help="Above 1 discourages repetition.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(min=0, help="Makes sampling repeatable.")] = None,
-    system: Annotated[str | None, typer.Option(help="Replaces the system prompt.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="Ends the answer before this text; may be repeated.")] = None,
-    resolution: Annotated[
-        Any,
         typer.Option(
-            parser=parse_resolution,
-            metavar="INT|auto",
-            envvar="FASTVLM_RESOLUTION",
-            help="Pixels per side, a multiple of 64 (by default the model's own), or auto: as few as keep the details.",
+            "--prompt", "-p", metavar="TEXT", help=f"The question; - reads it from stdin. [default: {DEFAULT_PROMPT}]"
         ),
     ] = None,
-    dtype: Annotated[DType | None, typer.Option(help="Load the weights as this type.")] = None,
+    model: Model = DEFAULT_MODEL,
+    revision: Revision = None,
+    max_tokens: Annotated[
+        int,
+        typer.Option(
+            "--max-tokens",
+            "-n",
+            metavar="N",
+            min=1,
+            envvar="FASTVLM_MAX_TOKENS",
+            help="Longest answer, in tokens.",
+        ),
+    ] = 256,
+    temperature: Annotated[
+        float,
+        typer.Option("--temp", "-t", metavar="N", min=0.0, help="Sampling temperature; 0 takes the most likely token."),
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(metavar="N", min=0.0, max=1.0, help="Sample from this much of the probability.")
+    ] = 1.0,
+    top_k: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Sample from the k most likely tokens; 0 from all.")
+    ] = 0,
+    min_p: Annotated[
+        float,
+        typer.Option(metavar="N", min=0.0, max=1.0, help="Least probability, relative to the most likely token."),
+    ] = 0.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(metavar="N", min=0.0, help="Above 1 discourages repetition.")
+    ] = 1.0,
+    seed: Annotated[int | None, typer.Option(metavar="N", min=0, help="Makes sampling repeatable.")] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="Replaces the system prompt.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="Ends the answer before this text; may be repeated.")
+    ] = None,
+    resolution: Resolution = None,
+    dtype: LoadDType = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming text.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Token counts, speed and memory on stderr.")] = False,
 ) -> None:
@@ -60,73 +78,140 @@ def generate(
     """
     if not images and prompt is None:
         raise typer.BadParameter("give an image, or a question with --prompt", param_hint="IMAGE")
+    if not images:
+        refuse(["--resolution"] if is_given(context, "resolution") else [], "without an image")
+    if not temperature:
+        sampling = {"--top-p": top_p < 1, "--top-k": top_k > 0, "--min-p": min_p > 0, "--seed": seed is not None}
+        refuse([option for option, given in sampling.items() if given], "at temperature 0; give --temp, too")
+
+    from fastvlm_mlx.engine.options import GenerationConfig
+
+    with usage_errors():
+        config = GenerationConfig(
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            min_p=min_p,
+            top_k=top_k,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            stop=stop or (),
+        )
     sources, question = _read_stdin(images or [], DEFAULT_PROMPT if prompt is None else prompt)
 
-    from fastvlm_mlx import GenerationConfig, load, stream_generate
+    from fastvlm_mlx import load, stream_generate
     from fastvlm_mlx.inputs.images import load_image
 
-    config = GenerationConfig(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        min_p=min_p,
-        top_k=top_k,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-        stop=stop or (),
-    )
-    with ThreadPoolExecutor() as pool:  # images are decoded while weights are read
-        loading = [pool.submit(load_image, source) for source in sources]
+    with LiveLine() as line:
+        with ThreadPoolExecutor() as pool:  # images are decoded while weights are read
+            loading = [pool.submit(_load_image, load_image, source, prompt) for source in sources]
 
-        def announce(message: str) -> None:
-            """Notes a slow step, such as a download, once every image is known to be one."""
-            for image in loading:
-                image.result()
-            note(message)
+            def announce(message: str) -> None:
+                """Notes a slow step, such as a download, once every image is known to be one."""
+                for image in loading:
+                    image.result()
+                note(message)
 
-        with ByteProgress() as progress:
-            network, processor = load(
-                model, dtype=dtype.value if dtype else None, notify=announce, progress=progress, lazy=True
-            )
-        loaded = [image.result() for image in loading]
-    stream = stream_generate(
-        network,
-        processor,
-        image=loaded or None,
-        prompt=question,
-        system=system,
-        resolution=resolution,
-        config=config,
-        free_tower=True,
-    )
-    pieces: list[GenerationResult] = []
-    for piece in stream:
-        pieces.append(piece)
-        if not as_json:
-            typer.echo(piece.text, nl=False)
+            line.wait_for(f"loading {model}")
+            with ByteProgress() as progress:
+                network, processor = load(
+                    model,
+                    dtype=dtype.value if dtype else None,
+                    revision=revision,
+                    notify=announce,
+                    progress=progress,
+                    lazy=True,
+                )
+            loaded = [image.result() for image in loading]
+        warn_of_slow_blas()
+        line.wait_for("looking at the image" if len(loaded) == 1 else "looking at the images" if loaded else "reading")
+        stream = stream_generate(
+            network,
+            processor,
+            image=loaded or None,
+            prompt=question,
+            system=system,
+            resolution=resolution,
+            config=config,
+            free_tower=True,
+        )
+        pieces: list[GenerationResult] = []
+        for piece in stream:
+            pieces.append(piece)
+            if as_json:
+                line.show(f"answering: {piece.generated_tokens} tokens")
+            else:
+                line.clear()
+                show_answer(piece.text)
     text = "".join(piece.text for piece in pieces)
+    last = pieces[-1]
     if as_json:
-        record = {
-            "model": model,
-            "images": ["<stdin>" if name == "-" else name for name in images or []],
-            "prompt": question,
-            "text": text,
-            "token_ids": [token for piece in pieces for token in piece.token_ids],
-            **_statistics(pieces[-1]),
-        }
-        typer.echo(json.dumps(record, ensure_ascii=False))
-    elif not text.endswith("\n"):
-        typer.echo()
+        show_json(
+            {
+                "model": model,
+                "images": ["<stdin>" if name == "-" else _shortened(name) for name in images or []],
+                "prompt": question,
+                "text": text,
+                "token_ids": [token for piece in pieces for token in piece.token_ids],
+                **_statistics(last),
+            }
+        )
+    else:
+        if not text.endswith("\n"):
+            show_answer("\n")
+        if last.finish_reason == "length":
+            more = "--max-tokens allows more" if last.generated_tokens >= max_tokens else "the context is full"
+            note(f"the answer was cut after {last.generated_tokens} tokens; {more}")
     if verbose:
-        _summarize(pieces[-1])
+        _summarize(last)
 
 
 def _read_stdin(images: list[str], prompt: str) -> tuple[list[str | bytes], str]:
     """The images and the prompt with `-` replaced by what stdin holds; only one of them can have it."""
     if images.count("-") + (prompt == "-") > 1:
         raise typer.BadParameter("- can stand for one image or for the prompt, once", param_hint="IMAGE")
-    sources = [sys.stdin.buffer.read() if name == "-" else name for name in images]
-    return sources, sys.stdin.buffer.read().decode(errors="replace").strip() if prompt == "-" else prompt
+    sources = [_stdin() if name == "-" else name for name in images]
+    if prompt != "-":
+        return sources, prompt
+    try:
+        return sources, _stdin().decode("utf-8-sig").strip()
+    except UnicodeDecodeError as err:
+        raise PromptError(
+            f"stdin: byte {err.object[err.start]:#x} at {err.start} is not UTF-8; the prompt has to be text in UTF-8"
+        ) from err
+
+
+def _stdin() -> bytes:
+    """All of stdin.
+
+    Raises:
+        PromptError: If there is nothing.
+    """
+    if data := sys.stdin.buffer.read():
+        return data
+    raise PromptError("stdin was empty; pipe an image or a prompt into it")
+
+
+def _load_image(load_image: "Callable[[str | bytes], Image]", source: str | bytes, prompt: str | None) -> "Image":
+    """An image; the error of one that looks like a question says how to ask it.
+
+    Raises:
+        ImageError: If it cannot be read or is not an image.
+    """
+    try:
+        return load_image(source)
+    except ImageError as err:
+        missing = isinstance(err.__cause__, FileNotFoundError)
+        if missing and prompt is None and isinstance(source, str) and {" ", "?"} & set(source):
+            raise ImageError(f"{err}; if it is the question, put --prompt before it") from err
+        raise
+
+
+def _shortened(name: str) -> str:
+    """The name of an image without the content of a `data:` URL."""
+    head, comma, content = name.partition(",")
+    is_data = comma and head[:5].lower() == "data:"
+    return f"{printable(head)},… ({len(content)} characters)" if is_data else name
 
 
 def _statistics(result: "GenerationResult") -> dict[str, Any]:

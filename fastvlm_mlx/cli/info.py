@@ -1,14 +1,13 @@
 """`fastvlm info`: shows this machine, or what a checkpoint holds and needs."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
 
-from fastvlm_mlx.cli.options import MODEL_HELP, Revision
-from fastvlm_mlx.cli.terminal import ByteProgress, note
+from fastvlm_mlx.cli.options import MODEL_HELP, Revision, complete_model, refuse
+from fastvlm_mlx.cli.terminal import ByteProgress, note, show, show_json
 from fastvlm_mlx.formatting import readable_bytes
 
 RESOLUTIONS = (256, 512, 768, 1024, 1536)
@@ -16,7 +15,9 @@ RESOLUTIONS = (256, 512, 768, 1024, 1536)
 
 
 def info(
-    model: Annotated[str | None, typer.Argument(metavar="MODEL", help=MODEL_HELP)] = None,
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help=MODEL_HELP, autocompletion=complete_model)
+    ] = None,
     revision: Revision = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -25,11 +26,13 @@ def info(
     Without MODEL: device, memory, BLAS and the converted models in the cache. With MODEL: its source and its parts,
     and for each resolution the visual tokens and an estimate of the memory that a question takes here.
     """
+    if model is None:
+        refuse(["--revision"] if revision else [], "without MODEL")
     record = _machine() if model is None else _checkpoint(model, revision)
     if as_json:
-        typer.echo(json.dumps(record, ensure_ascii=False))
+        show_json(record)
     else:
-        typer.echo("\n".join(_machine_lines(record) if model is None else _checkpoint_lines(record)))
+        show("\n".join(_machine_lines(record) if model is None else _checkpoint_lines(record)))
 
 
 def _machine() -> dict[str, Any]:
@@ -37,8 +40,7 @@ def _machine() -> dict[str, Any]:
     from fastvlm_mlx.backend import blas
     from fastvlm_mlx.checkpoint.describe import folder_bytes
     from fastvlm_mlx.checkpoint.folder import is_converted
-    from fastvlm_mlx.machine import describe
-    from fastvlm_mlx.resolve import cache_folder
+    from fastvlm_mlx.machine import cache_folder, describe
 
     cache = cache_folder()
     return {

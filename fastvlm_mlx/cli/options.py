@@ -1,6 +1,8 @@
 """Options that several commands share."""
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -8,8 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-CHECK_FAILED = 3
-"""Exit code of a command that did its work and found that a check has failed; 1 is for errors."""
+from fastvlm_mlx.cli.usage import CHECK_FAILED as CHECK_FAILED
+from fastvlm_mlx.cli.usage import usage_errors
+from fastvlm_mlx.errors import FastVLMError
+from fastvlm_mlx.machine import cache_folder
+
 if TYPE_CHECKING:
     from fastvlm_mlx.convert.quantize.scheme import Quantization
 
@@ -19,9 +24,58 @@ DEFAULT_MODEL = "apple/FastVLM-0.5B"
 DEFAULT_PROMPT = "Describe the image."
 MODEL_HELP = "Folder, .zip, Hub id, or one of demo, 0.5b, 1.5b, 7b."
 
-Model = Annotated[str, typer.Option("--model", "-m", envvar="FASTVLM_MODEL", help=MODEL_HELP)]
-Source = Annotated[str, typer.Argument(metavar="SOURCE", help=MODEL_HELP)]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
+
+def choices(kind: type[Enum]) -> str:
+    """The values of an option as help shows them."""
+    return "|".join(str(choice.value) for choice in kind)
+
+
+def user_path(text: str) -> Path:
+    """The path that an argument names: `~` leads to a home folder, unless something here has that name."""
+    if not text:
+        raise typer.BadParameter("the path is empty")
+    if not text.startswith("~") or os.path.lexists(text):
+        return Path(text)
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as err:
+        raise typer.BadParameter(f"{text!r}: there is no such home folder; give the whole path") from err
+
+
+def complete_model(incomplete: str) -> list[str]:
+    """What may follow `--model`: names, cached models, folders and archives that begin with what is typed."""
+    from fastvlm_mlx.checkpoint.released import ALIASES, DEMO
+
+    names = [DEMO, *ALIASES, *_cached_ids(), *_checkpoints_below(os.path.dirname(incomplete))]
+    return [name for name in dict.fromkeys(names) if name.startswith(incomplete)]
+
+
+def _cached_ids() -> list[str]:
+    """The Hub ids whose main branch is in the cache."""
+    with suppress(OSError, FastVLMError):
+        folders = sorted(cache_folder().glob("[!.]*--*@main"))
+        return [folder.name.removesuffix("@main").replace("--", "/", 1) for folder in folders]
+    return []
+
+
+def _checkpoints_below(folder: str) -> Iterator[str]:
+    """The folders and archives in a folder, as they would be typed."""
+    with suppress(OSError):
+        for entry in sorted(os.scandir(os.path.expanduser(folder) or "."), key=lambda entry: entry.name):
+            if not entry.name.startswith(".") and (entry.is_dir() or entry.name.endswith(".zip")):
+                yield os.path.join(folder, entry.name) + ("/" if entry.is_dir() else "")
+
+
+def parse_resolution(text: str) -> int | str:
+    """`auto` or a resolution that the tower can run at."""
+    if text == "auto":
+        return text
+    if not text.isdecimal() or len(text) > 9 or int(text) == 0 or int(text) % 64:
+        raise typer.BadParameter(f"{text!r} is neither a positive multiple of 64 nor 'auto'")
+    from fastvlm_mlx.inputs.images import check_resolution
+
+    with usage_errors():
+        return check_resolution(int(text))
 
 
 class DType(str, Enum):
@@ -32,13 +86,27 @@ class DType(str, Enum):
     float32 = "float32"
 
 
-def parse_resolution(text: str) -> int | str:
-    """`auto` or a multiple of 64."""
-    if text == "auto":
-        return text
-    if not text.isdecimal() or int(text) == 0 or int(text) % 64:
-        raise typer.BadParameter(f"{text!r} is neither a positive multiple of 64 nor 'auto'")
-    return int(text)
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model", "-m", metavar="NAME", envvar="FASTVLM_MODEL", help=MODEL_HELP, autocompletion=complete_model
+    ),
+]
+Source = Annotated[str, typer.Argument(metavar="SOURCE", help=MODEL_HELP, autocompletion=complete_model)]
+Destination = typer.Argument(metavar="DESTINATION", parser=user_path, help="Folder to write; new or empty.")
+Revision = Annotated[str | None, typer.Option(metavar="NAME", help="Branch, tag or commit of a Hub id.")]
+Resolution = Annotated[
+    Any,
+    typer.Option(
+        "--resolution",
+        "-r",
+        parser=parse_resolution,
+        metavar="N|auto",
+        envvar="FASTVLM_RESOLUTION",
+        help="Pixels per side, a multiple of 64, or auto: as few as keep the details. [default: the model's own]",
+    ),
+]
+LoadDType = Annotated[DType | None, typer.Option(metavar=choices(DType), help="Load the weights as this type.")]
 
 
 class Preset(str, Enum):
@@ -91,12 +159,21 @@ QPreset = Annotated[
     Preset | None,
     typer.Option(
         "--q-preset",
+        metavar=choices(Preset),
         help="Bits for all parts at once; auto measures what each layer is worth, which takes minutes. [default: int8]",
     ),
 ]
-QBits = Annotated[int | None, typer.Option("--q-bits", help="Instead of a preset: 8, 6, 5, 4, 3 or 2 for every part.")]
-QGroupSize = Annotated[int | None, typer.Option("--q-group-size", help="Weights that share a scale: 32, 64 or 128.")]
-QMode = Annotated[Mode, typer.Option("--q-mode", help="Integers with scale and bias, or a floating format.")]
+QBits = Annotated[
+    int | None,
+    typer.Option("--q-bits", metavar="N", help="Instead of a preset: 8, 6, 5, 4, 3 or 2 for every part."),
+]
+QGroupSize = Annotated[
+    int | None, typer.Option("--q-group-size", metavar="N", help="Weights that share a scale: 32, 64 or 128.")
+]
+QMode = Annotated[
+    Mode,
+    typer.Option("--q-mode", metavar=choices(Mode), help="Integers with scale and bias, or a floating format."),
+]
 QDecoder = Annotated[Any, _part_bits("the decoder's layers")]
 QEmbed = Annotated[Any, _part_bits("embedding and head")]
 QProjector = Annotated[Any, _part_bits("the projector")]
@@ -105,6 +182,7 @@ TargetBpw = Annotated[
     float | None,
     typer.Option(
         "--target-bpw",
+        metavar="N",
         help="Bits per weight that preset auto may use: over the layers that it quantizes, scales included.",
     ),
 ]
@@ -112,12 +190,15 @@ QMethod = Annotated[
     Method,
     typer.Option(
         "--q-method",
+        metavar=choices(Method),
         help="rtn rounds each weight to the nearest; gptq compensates for rounding errors, which takes minutes.",
     ),
 ]
 Calibration = Annotated[
     list[Path] | None,
-    typer.Option(metavar="PATH", help="An image, or a folder of them, to measure on; may be repeated."),
+    typer.Option(
+        metavar="PATH", parser=user_path, help="An image, or a folder of them, to measure on; may be repeated."
+    ),
 ]
 Gates = Annotated[
     list[str] | None,
@@ -128,7 +209,10 @@ Gates = Annotated[
         f"{', '.join(METRICS)}.",
     ),
 ]
-OutputFormat = Annotated[Format, typer.Option("--format", help="Write for this project, or for mlx-vlm and mlx-swift.")]
+OutputFormat = Annotated[
+    Format,
+    typer.Option("--format", metavar=choices(Format), help="Write for this project, or for mlx-vlm and mlx-swift."),
+]
 UploadRepo = Annotated[
     str | None, typer.Option("--upload-repo", metavar="OWNER/NAME", help="Push the result to the Hub.")
 ]

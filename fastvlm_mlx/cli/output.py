@@ -1,15 +1,12 @@
 """Reports and uploads the checkpoint that `convert` or `quantize` has written."""
 
-import json
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import typer
-
-from fastvlm_mlx.cli.terminal import note
+from fastvlm_mlx.cli.terminal import note, show, show_json
 from fastvlm_mlx.errors import GateError
 from fastvlm_mlx.formatting import as_text, readable_bytes
 
@@ -24,7 +21,10 @@ def show_output(folder: Path, report: "QuantizationReport | None", *, as_json: b
     from fastvlm_mlx.convert.write.files import folder_bytes
 
     if report is not None:
-        typer.echo(json.dumps(report.to_dict()) if as_json else _as_text(report))
+        if as_json:
+            show_json(report.to_dict())
+        else:
+            show(_as_text(report))
     note(f"wrote {folder}, {readable_bytes(folder_bytes(folder))}")
 
 
@@ -44,7 +44,7 @@ def failed_report_shown() -> Iterator[None]:
         yield
     except GateError as err:
         if err.report is not None:
-            note(_as_text(err.report))
+            show(_as_text(err.report), err=True)
         raise
 
 

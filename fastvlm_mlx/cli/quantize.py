@@ -7,6 +7,7 @@ import typer
 
 from fastvlm_mlx.cli.options import (
     Calibration,
+    Destination,
     Format,
     Gates,
     Method,
@@ -34,7 +35,7 @@ from fastvlm_mlx.cli.terminal import ByteProgress, note
 
 def quantize(
     source: Source,
-    destination: Annotated[Path, typer.Argument(metavar="DESTINATION", help="Folder to write; must not exist.")],
+    destination: Annotated[Path, Destination],
     preset: QPreset = None,
     bits: QBits = None,
     group_size: QGroupSize = None,
