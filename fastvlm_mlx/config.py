@@ -1,6 +1,5 @@
 """The architecture of a checkpoint: frozen dataclasses, read from and written to `config.json`."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -8,10 +7,33 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fastvlm_mlx.errors import CheckpointError, ConfigError
+from fastvlm_mlx.formatting import printable
+from fastvlm_mlx.schema import array, boolean, integer, mapping, number, read_object, shown
 
 FORMAT_VERSION = 1
 IMAGE_TOKEN = -200
 """The id that stands for an image in `input_ids`; LLaVA's, outside every vocabulary."""
+
+QUANTIZATION_MODES: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "affine": ((2, 3, 4, 5, 6, 8), (64, 32, 128)),
+    "mxfp4": ((4,), (32,)),
+    "mxfp8": ((8,), (32,)),
+    "nvfp4": ((4,), (16,)),
+}
+"""The bits and the group sizes that MLX supports in each mode, the usual group size first."""
+
+_MOST_LAYERS = 1000
+"""Of the decoder or of a stage: a model is built before its tensors are read."""
+_MOST_CHANNELS = 2**24
+"""Of any layer: MLX's sizes have 32 bits, and some are products."""
+_LARGEST_IMAGE = 2**14
+"""The largest `image_size`: it makes 65,536 visual tokens."""
+_EPSILONS = (1e-12, 0.1)
+"""The range of the epsilons of norms; most are 1e-5 or 1e-6."""
+_THETAS = (1.0, 1e12)
+"""The range of `rope_theta`; Qwen2's is 1e6."""
+_LARGEST_SCALE = 2.0**64
+"""The largest activation scale: an epsilon divided by its square is still a number."""
 
 _T = TypeVar("_T")
 
@@ -25,15 +47,17 @@ def _known(cls: type[_T], values: Mapping[str, Any]) -> _T:
         raise ConfigError(f"{cls.__name__}: {str(err).split(' ', 1)[-1]}") from err
 
 
-def _positive_int(owner: object, *names: str) -> None:
+def _check_sizes(owner: object, *names: str, most: int = _MOST_CHANNELS) -> None:
     for name in names:
-        value = getattr(owner, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"{type(owner).__name__}.{name} must be a positive integer, not {value!r}")
+        integer(getattr(owner, name), f"{type(owner).__name__}.{name}", most=most)
 
 
-def _power_of_two(value: float) -> bool:
-    return value > 0 and math.frexp(value)[0] == 0.5
+def _scale(value: Any) -> float:
+    """`value`, if it is a power of two in the range of activation scales."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (is_number and 1 / _LARGEST_SCALE <= value <= _LARGEST_SCALE and math.frexp(value)[0] == 0.5):
+        raise ConfigError(f"scales must be powers of two, not {shown(value)}")
+    return float(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,16 +95,16 @@ class ActivationScales:
 
     def __post_init__(self) -> None:
         """Rejects what is not a power of two or contradicts itself."""
-        values = [*self.stem, self.conv_exp]
+        for value in (*self.stem, self.conv_exp):
+            _scale(value)
         for index, stage in enumerate(self.stages):
-            values += [stage.stream, *stage.downsample, *stage.hidden]
+            for value in (stage.stream, *stage.downsample, *stage.hidden):
+                _scale(value)
             before = self.stem[2] if index == 0 else stage.downsample[1] if len(stage.downsample) == 2 else None
             if before != stage.stream:
                 raise ConfigError(
                     f"scales: stage {index}'s stream is divided by {stage.stream} but starts with {before}"
                 )
-        if wrong := [value for value in values if not _power_of_two(value)]:
-            raise ConfigError(f"scales must be powers of two, not {wrong[0]!r}")
 
     @classmethod
     def ones(cls, depths: tuple[int, ...]) -> "ActivationScales":
@@ -94,17 +118,29 @@ class ActivationScales:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ActivationScales":
-        """The inverse of `dataclasses.asdict`, from JSON."""
-        stages = tuple(
-            StageScales(
-                stream=float(stage["stream"]),
-                downsample=tuple(map(float, stage["downsample"])),
-                hidden=tuple(map(float, stage["hidden"])),
+        """The inverse of `dataclasses.asdict`, from JSON.
+
+        Raises:
+            ConfigError: If a value is missing, of the wrong kind or no power of two.
+        """
+
+        def scales(owner: Mapping[str, Any], key: str) -> tuple[float, ...]:
+            return tuple(_scale(value) for value in array(owner[key], f"scales.{key}"))
+
+        stages = []
+        for entry in array(values["stages"], "scales.stages"):
+            stage = mapping(entry, "scales.stages")
+            stages.append(
+                StageScales(
+                    stream=_scale(stage["stream"]),
+                    downsample=scales(stage, "downsample"),
+                    hidden=scales(stage, "hidden"),
+                )
             )
-            for stage in values["stages"]
-        )
-        stem = tuple(map(float, values["stem"]))
-        return cls(stem=(stem[0], stem[1], stem[2]), stages=stages, conv_exp=float(values["conv_exp"]))
+        stem = scales(values, "stem")
+        if len(stem) != 3 or len(stages) != 5:
+            raise ConfigError(f"scales must have 3 values for the stem and 5 stages, not {len(stem)} and {len(stages)}")
+        return cls(stem=(stem[0], stem[1], stem[2]), stages=tuple(stages), conv_exp=_scale(values["conv_exp"]))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,11 +167,15 @@ class VisionConfig:
 
     def __post_init__(self) -> None:
         """Rejects an architecture that is not FastViTHD's."""
-        _positive_int(self, "mlp_ratio", "head_dim", "image_size")
+        _check_sizes(self, "mlp_ratio", "head_dim", most=1024)
+        _check_sizes(self, "image_size", most=_LARGEST_IMAGE)
+        number(self.layer_norm_eps, "VisionConfig.layer_norm_eps", *_EPSILONS)
         if len(self.embed_dims) != 5 or len(self.depths) != 5:
-            raise ConfigError(f"FastViTHD has 5 stages; embed_dims {self.embed_dims} and depths {self.depths} do not")
-        if any(dim < 1 for dim in self.embed_dims) or any(depth < 1 for depth in self.depths):
-            raise ConfigError(f"embed_dims {self.embed_dims} and depths {self.depths} must be positive")
+            dims, depths = shown(list(self.embed_dims)), shown(list(self.depths))
+            raise ConfigError(f"FastViTHD has 5 stages; embed_dims {dims} and depths {depths} do not")
+        for dim, depth in zip(self.embed_dims, self.depths, strict=True):
+            integer(dim, "VisionConfig.embed_dims", most=2**16)
+            integer(depth, "VisionConfig.depths", most=_MOST_LAYERS)
         if any(after != 2 * before for before, after in zip(self.embed_dims, self.embed_dims[1:], strict=False)):
             raise ConfigError(f"each stage is twice as wide as the one before; embed_dims {self.embed_dims} are not")
         if any(dim % self.head_dim for dim in self.embed_dims[3:]):
@@ -158,9 +198,15 @@ class VisionConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "VisionConfig":
         """The configuration in a `vision_config` of ours."""
-        depths = tuple(values.get("depths", cls.depths))
-        scales = ActivationScales.from_dict(values["scales"]) if "scales" in values else ActivationScales.ones(depths)
-        embed_dims = tuple(values.get("embed_dims", cls.embed_dims))
+        depths = tuple(
+            integer(depth, "VisionConfig.depths", most=_MOST_LAYERS)
+            for depth in array(values.get("depths", cls.depths), "VisionConfig.depths")
+        )
+        if "scales" in values:
+            scales = ActivationScales.from_dict(mapping(values["scales"], "scales"))
+        else:
+            scales = ActivationScales.ones(depths)
+        embed_dims = tuple(array(values.get("embed_dims", cls.embed_dims), "VisionConfig.embed_dims"))
         return _known(cls, {**values, "embed_dims": embed_dims, "depths": depths, "scales": scales})
 
 
@@ -181,11 +227,17 @@ class TextConfig:
     model_type: str = "qwen2"
 
     def __post_init__(self) -> None:
-        """Rejects sizes that contradict each other."""
-        sizes = [f.name for f in fields(self) if f.type is int]
-        _positive_int(self, *sizes)
+        """Rejects values out of range, and sizes that contradict each other."""
+        _check_sizes(
+            self, "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size"
+        )
+        _check_sizes(self, "num_hidden_layers", most=_MOST_LAYERS)
+        integer(self.max_position_embeddings, "TextConfig.max_position_embeddings")
+        number(self.rms_norm_eps, "TextConfig.rms_norm_eps", *_EPSILONS)
+        number(self.rope_theta, "TextConfig.rope_theta", *_THETAS)
+        boolean(self.tie_word_embeddings, "TextConfig.tie_word_embeddings")
         if self.model_type != "qwen2":
-            raise ConfigError(f"the decoder must be qwen2, not {self.model_type!r}")
+            raise ConfigError(f"the decoder must be qwen2, not {shown(self.model_type)}")
         if self.hidden_size % self.num_attention_heads:
             raise ConfigError(
                 f"hidden_size {self.hidden_size} is not divisible by num_attention_heads {self.num_attention_heads}"
@@ -205,16 +257,16 @@ class TextConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> "TextConfig":
         """The configuration in a Hugging Face Qwen2 config; keys that change the arithmetic are checked."""
         if values.get("hidden_act", "silu") != "silu":
-            raise ConfigError(f"hidden_act must be 'silu', not {values['hidden_act']!r}")
+            raise ConfigError(f"hidden_act must be 'silu', not {shown(values['hidden_act'])}")
         if values.get("use_sliding_window"):
             raise ConfigError("use_sliding_window is on; only full attention is supported")
-        rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-        if rope.get("rope_type", rope.get("type", "default")) != "default":
-            raise ConfigError(
-                f"rotary embeddings of type {rope.get('rope_type', rope.get('type'))!r} are not supported"
-            )
+        rope = mapping(values.get("rope_parameters") or values.get("rope_scaling") or {}, "rope_parameters")
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise ConfigError(f"rotary embeddings of type {shown(kind)} are not supported")
         theta = values.get("rope_theta", rope.get("rope_theta", cls.rope_theta))
-        return _known(cls, {**values, "rope_theta": float(theta), "model_type": values.get("model_type", "qwen2")})
+        theta = number(theta, "TextConfig.rope_theta", *_THETAS)
+        return _known(cls, {**values, "rope_theta": theta, "model_type": values.get("model_type", "qwen2")})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,10 +284,19 @@ class LayerQuantization:
     mode: str = "affine"
 
     def __post_init__(self) -> None:
-        """Rejects values of the wrong kind."""
-        _positive_int(self, *(name for name in ("group_size", "bits") if getattr(self, name) is not None))
+        """Rejects what MLX does not support."""
+        _check_sizes(self, *(name for name in ("group_size", "bits") if getattr(self, name) is not None))
         if not isinstance(self.mode, str):
-            raise ConfigError(f"LayerQuantization.mode must be a text, not {self.mode!r}")
+            raise ConfigError(f"LayerQuantization.mode must be a text, not {shown(self.mode)}")
+        if self.mode not in QUANTIZATION_MODES:
+            known = ", ".join(QUANTIZATION_MODES)
+            raise ConfigError(f"LayerQuantization.mode must be one of {known}, not {shown(self.mode)}")
+        for what, value, possible in zip(
+            ("bits", "group_size"), (self.bits, self.group_size), QUANTIZATION_MODES[self.mode], strict=True
+        ):
+            if value not in (None, *possible):
+                numbers = ", ".join(map(str, sorted(possible)))
+                raise ConfigError(f"LayerQuantization.{what} in mode {self.mode} must be one of {numbers}, not {value}")
 
     def to_dict(self) -> dict[str, Any]:
         """The known settings, as keyword arguments of MLX's quantization functions."""
@@ -278,7 +339,7 @@ class QuantizationConfig:
             ConfigError: If it is no JSON object or holds values of the wrong kind.
         """
         if not isinstance(values, Mapping):
-            raise ConfigError(f"quantization must be an object with group_size, bits and mode, not {values!r:.80}")
+            raise ConfigError(f"quantization must be an object with group_size, bits and mode, not {shown(values)}")
         default = _known(LayerQuantization, values)
         overrides = {
             path: _known(LayerQuantization, {**asdict(default), **layer})
@@ -315,9 +376,15 @@ class ModelConfig:
     source: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Rejects an unknown dtype."""
+        """Rejects values that are of the wrong kind or out of range."""
         if self.dtype not in ("float16", "bfloat16", "float32"):
-            raise ConfigError(f"dtype must be float16, bfloat16 or float32, not {self.dtype!r}")
+            raise ConfigError(f"dtype must be float16, bfloat16 or float32, not {shown(self.dtype)}")
+        for token in self.eos_token_id:
+            integer(token, "ModelConfig.eos_token_id", least=0, most=self.text_config.vocab_size - 1)
+        integer(self.max_length, "ModelConfig.max_length")
+        for key, value in mapping(self.source, "ModelConfig.source").items():
+            if value is not None and not (isinstance(value, str) and value == printable(value, 1000)):
+                raise ConfigError(f"ModelConfig.source must hold short texts, not {shown(value)} as {shown(key)}")
 
     @property
     def context_length(self) -> int:
@@ -334,22 +401,20 @@ class ModelConfig:
         version = values.get("fastvlm_format")
         if version is None:
             raise ConfigError("not a converted FastVLM checkpoint: config.json has no fastvlm_format")
-        if version != FORMAT_VERSION:
+        if isinstance(version, bool) or version != FORMAT_VERSION:
             raise ConfigError(
-                f"fastvlm_format {version} was written by another version; this one reads {FORMAT_VERSION}"
+                f"fastvlm_format {shown(version)} was written by another version; this one reads {FORMAT_VERSION}"
             )
         entry = values.get("quantization") or None
         try:
             parts = {
-                "vision_config": VisionConfig.from_dict(values["vision_config"]),
-                "text_config": TextConfig.from_dict(values["text_config"]),
-                "eos_token_id": tuple(values["eos_token_id"]),
+                "vision_config": VisionConfig.from_dict(mapping(values["vision_config"], "vision_config")),
+                "text_config": TextConfig.from_dict(mapping(values["text_config"], "text_config")),
+                "eos_token_id": tuple(array(values["eos_token_id"], "eos_token_id")),
                 "quantization": QuantizationConfig.from_dict(entry) if entry is not None else None,
             }
         except KeyError as err:
             raise ConfigError(f"config.json lacks {err}") from err
-        except (TypeError, ValueError, IndexError) as err:
-            raise ConfigError(f"config.json holds a value of the wrong kind: {err}") from err
         return _known(cls, {**values, **parts})
 
     def to_dict(self) -> dict[str, Any]:
@@ -382,15 +447,10 @@ class ModelConfig:
             ConfigError: If it is not one of ours.
         """
         path = Path(folder) / "config.json"
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as err:
-            raise CheckpointError(f"{path}: not found; {folder} is not a checkpoint folder") from err
-        except (OSError, ValueError) as err:
-            raise CheckpointError(f"{path}: cannot be read as JSON ({err})") from err
-        if not isinstance(values, dict):
-            raise CheckpointError(f"{path}: must hold a JSON object")
+        values = read_object(path)
+        if values is None:
+            raise CheckpointError(f"{printable(path)}: not found; {printable(folder)} is not a checkpoint folder")
         try:
             return cls.from_dict(values)
         except ConfigError as err:
-            raise ConfigError(f"{path}: {err}") from err
+            raise ConfigError(f"{printable(path)}: {err}") from err

@@ -16,8 +16,11 @@ def readable_bytes(count: float) -> str:
 
 
 def names(items: Collection[str], most: int = 5) -> str:
-    """The first `most` names and how many more there are: `a, b and 3 more`; `nothing` if there are none."""
-    shown = ", ".join(list(items)[:most])
+    """The first `most` names and how many more there are: `a, b and 3 more`; `nothing` if there are none.
+
+    Long names are shortened as in `printable`.
+    """
+    shown = ", ".join(printable(item, 100) for item in list(items)[:most])
     return f"{shown} and {len(items) - most} more" if len(items) > most else shown or "nothing"
 
 

@@ -14,7 +14,7 @@ CONVERT = ROOT / "convert"
 
 # A row may import the rows above it; those of one row may not import each other, unless they are in order in a tuple.
 LAYERS: tuple[tuple[str | tuple[str, ...], ...], ...] = (
-    (("formatting", "errors", "intervals", "outputs"),),
+    (("formatting", "errors", "intervals", "outputs", "schema"),),
     (("kernels", "backend", "machine", "streams", "config"),),
     ("inputs", "model"),
     ("checkpoint",),

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from fastvlm_mlx.config import LayerQuantization, ModelConfig, QuantizationConfig
+from fastvlm_mlx.config import QUANTIZATION_MODES, LayerQuantization, ModelConfig, QuantizationConfig
 from fastvlm_mlx.convert.arrays import Shape
 from fastvlm_mlx.convert.fold.modules import parameter_shapes
 from fastvlm_mlx.convert.parts import PARTS, part_of
@@ -21,13 +21,6 @@ AUTO_BITS = (3, 4, 5, 6, 8)
 _AUTO_RANGE = AUTO_BITS[0], AUTO_BITS[-1]
 
 _AFFINE_BITS = (2, 3, 4, 5, 6, 8)
-_MODES = {
-    "affine": (_AFFINE_BITS, (64, 32, 128)),
-    "mxfp4": ((4,), (32,)),
-    "mxfp8": ((8,), (32,)),
-    "nvfp4": ((4,), (16,)),
-}
-"""The bits and the group sizes that MLX supports in each mode, the usual group size first."""
 
 
 @dataclass(frozen=True)
@@ -93,9 +86,9 @@ class Quantization:
 
     def __post_init__(self) -> None:
         """Rejects impossible combinations and names the possible ones."""
-        _one_of("mode", self.mode, _MODES)
+        _one_of("mode", self.mode, QUANTIZATION_MODES)
         _one_of("method", self.method, METHODS)
-        bits, group_sizes = _MODES[self.mode]
+        bits, group_sizes = QUANTIZATION_MODES[self.mode]
         if self.preset is not None:
             _one_of("preset", self.preset, (*PRESETS, AUTO))
             if self.bits is not None:
@@ -129,7 +122,7 @@ class Quantization:
     def _check_target(self, scale_bits: int = 16) -> None:
         """Raises if no choice of bits comes to the target."""
         assert self.target_bpw is not None
-        group_size = self.group_size or _MODES[self.mode][1][0]
+        group_size = self.group_size or QUANTIZATION_MODES[self.mode][1][0]
         least, most = (LayerScheme(group_size=group_size, bits=end).bits_per_weight(scale_bits) for end in _AUTO_RANGE)
         if not least <= self.target_bpw <= most:
             raise ConversionError(
@@ -145,7 +138,7 @@ class Quantization:
     @property
     def name(self) -> str:
         """Its name in reports."""
-        words = [] if self._all_parts else [self.preset or f"{self.bits or _MODES[self.mode][0][-1]} bits"]
+        words = [] if self._all_parts else [self.preset or f"{self.bits or QUANTIZATION_MODES[self.mode][0][-1]} bits"]
         if self.target_bpw is not None:
             words = [f"{words[0]} at {self.target_bpw:g} bits per weight"]
         if self.mode != "affine":
@@ -163,13 +156,13 @@ class Quantization:
             depth: The number of blocks of tower and decoder, by the prefix of their paths.
         """
         part = part_of(path)
-        usual = self.group_size or _MODES[self.mode][1][0]
-        affine_group = usual if usual in _MODES["affine"][1] else 32
+        usual = self.group_size or QUANTIZATION_MODES[self.mode][1][0]
+        affine_group = usual if usual in QUANTIZATION_MODES["affine"][1] else 32
         if part in self.parts:
             bits = self.parts[part]
             return LayerScheme(group_size=affine_group, bits=bits) if bits else None
         if self.preset is None or self.preset == AUTO:
-            bits = self.bits or _MODES[self.mode][0][-1]
+            bits = self.bits or QUANTIZATION_MODES[self.mode][0][-1]
             # MLX dequantizes an embedding to bfloat16 in every mode but affine.
             if part == "embed":
                 return LayerScheme(group_size=affine_group, bits=bits)
