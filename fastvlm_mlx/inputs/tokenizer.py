@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import codecs
-import json
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastvlm_mlx.errors import CheckpointError
+from fastvlm_mlx.errors import CheckpointError, ConfigError
+from fastvlm_mlx.formatting import printable
+from fastvlm_mlx.schema import integer, mapping, read_object, read_small_file, shown
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator, Mapping
 
     import tokenizers
 
 IM_START, IM_END, END_OF_TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
+
+MOST_TOKENS = 2**20
+"""The most tokens of a vocabulary whose embedding is not known; Qwen2's has 151,646."""
 
 # Qwen2's rule for splitting text into words (transformers, Qwen2Converter).
 _WORDS = (
@@ -25,37 +30,62 @@ _WORDS = (
 )
 
 
-def build_tokenizer(folder: Path) -> tokenizers.Tokenizer:
+def build_tokenizer(folder: Path, rows: int = MOST_TOKENS) -> tokenizers.Tokenizer:
     """Builds the tokenizer of a checkpoint from `tokenizer.json`, or from `vocab.json` and `merges.txt`.
 
     Apple's releases have no `tokenizer.json`. Their added tokens come from `added_tokens.json` and
     `tokenizer_config.json`; without either, Qwen2's three follow the vocabulary.
 
+    Args:
+        folder: Holds the files.
+        rows: Of the embedding; there cannot be more tokens.
+
     Raises:
-        CheckpointError: If a file is missing or damaged.
+        CheckpointError: If a file is missing or damaged, or there are more tokens than rows.
     """
     from tokenizers import AddedToken, Tokenizer
 
     folder = Path(folder)
     path = folder / "tokenizer.json"
-    if path.is_file():
-        try:
-            tokenizer = Tokenizer.from_file(str(path))
-        except Exception as err:  # tokenizers raises nothing narrower
-            raise CheckpointError(f"{path}: not a tokenizer ({err}); fetch it again") from err
-        # A tokenizer.json can carry training-time truncation, which would cut prompts silently.
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        added = {index: token.content for index, token in tokenizer.get_added_tokens_decoder().items()}
+    data = read_small_file(path)
+    if data is not None:
+        with _library(path):
+            tokenizer = Tokenizer.from_buffer(data)
+            # A tokenizer.json can carry training-time truncation, which would cut prompts silently.
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+            added = {index: token.content for index, token in tokenizer.get_added_tokens_decoder().items()}
     else:
-        tokenizer = _from_vocabulary(folder)
-        added = _added_tokens(folder) or dict(enumerate((END_OF_TEXT, IM_START, IM_END), tokenizer.get_vocab_size()))
-    for index, content in sorted(added.items()):
+        tokenizer = _from_vocabulary(folder, rows)
+        added = _added_tokens(folder, rows) or dict(
+            enumerate((END_OF_TEXT, IM_START, IM_END), tokenizer.get_vocab_size())
+        )
+    with _library(folder):
         # All become special, whatever the files say: `encode_special_tokens` keeps special tokens out of a user's text.
-        tokenizer.add_special_tokens([AddedToken(content, special=True, normalized=False)])
-        if (actual := tokenizer.token_to_id(content)) != index:
-            raise CheckpointError(f"{folder}: the added token {content!r} should have id {index} but gets {actual}")
+        tokenizer.add_special_tokens(
+            [AddedToken(content, special=True, normalized=False) for _, content in sorted(added.items())]
+        )
+        for index, content in sorted(added.items()):
+            if (actual := tokenizer.token_to_id(content)) != index:
+                raise CheckpointError(
+                    f"{printable(folder)}: the added token {shown(content)} should have id {index} but gets {actual}"
+                )
+        if (count := tokenizer.get_vocab_size()) > rows:
+            raise CheckpointError(f"{printable(folder)}: the tokenizer has {count} tokens, the embedding {rows} rows")
     return tokenizer
+
+
+@contextmanager
+def _library(path: Path) -> Iterator[None]:
+    """Turns every error of the tokenizers library into a CheckpointError."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except BaseException as err:  # it raises nothing narrower than Exception, and its panics are not even that
+        if not (isinstance(err, Exception) or type(err).__name__ == "PanicException"):
+            raise
+        raise CheckpointError(f"{printable(path)}: not a tokenizer ({printable(err)}); fetch it again") from err
 
 
 class Tokenizer:
@@ -65,16 +95,20 @@ class Tokenizer:
 
     Args:
         folder: Holds `tokenizer.json`, or `vocab.json` and `merges.txt`.
+        rows: Of the embedding, for which all ids have to be.
 
     Raises:
         CheckpointError: If `folder` holds neither.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, rows: int = MOST_TOKENS) -> None:
         self._folder = Path(folder)
+        self._rows = rows
         names = {name for name in ("tokenizer.json", "vocab.json", "merges.txt") if (self._folder / name).is_file()}
         if not names & {"tokenizer.json"} and len(names) < 2:
-            raise CheckpointError(f"{folder}: has no tokenizer: neither tokenizer.json nor vocab.json and merges.txt")
+            raise CheckpointError(
+                f"{printable(folder)}: has no tokenizer: neither tokenizer.json nor vocab.json and merges.txt"
+            )
         self._building: Future[tokenizers.Tokenizer] | None = None
 
     def start(self) -> None:
@@ -85,7 +119,7 @@ class Tokenizer:
             executor.shutdown(wait=False)
 
     def _build(self) -> tokenizers.Tokenizer:
-        backend = build_tokenizer(self._folder)
+        backend = build_tokenizer(self._folder, self._rows)
         backend.encode_special_tokens = True  # markup in the text is text
         return backend
 
@@ -100,8 +134,26 @@ class Tokenizer:
         return {index: token.content.encode() for index, token in self._backend.get_added_tokens_decoder().items()}
 
     def encode(self, text: str) -> list[int]:
-        """The ids of plain text; markup in it, such as `<|im_end|>`, stays text."""
-        return self._backend.encode(text, add_special_tokens=False).ids
+        """The ids of plain text; markup in it, such as `<|im_end|>`, stays text.
+
+        Raises:
+            CheckpointError: If the tokenizer is damaged.
+        """
+        backend = self._backend
+        with _library(self._folder):
+            ids = backend.encode(text, add_special_tokens=False).ids
+        if ids and max(ids) >= self._rows:
+            raise self._beyond_rows(max(ids))
+        return ids
+
+    def check_ids(self) -> None:
+        """Checks that each token has an id of its own, and a row of the embedding.
+
+        Raises:
+            CheckpointError: If one has not.
+        """
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        _check_ids(vocabulary, self._rows, printable(self._folder))
 
     def token_id(self, content: str) -> int:
         """The id of a special token.
@@ -111,14 +163,23 @@ class Tokenizer:
         """
         index = self._backend.token_to_id(content)
         if index is None:
-            raise CheckpointError(f"{self._folder}: the tokenizer has no {content}; is this a FastVLM checkpoint?")
+            raise CheckpointError(
+                f"{printable(self._folder)}: the tokenizer has no {content}; is this a FastVLM checkpoint?"
+            )
+        if index >= self._rows:
+            raise self._beyond_rows(index)
         return index
+
+    def _beyond_rows(self, index: int) -> CheckpointError:
+        folder = printable(self._folder)
+        return CheckpointError(f"{folder}: the tokenizer has id {index}, the embedding {self._rows} rows")
 
     def token_bytes(self, token_id: int, *, skip_special_tokens: bool = True) -> bytes:
         """The UTF-8 bytes of a token, possibly part of a character; empty for an id without a token."""
         if token_id in self._added:
             return b"" if skip_special_tokens else self._added[token_id]
-        token = self._backend.id_to_token(token_id) or ""
+        token = self._backend.id_to_token(token_id) if 0 <= token_id < MOST_TOKENS else None
+        token = token or ""
         return bytes(_BYTES[char] for char in token) if _BYTES.keys() >= set(token) else token.encode()
 
     def decode(self, token_ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
@@ -128,7 +189,10 @@ class Tokenizer:
 
     def save(self, folder: Path) -> None:
         """Writes `tokenizer.json` into `folder`."""
-        self._backend.save(str(Path(folder) / "tokenizer.json"), pretty=False)
+        self.check_ids()  # the library counts up to the largest id
+        with _library(self._folder):
+            text = self._backend.to_str(pretty=False)
+        (Path(folder) / "tokenizer.json").write_text(text, encoding="utf-8")
 
 
 class StreamingDetokenizer:
@@ -157,14 +221,15 @@ def _byte_alphabet() -> dict[str, int]:
 _BYTES = _byte_alphabet()
 
 
-def _from_vocabulary(folder: Path) -> tokenizers.Tokenizer:
+def _from_vocabulary(folder: Path, rows: int) -> tokenizers.Tokenizer:
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    vocab = _read_json(folder / "vocab.json")
-    if not all(isinstance(index, int) for index in vocab.values()):
-        raise CheckpointError(f"{folder / 'vocab.json'}: must map tokens to whole numbers")
+    path = folder / "vocab.json"
+    vocab = read_object(path) or {}
+    _check_ids(vocab, rows, printable(path))
     merges = _read_merges(folder / "merges.txt", vocab)
-    tokenizer = Tokenizer(models.BPE(vocab, merges))
+    with _library(path):
+        tokenizer = Tokenizer(models.BPE(vocab, merges))
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -176,44 +241,60 @@ def _from_vocabulary(folder: Path) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def _read_merges(path: Path, vocab: dict[str, int]) -> list[tuple[str, str]]:
+def _check_ids(vocabulary: Mapping[str, Any], rows: int, label: str) -> None:
+    """Checks that every id of a vocabulary is a whole number of its own below `rows`."""
+    ids = set(vocabulary.values()) if all(type(index) is int for index in vocabulary.values()) else {-1}
+    if ids and min(ids) < 0:
+        raise CheckpointError(f"{label}: must map tokens to whole numbers")
+    if ids and max(ids) >= rows:
+        raise CheckpointError(f"{label}: the tokenizer has id {shown(max(ids))}, the embedding {rows} rows")
+    if len(ids) < len(vocabulary):
+        tokens: dict[int, str] = {}
+        for token, index in vocabulary.items():
+            if (other := tokens.setdefault(index, token)) != token:
+                raise CheckpointError(f"{label}: {shown(other)} and {shown(token)} have the same id, {index}")
+
+
+def _read_merges(path: Path, vocab: Mapping[str, int]) -> list[tuple[str, str]]:
+    try:
+        text = (read_small_file(path) or b"").decode("utf-8")
+    except UnicodeDecodeError as err:
+        raise CheckpointError(f"{printable(path)}: cannot be read ({err})") from err
     merges = []
-    for number, line in enumerate(_read_text(path).split("\n"), 1):
+    for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), 1):
         if not line or line.startswith("#version"):
             continue
         left, _, right = line.partition(" ")
         if not (left in vocab and right in vocab and left + right in vocab):
-            raise CheckpointError(f"{path}: line {number} merges {line!r}, which does not fit vocab.json")
+            raise CheckpointError(
+                f"{printable(path)}: line {number} merges {shown(line)}, which does not fit vocab.json"
+            )
         merges.append((left, right))
     return merges
 
 
-def _added_tokens(folder: Path) -> dict[int, str]:
-    added: dict[int, str] = {}
+def _added_tokens(folder: Path, rows: int) -> dict[int, str]:
     config, names = folder / "tokenizer_config.json", folder / "added_tokens.json"
+    added: dict[int, str] = {}
     try:
-        if config.is_file():
-            decoder = _read_json(config).get("added_tokens_decoder", {})
-            added |= {int(index): token["content"] for index, token in decoder.items()}
-        if names.is_file():
-            added |= {int(index): content for content, index in _read_json(names).items()}
-    except (AttributeError, KeyError, TypeError, ValueError) as err:
-        raise CheckpointError(f"{folder}: the added tokens in {config.name} or {names.name} are malformed") from err
+        decoder = mapping((read_object(config) or {}).get("added_tokens_decoder", {}), "added_tokens_decoder")
+        pairs = [
+            (_parsed_id(index), mapping(token, f"token {index}").get("content")) for index, token in decoder.items()
+        ]
+        pairs += [(index, content) for content, index in (read_object(names) or {}).items()]
+        for key, content in pairs:
+            index = integer(key, "the id of an added token", least=0, most=rows - 1)
+            if not isinstance(content, str):
+                raise ConfigError(f"token {index} must be a text, not {shown(content)}")
+            if (other := added.setdefault(index, content)) != content:
+                raise ConfigError(f"{shown(other)} and {shown(content)} have the same id, {index}")
+    except ConfigError as err:
+        raise CheckpointError(
+            f"{printable(folder)}: the added tokens in {config.name} or {names.name} are malformed: {err}"
+        ) from err
     return added
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(_read_text(path))
-    except ValueError as err:
-        raise CheckpointError(f"{path}: damaged ({err}); fetch it again") from err
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: must hold a JSON object")
-    return values
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as err:
-        raise CheckpointError(f"{path}: cannot be read ({err})") from err
+def _parsed_id(key: str) -> int | str:
+    """The id that a key of `added_tokens_decoder` stands for; the key itself if it is no number."""
+    return int(key) if key.isascii() and key.isdecimal() and len(key) <= 10 else key

@@ -157,7 +157,7 @@ def test_folder_without_tokenizer_is_refused_at_once(folder):
     [
         ("tokenizer.json", '{"version": "1.0"', r"tokenizer\.json: not a tokenizer .*fetch it again"),
         ("tokenizer.json", "{}", r"tokenizer\.json: not a tokenizer"),
-        ("vocab.json", '{"a": 0', r"vocab\.json: damaged .*fetch it again"),
+        ("vocab.json", '{"a": 0', r"vocab\.json: cannot be read as JSON .*fetch it again"),
         ("vocab.json", "[]", r"vocab\.json: must hold a JSON object"),
         ("vocab.json", '{"a": "0"}', r"vocab\.json: must map tokens to whole numbers"),
         (
