@@ -12,9 +12,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from fastvlm_mlx.backend import device, mx
+from fastvlm_mlx.backend import device
 from fastvlm_mlx.checkpoint.folder import is_complete, is_converted
-from fastvlm_mlx.checkpoint.load import load_model
+from fastvlm_mlx.checkpoint.load import load_model, read_parameters
 from fastvlm_mlx.checkpoint.released import DEMO, Location, parse_name
 from fastvlm_mlx.config import ModelConfig
 from fastvlm_mlx.errors import ConversionError, FastVLMError
@@ -206,5 +206,5 @@ def load(
     if device() == "cpu" and not lazy:
         processor.tokenizer.start()
         with turn():
-            mx.eval(model.parameters())
+            read_parameters(model, folder)
     return model, processor

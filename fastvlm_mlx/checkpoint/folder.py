@@ -1,27 +1,25 @@
 """A converted checkpoint as a folder: whether it is one, its files and its tensors."""
 
-import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from fastvlm_mlx.backend import mx
-from fastvlm_mlx.checkpoint.safetensors import TensorFile, check
-from fastvlm_mlx.config import FORMAT_VERSION
-from fastvlm_mlx.errors import CheckpointError
-from fastvlm_mlx.formatting import names
-
-_INDEX = "model.safetensors.index.json"
+from fastvlm_mlx.checkpoint.index import INDEX_FILE, weight_map
+from fastvlm_mlx.checkpoint.safetensors import TensorFile, check, file_version
+from fastvlm_mlx.config import FORMAT_VERSION, ModelConfig
+from fastvlm_mlx.errors import CheckpointError, FastVLMError
+from fastvlm_mlx.formatting import names, printable
+from fastvlm_mlx.schema import read_object
 
 
 def format_version(folder: Path) -> Any:
     """The version of this project's format that a folder is written in; None if it is no converted checkpoint."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return (read_object(folder / "config.json") or {}).get("fastvlm_format")
+    except CheckpointError:
         return None
-    return config.get("fastvlm_format") if isinstance(config, dict) else None
 
 
 def is_converted(folder: Path) -> bool:
@@ -34,8 +32,9 @@ def is_complete(folder: Path) -> bool:
     if format_version(folder) != FORMAT_VERSION:
         return False
     try:
+        ModelConfig.from_path(folder)
         checked_files(folder)
-    except (CheckpointError, OSError):
+    except (FastVLMError, OSError):
         return False
     return True
 
@@ -46,47 +45,51 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         CheckpointError: If there are none, or one that the index names is missing.
     """
-    index = folder / _INDEX
-    if index.is_file():
-        try:
-            placement = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            listed = sorted({str(name) for name in placement.values()})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
-            raise CheckpointError(f"{index}: cannot be read as an index ({err})") from err
-        files = [folder / name for name in listed]
-    else:
+    placement = weight_map(folder, printable(folder / INDEX_FILE))
+    if placement is None:
         files = sorted(folder.glob("model*.safetensors"))
+    else:
+        files = [folder / name for name in sorted(set(placement.values()))]
     if missing := [file.name for file in files if not os.path.isfile(file)]:  # a name may be too long for `Path`
-        raise CheckpointError(f"{folder}: {names(missing)} missing; the checkpoint is incomplete")
+        raise CheckpointError(f"{printable(folder)}: {names(missing)} missing; the checkpoint is incomplete")
     if not files:
-        raise CheckpointError(f"{folder}: no model*.safetensors in it")
+        raise CheckpointError(f"{printable(folder)}: no model*.safetensors in it")
     return files
 
 
-def checked_files(folder: Path) -> list[Path]:
+def checked_files(folder: Path) -> list[TensorFile]:
     """The safetensors files of a converted folder, each checked for completeness.
 
     Raises:
         CheckpointError: If a file is missing, truncated or no safetensors file.
     """
-    files = weight_files(folder)
+    files = [TensorFile.whole(path) for path in weight_files(folder)]
     for file in files:
-        check(TensorFile.whole(file))
+        check(file)
     return files
 
 
-def read_files(files: Iterable[Path], stream: mx.Stream | None = None) -> dict[str, mx.array]:
-    """Every tensor of checked files; MLX reads it on `stream` when it is first used.
+def read_files(files: Iterable[TensorFile], stream: mx.Stream | None = None) -> dict[str, mx.array]:
+    """Every tensor of checked files; MLX reads it on `stream` when it is first used, from the file as it is now.
 
     Raises:
-        CheckpointError: If MLX cannot read a file.
+        CheckpointError: If MLX cannot read a file, one has changed since it was checked, or two hold the same tensor.
     """
     weights: dict[str, mx.array] = {}
     for file in files:
         try:
-            arrays: Any = mx.load(str(file), stream=stream)
-        except (RuntimeError, ValueError) as err:
-            raise CheckpointError(f"{file}: cannot be read as safetensors ({err})") from err
+            path = str(file.path)
+            path.encode()
+            arrays: Any = mx.load(path, stream=stream)
+            version = file_version(os.stat(path))
+        except UnicodeEncodeError as err:
+            raise CheckpointError(f"{file.label}: MLX cannot open a path that is not UTF-8; rename it") from err
+        except (RuntimeError, ValueError, OSError) as err:
+            raise CheckpointError(f"{file.label}: cannot be read as safetensors ({printable(err)})") from err
+        if version != file.version:
+            raise CheckpointError(f"{file.label}: has changed while it was read; try again when it is complete")
+        if twice := sorted(weights.keys() & arrays.keys()):
+            raise CheckpointError(f"{file.label}: holds {names(twice)}, which another file holds, too")
         weights.update(arrays)
     return weights
 

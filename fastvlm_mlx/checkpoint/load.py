@@ -1,6 +1,6 @@
 """Loads the model in a converted folder: config.json and tensors, strictly."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from fastvlm_mlx.backend import compute_dtype, device, mx
 from fastvlm_mlx.checkpoint.folder import checked_files, read_files
 from fastvlm_mlx.config import ModelConfig
 from fastvlm_mlx.errors import CheckpointError, ConfigError
-from fastvlm_mlx.formatting import names
+from fastvlm_mlx.formatting import names, printable
 from fastvlm_mlx.model.device import prepare
 from fastvlm_mlx.model.fastvlm import FastVLM
 from fastvlm_mlx.model.quantized import quantize_layers
@@ -38,20 +38,33 @@ def load_model(folder: Path, *, dtype: str | None = None, lazy: bool = False) ->
     if dtype not in (None, "float16", "bfloat16", "float32"):
         raise ConfigError(f"dtype must be float16, bfloat16 or float32, not {dtype!r}")
     with turn():
-        model = FastVLM(config)
         target = getattr(mx, dtype) if dtype else compute_dtype(config.dtype)
         streams = worker_streams(_READERS) if device() == "cpu" else [load_stream()]
         files = checked_files(folder)
         weights = _cast_on_streams([read_files(files, stream) for stream in streams], streams, target)
+        _check_depths(folder, weights, config)
+        model = FastVLM(config)
         if config.quantization:
             quantize_layers(model, config.quantization, weights)
-        _check(folder, weights, {name: value.shape for name, value in _flat(model.parameters())})
+        _check(folder, weights, dict(_flat(model.parameters())))
         model.update(tree_unflatten(list(weights.items())))
         model.eval()
         prepare(model)
         if device() == "cpu" and not lazy:
-            mx.eval(model.parameters())
+            read_parameters(model, folder)
     return model
+
+
+def read_parameters(model: FastVLM, folder: Path) -> None:
+    """Reads the weights of a model that have not been read yet.
+
+    Raises:
+        CheckpointError: If that is not possible, because a file has changed since.
+    """
+    try:
+        mx.eval(model.parameters())
+    except RuntimeError as err:
+        raise CheckpointError(f"{printable(folder)}: its weights cannot be read: {printable(err)}") from err
 
 
 def _cast_on_streams(
@@ -73,16 +86,42 @@ def _flat(tree: Any) -> list[tuple[str, mx.array]]:
     return list(leaves)
 
 
-def _check(folder: Path, weights: dict[str, mx.array], expected: dict[str, tuple[int, ...]]) -> None:
+def _check_depths(folder: Path, weights: Iterable[str], config: ModelConfig) -> None:
+    """Compares the numbers of layers and blocks with the tensors', before modules are built for each."""
+    text, vision = config.text_config, config.vision_config
+    expected = {"language_model.model.layers.": text.num_hidden_layers} | {
+        f"vision_tower.stages.{stage}.blocks.": depth for stage, depth in enumerate(vision.depths)
+    }
+    stored: dict[str, set[str]] = {prefix: set() for prefix in expected}
+    for name in weights:
+        for prefix in expected:
+            if name.startswith(prefix):
+                stored[prefix].add(name.removeprefix(prefix).partition(".")[0])
+    for prefix, count in expected.items():
+        if len(stored[prefix]) != count:
+            raise CheckpointError(
+                f"{printable(folder)}: config.json says {count} {prefix}#, the tensors have {len(stored[prefix])}; "
+                "convert the checkpoint again"
+            )
+
+
+def _check(folder: Path, weights: Mapping[str, mx.array], expected: Mapping[str, mx.array]) -> None:
+    """Checks that the tensors are exactly the model's parameters, in name, kind and shape."""
+    label = printable(folder)
     problems = {
         "lacks": sorted(expected.keys() - weights.keys()),
         "has unknown tensors": sorted(weights.keys() - expected.keys()),
     }
     for what, absent in problems.items():
         if absent:
-            raise CheckpointError(f"{folder}: {what} {names(absent)}; convert the checkpoint again")
-    for name, shape in expected.items():
-        if weights[name].shape != shape:
+            raise CheckpointError(f"{label}: {what} {names(absent)}; convert the checkpoint again")
+    for name, parameter in expected.items():
+        stored = weights[name]
+        if stored.shape != parameter.shape:
             raise CheckpointError(
-                f"{folder}: {name} has shape {weights[name].shape}, expected {shape}; convert it again"
+                f"{label}: {name} has shape {stored.shape}, expected {parameter.shape}; convert it again"
             )
+        floating = mx.issubdtype(parameter.dtype, mx.floating)
+        if not (mx.issubdtype(stored.dtype, mx.floating) if floating else stored.dtype == parameter.dtype):
+            kind = "a floating-point type" if floating else parameter.dtype
+            raise CheckpointError(f"{label}: {name} is {stored.dtype}, expected {kind}; convert it again")

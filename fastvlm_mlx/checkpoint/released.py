@@ -96,7 +96,9 @@ def parse_name(name: str | Path) -> Location:
     repository = ALIASES.get(text.lower(), text)
     if isinstance(name, str) and is_repository(repository) and not repository.endswith(".zip"):
         return Location(name=repository, path=None)
-    raise CheckpointError(f"{text}: no such folder or .zip archive, and neither a Hub id (owner/name) nor {_choices()}")
+    raise CheckpointError(
+        f"{printable(text)}: no such folder or .zip archive, and neither a Hub id (owner/name) nor {_choices()}"
+    )
 
 
 def is_repository(name: str) -> bool:

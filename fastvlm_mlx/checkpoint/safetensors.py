@@ -5,9 +5,9 @@ and files that lie inside an archive. A tensor's bytes are read from the file wh
 15 GB would count as memory used.
 """
 
-import json
 import math
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +20,8 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from fastvlm_mlx.errors import CheckpointError
+from fastvlm_mlx.formatting import printable, readable_bytes
+from fastvlm_mlx.schema import LARGEST_JSON, parse_object
 
 ITEM_BYTES = {
     **{"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "BOOL": 1},
@@ -31,7 +33,7 @@ _NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "BOOL": "?"} 
     f"{kind}{bits}": f"<{kind.lower()}{bits // 8}" for kind in "IU" for bits in (8, 16, 32, 64)
 }
 _LFS_POINTER = b"version "
-_HEADER_LIMIT = 100_000_000  # the library's
+_MOST_DIMENSIONS = 8  # NumPy has a limit; convolutions have four
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,7 @@ class TensorFile:
     """A safetensors file, or a stored member of an archive: `size` bytes of `path` from `start`.
 
     Attributes:
+        name: What the checkpoint's index calls it.
         label: What messages call it.
         version: `file_version` of `path` when it was opened, by which a change is noticed; None to allow changes.
         crc: The checksum that an archive has for it.
@@ -47,6 +50,7 @@ class TensorFile:
     path: Path
     start: int
     size: int
+    name: str
     label: str
     version: tuple[int, ...] | None = None
     crc: int | None = None
@@ -58,11 +62,15 @@ class TensorFile:
         Raises:
             CheckpointError: If there is no such file.
         """
+        label = printable(path)
         try:
             status = path.stat()
         except OSError as err:
-            raise CheckpointError(f"{path}: cannot be read: {err.strerror or err}") from err
-        return cls(path=path, start=0, size=status.st_size, label=str(path), version=file_version(status))
+            raise CheckpointError(f"{label}: cannot be read: {err.strerror or err}") from err
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(f"{label}: is not an ordinary file")
+        size, version = status.st_size, file_version(status)
+        return cls(path=path, start=0, size=size, name=path.name, label=label, version=version)
 
     def read(self, start: int, count: int) -> bytearray:
         """`count` bytes from `start`.
@@ -126,13 +134,18 @@ def check(file: TensorFile) -> None:
     """Checks that a file is complete and its header valid, without reading a tensor.
 
     Raises:
-        CheckpointError: If the safetensors library refuses the file.
+        CheckpointError: If the safetensors library refuses the file, or its header is very large.
     """
+    if (length := int.from_bytes(file.read(0, min(8, file.size)), "little")) > LARGEST_JSON:
+        size, limit = readable_bytes(length), readable_bytes(LARGEST_JSON)
+        damage = _damage(file) or f"its safetensors header has {size}, expected at most {limit}"
+        raise CheckpointError(f"{file.label}: {damage}")
     try:
         with _openable(file) as path, safe_open(path, framework="np"):
             pass
     except SafetensorError as err:
-        raise CheckpointError(f"{file.label}: {_damage(file) or f'its safetensors header is damaged: {err}'}") from err
+        damage = _damage(file) or f"its safetensors header is damaged: {printable(err)}"
+        raise CheckpointError(f"{file.label}: {damage}") from err
     except OSError as err:
         raise CheckpointError(f"{file.label}: cannot be read: {err.strerror or err}") from err
 
@@ -147,7 +160,10 @@ def read_header(file: TensorFile) -> list[Tensor]:
     start, entries = _entries(file)
     for name, entry in entries.items():
         if entry["dtype"] not in ITEM_BYTES:
-            raise CheckpointError(f"{file.label}: tensor {name} has the unsupported dtype {entry['dtype']}")
+            dtype = printable(entry["dtype"])
+            raise CheckpointError(f"{file.label}: tensor {printable(name)} has the unsupported dtype {dtype}")
+        if len(entry["shape"]) > _MOST_DIMENSIONS:
+            raise CheckpointError(f"{file.label}: tensor {printable(name)} has {len(entry['shape'])} dimensions")
     return [
         Tensor(
             name=name,
@@ -172,7 +188,7 @@ def _openable(file: TensorFile) -> Iterator[Path]:
         return
     with tempfile.NamedTemporaryFile(prefix="fastvlm-header-") as copy:
         header = 8 + int.from_bytes(file.read(0, min(8, file.size)), "little")
-        copy.write(file.read(0, min(header, file.size, 8 + _HEADER_LIMIT)))
+        copy.write(file.read(0, min(header, file.size)))
         copy.truncate(file.size)
         copy.flush()
         yield Path(copy.name)
@@ -182,22 +198,12 @@ def _entries(file: TensorFile) -> tuple[int, dict[str, Any]]:
     """The byte at which the data starts, and the entry of every tensor.
 
     Raises:
-        CheckpointError: If a name appears twice, which the library allows.
+        CheckpointError: If it is not a JSON object, or a name appears twice, which the library allows.
     """
     length = int.from_bytes(file.read(0, 8), "little")
-    try:
-        entries = json.loads(bytes(file.read(8, length)), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as err:
-        raise CheckpointError(f"{file.label}: its safetensors header is damaged: {err}") from err
+    entries = parse_object(file.read(8, length), f"{file.label}: its safetensors header is damaged", unique=True)
     entries.pop("__metadata__", None)
     return 8 + length, entries
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        raise ValueError("a key appears twice")
-    return values
 
 
 def _damage(file: TensorFile) -> str | None:
@@ -208,27 +214,23 @@ def _damage(file: TensorFile) -> str | None:
     length = int.from_bytes(prefix, "little")
     if prefix == _LFS_POINTER:
         return "is a Git LFS pointer, not the weights; run `git lfs pull` where it came from"
-    if length > min(file.size - 8, _HEADER_LIMIT):
+    if length > file.size - 8:
         return f"is truncated or not a safetensors file (its header claims {length} bytes)"
-    try:
-        entries = json.loads(bytes(file.read(8, length)))
-    except (ValueError, RecursionError):
+    if length > LARGEST_JSON:
         return None
-    if not isinstance(entries, dict):
-        return "its safetensors header is not a JSON object"
-    entries.pop("__metadata__", None)
+    entries = _entries(file)[1]
     spans = []
-    for name, entry in entries.items():
+    for name, entry in zip(map(printable, entries), entries.values(), strict=True):
         try:
-            dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
-            size = math.prod(shape) * ITEM_BYTES.get(dtype, 1)
-            valid = all(isinstance(number, int) and 0 <= number < 2**63 for number in (*shape, begin, end, size))
-        except (TypeError, KeyError, ValueError, OverflowError):
+            dtype, shape, (begin, end) = entry["dtype"], entry["shape"][:_MOST_DIMENSIONS], entry["data_offsets"]
+            valid = all(isinstance(number, int) and 0 <= number < 2**63 for number in (*shape, begin, end))
+            size = math.prod(shape) * ITEM_BYTES.get(dtype, 1) if valid else 0
+        except (TypeError, KeyError, ValueError):
             valid = False
-        if not valid:
+        if not valid or size >= 2**63 or len(entry["shape"]) > _MOST_DIMENSIONS:
             return f"the header entry of tensor {name} is damaged"
         if dtype not in ITEM_BYTES:
-            return f"tensor {name} has the unsupported dtype {dtype}"
+            return f"tensor {name} has the unsupported dtype {printable(dtype)}"
         if end - begin != size:
             return f"tensor {name} is {end - begin} bytes long, but {dtype} {list(shape)} takes {size}"
         spans.append((begin, end, name))
