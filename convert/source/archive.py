@@ -1,17 +1,41 @@
 """Reads a checkpoint in a .zip archive: stored tensor files in place, everything else unpacked."""
 
 import lzma
+import os
 import shutil
+import stat
+import struct
 import zipfile
 import zlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 from fastvlm_mlx.checkpoint.safetensors import TensorFile, file_version
 from fastvlm_mlx.errors import CheckpointError
+from fastvlm_mlx.formatting import printable, readable_bytes
+from fastvlm_mlx.schema import LARGEST_FILE
 
-_SMALL_FILE_LIMIT = 64 * 2**20
 _CHUNK = 2**20
+_MOST_MEMBERS = 10_000
+_LARGEST_UNPACKED = 4 * LARGEST_FILE
+_LARGEST_RATIO = 100
+"""How many times its own size an archive may unpack to, beyond `_LARGEST_UNPACKED`; weights hardly compress at all."""
+
+_DAMAGED = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    struct.error,
+    EOFError,
+    IndexError,
+    MemoryError,  # lzma: the size of its dictionary is written in the archive
+    NotImplementedError,
+    OverflowError,
+    ValueError,
+)
+"""What the zipfile library raises for damaged archives."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,48 +64,70 @@ def open_archive(name: str, path: Path, scratch: Path, small_files: tuple[str, .
         CheckpointError: If it is no .zip archive, is damaged or encrypted, holds no config.json, or does not fit into
             `scratch`.
     """
+    label = printable(name)
     try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(f"{label}: is not an ordinary file")
         with zipfile.ZipFile(path) as archive:
-            members = [
-                member for member in archive.infolist() if not member.is_dir() and "__MACOSX" not in member.filename
+            members = _members(archive, label)
+            tensors = [member for member in members if _basename(member).endswith(".safetensors")]
+            packed = [member for member in tensors if member.compress_type != zipfile.ZIP_STORED]
+            small = [
+                member
+                for member in members
+                if member.file_size <= LARGEST_FILE and any(map(Path(_basename(member)).match, small_files))
             ]
-            roots = sorted({_parent(member) for member in members if _basename(member) == "config.json"}, key=len)
-            if not roots:
-                raise CheckpointError(f"{name}: the archive holds no config.json")
-            members = [member for member in members if _parent(member) == roots[0]]
+            _check_room(label, [*packed, *small], status.st_size, scratch)
+            for member in (*packed, *small):
+                with archive.open(member) as source, (scratch / _basename(member)).open("wb") as target:
+                    shutil.copyfileobj(source, target, _CHUNK)
             shards = []
-            for member in sorted(members, key=_basename):
-                target = scratch / _basename(member)
-                label = f"{path}:{member.filename}"
-                if target.suffix == ".safetensors":
-                    if member.compress_type == zipfile.ZIP_STORED:
-                        start = _data_start(path, member)
-                        shards.append(
-                            TensorFile(
-                                path=path,
-                                start=start,
-                                size=member.file_size,
-                                label=label,
-                                version=file_version(path.stat()),
-                                crc=member.CRC,
-                            )
-                        )
-                        continue
-                    if shutil.disk_usage(scratch).free < member.file_size:
-                        raise CheckpointError(
-                            f"{name}: {member.filename} unpacks to {member.file_size / 1e9:.1f} GB, "
-                            f"more than {scratch} has left"
-                        )
-                    shards.append(TensorFile(path=target, start=0, size=member.file_size, label=label))
-                elif member.file_size > _SMALL_FILE_LIMIT or not any(map(target.match, small_files)):
-                    continue
-                with archive.open(member) as packed, target.open("wb") as unpacked:
-                    shutil.copyfileobj(packed, unpacked, _CHUNK)
-    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, ValueError) as err:
-        raise CheckpointError(f"{name}: is not a .zip archive or is damaged: {err}") from err
+            for member in tensors:
+                file = (
+                    TensorFile.whole(scratch / _basename(member)) if member in packed else _stored(path, member, status)
+                )
+                shards.append(replace(file, label=printable(f"{path}:{member.filename}")))
+    except _DAMAGED as err:
+        raise CheckpointError(f"{label}: is not a .zip archive or is damaged: {printable(err)}") from err
     except (RuntimeError, OSError) as err:  # RuntimeError: an encrypted member
-        raise CheckpointError(f"{name}: cannot be unpacked: {err}") from err
+        reason = getattr(err, "strerror", None) or printable(err)
+        raise CheckpointError(f"{label}: cannot be unpacked: {reason}") from err
     return Archive(shards=shards, others=[_basename(member) for member in members])
+
+
+def _members(archive: zipfile.ZipFile, label: str) -> list[zipfile.ZipInfo]:
+    """The files beside the highest config.json, in the order of their names."""
+    infos = archive.infolist()
+    if len(infos) > _MOST_MEMBERS:
+        raise CheckpointError(f"{label}: holds {len(infos)} files, more than a checkpoint has")
+    visible = [
+        info
+        for info in infos
+        if not info.is_dir() and "__MACOSX" not in info.filename and not _basename(info).startswith(".")
+    ]
+    roots = sorted(
+        {_parent(info) for info in visible if _basename(info) == "config.json"}, key=lambda it: (len(it), it)
+    )
+    if not roots:
+        raise CheckpointError(f"{label}: the archive holds no config.json")
+    members = sorted((info for info in visible if _parent(info) == roots[0]), key=_basename)
+    for before, after in pairwise(members):
+        if _basename(before) == _basename(after):
+            raise CheckpointError(f"{label}: is damaged: it holds two files called {printable(after.filename)}")
+    return members
+
+
+def _check_room(label: str, members: Sequence[zipfile.ZipInfo], size: int, scratch: Path) -> None:
+    """Checks that what is to be unpacked is in proportion to the archive's size and fits into `scratch`."""
+    needed = sum(member.file_size for member in members)
+    if needed > max(_LARGEST_UNPACKED, _LARGEST_RATIO * size):
+        raise CheckpointError(
+            f"{label}: has {readable_bytes(size)} and would unpack to {readable_bytes(needed)}; weights do not "
+            "compress like that, so it is damaged"
+        )
+    if shutil.disk_usage(scratch).free < needed:
+        raise CheckpointError(f"{label}: unpacks to {readable_bytes(needed)}, more than {scratch} has left")
 
 
 def _basename(member: zipfile.ZipInfo) -> str:
@@ -92,9 +138,19 @@ def _parent(member: zipfile.ZipInfo) -> str:
     return member.filename[: -len(_basename(member))]
 
 
-def _data_start(path: Path, member: zipfile.ZipInfo) -> int:
-    """Where a member's bytes start: after its local header, whose extra field may differ from the directory's."""
+def _stored(path: Path, member: zipfile.ZipInfo, status: os.stat_result) -> TensorFile:
+    """A stored member: its bytes start after its local header, whose extra field may differ from the directory's."""
+    if member.flag_bits & 1:
+        raise RuntimeError(f"{printable(member.filename)} is encrypted")
     with path.open("rb") as file:
         file.seek(member.header_offset + 26)
         name_length, extra_length = (int.from_bytes(file.read(2), "little") for _ in range(2))
-    return member.header_offset + 30 + name_length + extra_length
+    return TensorFile(
+        path=path,
+        start=member.header_offset + 30 + name_length + extra_length,
+        size=member.file_size,
+        name=_basename(member),
+        label=member.filename,
+        version=file_version(status),
+        crc=member.CRC,
+    )

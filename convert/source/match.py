@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fastvlm_mlx.convert.source.layouts import COUNTER_REASON, LAYOUTS, Layout, Rule
 from fastvlm_mlx.errors import CheckpointError
-from fastvlm_mlx.formatting import names
+from fastvlm_mlx.formatting import names, printable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ def recognise(keys: Collection[str], name: str) -> Layout:
             return layout
     known = "; ".join(f"{layout.description}: {layout.marker.pattern}" for layout in LAYOUTS)
     raise CheckpointError(
-        f"{name}: is not a FastVLM checkpoint of a known layout. It holds {names(sorted(keys))}; "
+        f"{printable(name)}: is not a FastVLM checkpoint of a known layout. It holds {names(sorted(keys))}; "
         f"expected keys like {known}"
     )
 
@@ -76,10 +76,12 @@ def match(layout: Layout, keys: Collection[str], name: str) -> Match:
             dropped[key] = COUNTER_REASON
             left.remove(key)
     if missing:
-        raise CheckpointError(f"{name}: lacks {names(missing)} (layout: {layout.description}); it is incomplete")
+        raise CheckpointError(
+            f"{printable(name)}: lacks {names(missing)} (layout: {layout.description}); it is incomplete"
+        )
     if left:
         raise CheckpointError(
-            f"{name}: has tensors that no rule knows: {names(sorted(left))} (layout: {layout.description})"
+            f"{printable(name)}: has tensors that no rule knows: {names(sorted(left))} (layout: {layout.description})"
         )
     return Match(targets=targets, dropped=dropped, packed=packed)
 
@@ -92,11 +94,11 @@ def _companions(key: str) -> tuple[str, str]:
 def _counts(layout: Layout, keys: Collection[str]) -> Mapping[str, int]:
     """The number of blocks or layers behind each prefix that precedes the `#` of a rule."""
     prefixes = {rule.source.partition("#")[0] for rule in layout.rules if "#" in rule.source}
-    numbers: dict[str, set[int]] = {prefix: {0} for prefix in prefixes}
+    numbers: dict[str, set[str]] = {prefix: {"0"} for prefix in prefixes}
     for key in keys:
         for number in re.finditer(r"\.(\d+)(?=\.)", key):
             if (prefix := key[: number.start() + 1]) in numbers:
-                numbers[prefix].add(int(number[1]))
+                numbers[prefix].add(number[1])
     return {prefix: len(seen) for prefix, seen in numbers.items()}
 
 

@@ -5,7 +5,6 @@ they are needed.
 """
 
 import hashlib
-import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -13,12 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastvlm_mlx.checkpoint.index import INDEX_FILE, weight_map
 from fastvlm_mlx.checkpoint.released import parse_name
 from fastvlm_mlx.checkpoint.safetensors import Tensor, TensorFile, read_header
 from fastvlm_mlx.convert.scratch import scratch_folder
 from fastvlm_mlx.convert.source.archive import open_archive
 from fastvlm_mlx.convert.source.hub import download
 from fastvlm_mlx.errors import CheckpointError
+from fastvlm_mlx.formatting import names, printable
+from fastvlm_mlx.schema import read_object
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _SMALL_FILES = ("*.json", "*.txt", "*.jinja", "LICEN[CS]E*", "NOTICE*", "ACKNOWLEDG*")
@@ -44,6 +46,11 @@ class Source:
     tensors: dict[str, Tensor]
 
     @property
+    def label(self) -> str:
+        """What messages call it."""
+        return printable(self.name)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the files that hold tensors."""
         return sum(file.size for file in self.files)
@@ -54,15 +61,7 @@ class Source:
         Raises:
             CheckpointError: If it is not JSON or not an object.
         """
-        try:
-            values = json.loads((self.folder / name).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, RecursionError) as err:
-            raise CheckpointError(f"{self.name}: {name} cannot be read as JSON: {err}") from err
-        if not isinstance(values, dict):
-            raise CheckpointError(f"{self.name}: {name} must hold a JSON object, not a {type(values).__name__}")
-        return values
+        return read_object(self.folder / name, f"{self.label}: {name}")
 
     def sha256(self, advance: Callable[[int], None]) -> str:
         """The SHA-256 of the one safetensors file; of several, that of the lines that `sha256sum` prints for them.
@@ -85,10 +84,8 @@ class Source:
             digests.append(digest.hexdigest())
         if len(digests) == 1:
             return digests[0]
-        listing = "".join(
-            f"{digest}  {Path(file.label).name}\n" for digest, file in zip(digests, self.files, strict=True)
-        )
-        return hashlib.sha256(listing.encode()).hexdigest()
+        listing = "".join(f"{digest}  {file.name}\n" for digest, file in zip(digests, self.files, strict=True))
+        return hashlib.sha256(listing.encode(errors="surrogateescape")).hexdigest()
 
 
 @contextmanager
@@ -113,9 +110,8 @@ def open_source(name: str | Path, revision: str | None = None) -> Iterator[Sourc
     elif path.suffix in _PICKLES:
         raise CheckpointError(_refusal(location.name, [path.name]))
     elif path.suffix == ".safetensors":
-        raise CheckpointError(
-            f"{location.name}: give the folder that holds it; config.json and the tokenizer are needed too"
-        )
+        label = printable(location.name)
+        raise CheckpointError(f"{label}: give the folder that holds it; config.json and the tokenizer are needed too")
     else:
         with scratch_folder() as scratch:
             archive = open_archive(location.name, path, scratch, _SMALL_FILES)
@@ -123,9 +119,13 @@ def open_source(name: str | Path, revision: str | None = None) -> Iterator[Sourc
 
 
 def _open_folder(name: str, folder: Path, revision: str | None) -> Source:
-    files = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("."))
-    shards = [TensorFile.whole(path) for path in files]
-    return _assemble(name, revision, folder, shards, _pickles(path.name for path in folder.iterdir()))
+    try:
+        # On volumes that are not its own, macOS writes a file `._NAME` beside every NAME.
+        files = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError as err:
+        raise CheckpointError(f"{printable(name)}: cannot be read: {err.strerror or err}") from err
+    shards = [TensorFile.whole(path) for path in files if path.suffix == ".safetensors"]
+    return _assemble(name, revision, folder, shards, _pickles(path.name for path in files))
 
 
 def _pickles(files: Iterable[str]) -> list[str]:
@@ -134,39 +134,30 @@ def _pickles(files: Iterable[str]) -> list[str]:
 
 def _assemble(name: str, revision: str | None, folder: Path, shards: list[TensorFile], pickles: list[str]) -> Source:
     """The source whose tensor files are `shards`, or those of them that its index names."""
-    source = Source(name=name, revision=revision, folder=folder, files=(), tensors={})
-    index = source.json("model.safetensors.index.json")
-    placement = None if index is None else index.get("weight_map")
-    if index is not None and not isinstance(placement, dict):
-        raise CheckpointError(f"{name}: model.safetensors.index.json has no weight_map")
-    if placement and not all(isinstance(file, str) for file in placement.values()):
-        raise CheckpointError(f"{name}: model.safetensors.index.json names a shard with something other than text")
+    label = printable(name)
+    placement = weight_map(folder, f"{label}: {INDEX_FILE}")
     if placement:
-        by_name = {Path(shard.label).name: shard for shard in shards}
+        by_name = {shard.name: shard for shard in shards}
         if missing := sorted(set(placement.values()) - set(by_name)):
-            raise CheckpointError(
-                f"{name}: shards named in model.safetensors.index.json are missing: {', '.join(missing)}"
-            )
+            raise CheckpointError(f"{label}: shards named in {INDEX_FILE} are missing: {names(missing)}")
         shards = [by_name[file] for file in sorted(set(placement.values()))]
     if not shards:
         if pickles:
             raise CheckpointError(_refusal(name, pickles))
-        raise CheckpointError(f"{name}: holds no .safetensors file")
+        raise CheckpointError(f"{label}: holds no .safetensors file")
     tensors: dict[str, Tensor] = {}
     for shard in shards:
         for tensor in read_header(shard):
             if other := tensors.get(tensor.name):
-                raise CheckpointError(f"{tensor.name} is in both {other.file.label} and {shard.label}")
+                raise CheckpointError(f"{printable(tensor.name)} is in both {other.file.label} and {shard.label}")
             tensors[tensor.name] = tensor
     if placement and (absent := sorted(set(placement) - set(tensors))):
-        raise CheckpointError(
-            f"{name}: model.safetensors.index.json names tensors that no shard holds: {', '.join(absent[:5])}"
-        )
+        raise CheckpointError(f"{label}: {INDEX_FILE} names tensors that no shard holds: {names(absent)}")
     return Source(name=name, revision=revision, folder=folder, files=tuple(shards), tensors=tensors)
 
 
 def _refusal(name: str, pickles: list[str]) -> str:
     return (
-        f"{name}: the weights are pickled ({', '.join(pickles[:3])}). Unpickling can run any code, so they are not "
-        "opened; use a safetensors version of the checkpoint"
+        f"{printable(name)}: the weights are pickled ({names(pickles, 3)}). Unpickling can run any code, so they are "
+        "not opened; use a safetensors version of the checkpoint"
     )
