@@ -142,8 +142,10 @@ _LOCAL = threading.local()
 
 
 def _clear_streams_at_thread_end() -> None:
+    if hasattr(_LOCAL, "end") or threading.current_thread() is threading.main_thread():
+        return
     # In the thread that used MLX first, clearing would end the GPU's shared streams, too.
-    if threading.get_ident() != _first_thread() and not hasattr(_LOCAL, "end"):
+    if device() == "cpu" or threading.get_ident() != _first_thread():
         _LOCAL.end = _ThreadEnd()
 
 
