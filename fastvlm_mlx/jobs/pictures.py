@@ -1,0 +1,300 @@
+"""Finds the pictures that files, folders, patterns and lists name, for work on many of them."""
+
+import fnmatch
+import functools
+import glob
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from fastvlm_mlx.errors import ConfigError
+from fastvlm_mlx.formatting import printable
+
+PICTURES = frozenset(
+    "jpg jpeg jpe jfif png gif bmp dib ppm pgm pbm pnm webp tif tiff ico tga jp2 j2k jpx qoi avif heic heif hif".split()
+)
+"""Extensions of pictures. What is in such a file turns out when it is read."""
+RAW = frozenset("dng cr2 cr3 crw nef nrw arw sr2 srf raf orf rw2 pef srw x3f rwl iiq 3fr erf mos mrw dcr kdc".split())
+"""Extensions of cameras' raw files, of which a decoder would find only the preview."""
+_LIVE = ("heic", "jpg", "jpeg")
+_FILMS = ("mov", "mp4")
+"""Extensions of the two halves of a Live Photo."""
+_LIBRARY = ".photoslibrary"
+_ORIGINALS = ("originals", "Masters")
+_GENERATED = frozenset(("@eaDir", "__MACOSX"))
+"""Folders of thumbnails and metadata that servers and archives put among pictures."""
+_MAGIC = re.compile(
+    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|BM....\0\0\0\0|RIFF....WEBP|II\*\0|MM\0\*|P[1-6]\s+[0-9#]|qoif"
+    rb"|\0\0\0\x0cjP  |\xff\x4f\xff\x51|....ftyp(?:avi[fs]|hei[cxms]|hev[cx]|mif1|msf1)",
+    re.DOTALL,
+)
+_DIGITS = re.compile(r"([0-9]+)")
+
+
+class Picture(NamedTuple):
+    """A picture to work on.
+
+    Attributes:
+        path: Its name on this machine, or an http(s) URL; bytes that are not UTF-8 are half surrogates.
+        root: The folder that was named and holds it; of a picture that was named itself, its own folder.
+        read_only: Whether nothing may be written beside it, as in the library of Apple's Photos and on the web.
+    """
+
+    path: str
+    root: str
+    read_only: bool = False
+
+    @property
+    def name(self) -> str:
+        """Its path below `root`."""
+        return self.path if self.path.startswith(_URLS) else os.path.relpath(self.path, self.root)
+
+
+class Skipped(NamedTuple):
+    """Something that is no picture, or could not be looked at, and why."""
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What was found.
+
+    Attributes:
+        found: The pictures, in the order of their names, and each once.
+        skipped: Files that are no pictures.
+        unreadable: What was named but does not exist, and folders and files that may not be read.
+    """
+
+    found: list[Picture] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    unreadable: list[Skipped] = field(default_factory=list)
+
+
+_URLS = ("http://", "https://")
+
+
+def find_pictures(names: Iterable[str], *, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Pictures:
+    """Finds the pictures that `names` stand for; reads at most the first bytes of a file.
+
+    Folders are searched with all that is in them, in natural order (2 before 10). Hidden files and folders in them
+    are left out, and so is all of a Photos library but its originals. Links are followed, but each folder is searched
+    once. The film of a Live Photo belongs to its picture.
+
+    Args:
+        names: Files, folders, patterns such as `2024/**/*.jpg`, and http(s) URLs. A file whose name looks like a
+            pattern is that file.
+        include: Patterns such as `*.jpg`; only files count whose name, or path below the folder, matches one.
+        exclude: Patterns; files and folders that match one are left out.
+    """
+    search = _Search(include, exclude)
+    for name in names:
+        search.add(name)
+    return search.pictures
+
+
+def read_names(data: bytes, name: str) -> list[str]:
+    """Returns the names in a list of files: one on each line or, as from `find -print0`, ended by zero bytes.
+
+    Args:
+        data: The list, in the encoding of the file system.
+        name: Of the list, for messages.
+
+    Raises:
+        ConfigError: If there are none.
+    """
+    data = data.removeprefix(b"\xef\xbb\xbf")
+    lines = data.split(b"\0") if b"\0" in data else [line.removesuffix(b"\r") for line in data.split(b"\n")]
+    names = [os.fsdecode(line) for line in lines if line.strip()]
+    if not names:
+        raise ConfigError(f"{printable(name)}: names no files; expected one on each line")
+    return names
+
+
+def natural_key(name: str) -> tuple[list[str | int], str]:
+    """A key that sorts names as people do: 2 before 10, a before B."""
+    parts: list[str | int] = list(_DIGITS.split(name.casefold()))
+    parts[1::2] = map(int, parts[1::2])
+    return parts, name
+
+
+class _Entry(NamedTuple):
+    """What a folder holds under a name; `live` is the picture that a film belongs to."""
+
+    name: str
+    path: str
+    is_folder: bool
+    is_file: bool
+    live: str = ""
+
+
+class _Search:
+    """Collects pictures, each file and each folder once."""
+
+    def __init__(self, include: Sequence[str], exclude: Sequence[str]) -> None:
+        self.pictures = Pictures()
+        self._include = _matcher(include)
+        self._exclude = _matcher(exclude)
+        self._files: set[str] = set()
+        self._folders: set[tuple[int, int]] = set()
+
+    def add(self, name: str) -> None:
+        """Adds what a name on the command line or in a list stands for."""
+        if name.lower().startswith(_URLS):
+            if name not in self._files:
+                self._files.add(name)
+                self.pictures.found.append(Picture(name, "", read_only=True))
+            return
+        if name.startswith("~") and not os.path.lexists(name):
+            name = os.path.expanduser(name)
+        if os.path.lexists(name):
+            self._add_path(name)
+            return
+        pattern = glob.has_magic(name)
+        matches = sorted(glob.iglob(name, recursive=True), key=natural_key) if pattern else []
+        for match in matches:
+            self._add_path(match)
+        if not matches:
+            self._cannot_read(name, "no file matches this pattern" if pattern else "no such file")
+
+    def _add_path(self, path: str) -> None:
+        if os.path.isdir(path):
+            self._walk(path)
+            return
+        folder, name = os.path.split(path)
+        stem, extension = os.path.splitext(path)
+        beside = (f"{stem}.{other}" for other in _LIVE for other in (other, other.upper()))
+        live = next(filter(os.path.exists, beside), "") if extension[1:].lower() in _FILMS else ""
+        self._look_at(_Entry(name, path, False, os.path.isfile(path), os.path.basename(live)), folder, in_library(path))
+
+    def _walk(self, root: str) -> None:
+        """Searches a folder, of any depth. Folders behind links come last: they may be elsewhere in it."""
+        links: list[str] = []
+        levels = [iter(self._entries(root, links))]
+        read_only = _is_inside_library(root)
+        while levels:
+            entry = next(levels[-1], None)
+            if entry is None:
+                levels.pop()
+                if not levels and links:
+                    read_only = _is_inside_library(links[0])
+                    levels.append(iter(self._entries(links.pop(0), links)))
+            elif not entry.is_folder:
+                self._look_at(entry, root, read_only or _LIBRARY in entry.path.lower())
+            elif not self._exclude(entry.path, root):
+                levels.append(iter(self._entries(entry.path, links)))
+
+    def _entries(self, folder: str, links: list[str]) -> list[_Entry]:
+        """What is in a folder, in natural order, but folders behind links, which are appended to `links`."""
+        entries = []
+        try:
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in self._folders:
+                self.pictures.skipped.append(Skipped(folder, "another name of a folder that was searched"))
+                return []
+            self._folders.add((status.st_dev, status.st_ino))
+            with os.scandir(folder) as scan:
+                for entry in scan:
+                    if entry.name.startswith(".") or entry.name in _GENERATED:
+                        continue
+                    is_folder, is_file = _kind(entry)
+                    if is_folder and entry.is_symlink():
+                        links.append(entry.path)
+                    else:
+                        entries.append(_Entry(entry.name, entry.path, is_folder, is_file))
+        except OSError as err:
+            self._cannot_read(folder, err.strerror or str(err))
+        links.sort(key=natural_key)
+        if folder.lower().endswith(_LIBRARY):
+            entries = [entry for entry in entries if entry.name in _ORIGINALS]
+        return sorted(_with_films(entries), key=lambda entry: natural_key(entry.name))
+
+    def _look_at(self, entry: _Entry, root: str, read_only: bool) -> None:
+        """Adds a file to the pictures, or to what is skipped."""
+        path = os.path.abspath(entry.path)
+        if path in self._files or self._exclude(entry.path, root) or not self._include(entry.path, root, True):
+            return
+        self._files.add(path)
+        extension = _split(entry.name)[1]
+        if entry.live:
+            self.pictures.skipped.append(Skipped(entry.path, f"film of the Live Photo {printable(entry.live, 60)}"))
+        elif not entry.is_file:
+            broken = not os.path.exists(entry.path)
+            place = self.pictures.unreadable if broken else self.pictures.skipped
+            place.append(Skipped(entry.path, "a link to nothing" if broken else "neither a file nor a folder"))
+        elif extension in RAW:
+            self.pictures.skipped.append(Skipped(entry.path, "a camera's raw file; develop it to JPEG first"))
+        elif extension in PICTURES:
+            self.pictures.found.append(Picture(entry.path, root, read_only))
+        else:
+            try:
+                is_picture = _is_picture(entry.path)
+            except OSError as err:
+                self._cannot_read(entry.path, err.strerror or str(err))
+                return
+            if is_picture:
+                self.pictures.found.append(Picture(entry.path, root, read_only))
+            else:
+                self.pictures.skipped.append(Skipped(entry.path, "not a picture"))
+
+    def _cannot_read(self, path: str, reason: str) -> None:
+        self.pictures.unreadable.append(Skipped(path, reason))
+
+
+def in_library(path: str) -> bool:
+    """Whether a path is in a library of Apple's Photos, where nothing may be written."""
+    return _LIBRARY in path.lower() or _is_inside_library(os.path.dirname(path))
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_inside_library(folder: str) -> bool:
+    return _LIBRARY in os.path.realpath(folder).lower()
+
+
+def _kind(entry: "os.DirEntry[str]") -> tuple[bool, bool]:
+    """Whether an entry is a folder and whether it is a file, behind a link, too; neither if the link leads nowhere."""
+    try:
+        return entry.is_dir(), entry.is_file()
+    except OSError:
+        return False, False
+
+
+def _split(name: str) -> tuple[str, str]:
+    """The name without its extension and the extension, both without case."""
+    stem, dot, extension = name.casefold().rpartition(".")
+    return (stem, extension) if dot else (extension, "")
+
+
+def _with_films(entries: list[_Entry]) -> Iterable[_Entry]:
+    """Marks the film of each Live Photo, which has the picture's name, in a Photos library with `_3` after it."""
+    parts = [_split(entry.name) for entry in entries]
+    if not any(extension in _FILMS for _, extension in parts):
+        return entries
+    pictures = {stem: entry.name for entry, (stem, extension) in zip(entries, parts, strict=True) if extension in _LIVE}
+    return [
+        entry._replace(live=pictures.get(stem) or pictures.get(stem.removesuffix("_3"), ""))
+        if extension in _FILMS
+        else entry
+        for entry, (stem, extension) in zip(entries, parts, strict=True)
+    ]
+
+
+def _is_picture(path: str) -> bool:
+    """Whether a file begins like a picture."""
+    with open(path, "rb", buffering=0) as file:
+        return _MAGIC.match(file.read(32)) is not None
+
+
+def _matcher(patterns: Sequence[str]) -> Callable[..., bool]:
+    """Whether the name of a path, or the path below a root, matches a pattern; without patterns, `otherwise`."""
+    if not patterns:
+        return lambda path, root, otherwise=False: otherwise
+    expression = re.compile("|".join(map(fnmatch.translate, patterns)), re.IGNORECASE)
+
+    def matches(path: str, root: str, otherwise: bool = False) -> bool:
+        return bool(expression.match(os.path.basename(path)) or expression.match(os.path.relpath(path, root or ".")))
+
+    return matches
