@@ -45,6 +45,7 @@ def generate_rows(
     Raises:
         ConfigError: If the configs and rows differ in number, a value is out of range, or there are stop strings.
         PromptError: If a prompt does not fit the context, or for the reasons of `FastVLM.embed`.
+        FastVLMError: If the logits of a row are NaN or infinite.
     """
     prompts = model.rows(input_ids, attention_mask)
     configs = list(config) if isinstance(config, Sequence) else [config] * len(prompts)
@@ -71,8 +72,8 @@ def generate_rows(
         rows.append(Row(prompt.tolist(), shown, each, max_tokens=min(each.max_tokens, room), end_tokens=ends))
     scheduler = Scheduler(model, max_rows=len(rows))
     scheduler.add(rows)
-    while scheduler.step():
-        pass
+    while scheduler.is_busy:
+        scheduler.step()
     for row in rows:
         if row.error is not None:
             raise row.error

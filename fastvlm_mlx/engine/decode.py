@@ -9,10 +9,10 @@ from fastvlm_mlx.backend import mx
 from fastvlm_mlx.config import IMAGE_TOKEN
 from fastvlm_mlx.engine.options import GenerationConfig
 from fastvlm_mlx.engine.prefix_cache import PrefixCache, PrefixKey, prefix_key
-from fastvlm_mlx.engine.sampling import Sampler
+from fastvlm_mlx.engine.sampling import Sampler, read_tokens, sample
 from fastvlm_mlx.model.fastvlm import FastVLM
 from fastvlm_mlx.model.kv_cache import KVCache
-from fastvlm_mlx.streams import read, turn
+from fastvlm_mlx.streams import turn
 
 
 class RowDecoder:
@@ -65,26 +65,29 @@ class RowDecoder:
         Args:
             input_ids: (T,) of the prompt, an image's as `IMAGE_TOKEN`.
             max_tokens: At least 1.
+
+        Raises:
+            FastVLMError: If the logits are NaN or infinite.
         """
         decoder = self._model.language_model
         with turn():
-            sampler = Sampler(self._config, [token for token in input_ids if token != IMAGE_TOKEN])
+            samplers = [Sampler(self._config, [token for token in input_ids if token != IMAGE_TOKEN])]
             logits, cache, keep = self._prefill(input_ids)
-            submitted = sampler(logits)
+            submitted = sample(logits, samplers)
             mx.async_eval(submitted)
-        first = int(read(submitted)[0])
+        first = read_tokens(submitted)
         keep()
-        yield first
+        yield from first
         waiting = None
         for _ in range(1, max_tokens):
             with turn():
-                submitted = sampler(decoder(submitted[:, None], cache)[:, -1])
+                submitted = sample(decoder(submitted[:, None], cache)[:, -1], samplers)
                 mx.async_eval(submitted)
             if waiting is not None:
-                yield int(read(waiting)[0])
+                yield from read_tokens(waiting)
             waiting = submitted
         if waiting is not None:
-            yield int(read(waiting)[0])
+            yield from read_tokens(waiting)
 
     def _prefill(self, input_ids: list[int]) -> tuple[mx.array, list[KVCache], Callable[[], None]]:
         """Logits (1, V), the filled cache, and what keeps the prompt for later ones, to be called once it is read."""

@@ -7,6 +7,11 @@ import numpy as np
 
 from fastvlm_mlx.backend import mx
 from fastvlm_mlx.engine.options import GenerationConfig
+from fastvlm_mlx.errors import FastVLMError
+from fastvlm_mlx.streams import read
+
+NO_TOKEN = -1
+"""Stands for the token of a row whose logits are not numbers, until the host sees it."""
 
 _COLDEST = 1e-5
 """Temperatures below this take the most probable token: their inverse would leave float32."""
@@ -87,9 +92,31 @@ class Sampler:
 
 
 def sample(logits: mx.array, samplers: Sequence[Sampler]) -> mx.array:
-    """The next token ids (B,) from logits (B, V): each row by its own sampler, whatever its neighbours do."""
+    """The next token ids (B,) from logits (B, V): each row by its own sampler, whatever its neighbours do.
+
+    A row gets `NO_TOKEN` if one of its logits is NaN or infinite; see `read_tokens`.
+    """
     if all(sampler.is_argmax for sampler in samplers):
-        return mx.argmax(logits, axis=-1)
-    if len(samplers) == 1:
-        return samplers[0](logits)
-    return mx.concatenate([sampler(logits[row : row + 1]) for row, sampler in enumerate(samplers)])
+        tokens = mx.argmax(logits, axis=-1)
+    elif len(samplers) == 1:
+        tokens = samplers[0](logits)
+    else:
+        tokens = mx.concatenate([sampler(logits[row : row + 1]) for row, sampler in enumerate(samplers)])
+    largest = mx.max(logits, axis=-1)  # NaN if any is
+    return mx.where(mx.abs(largest) < mx.inf, tokens.astype(mx.int32), NO_TOKEN)
+
+
+def read_tokens(tokens: mx.array) -> list[int]:
+    """Waits for token ids (B,) from `sample`.
+
+    Raises:
+        FastVLMError: If the logits of a row are NaN or infinite.
+    """
+    ids: list[int] = read(tokens).tolist()
+    if NO_TOKEN in ids:
+        raise FastVLMError(
+            "the model gives no numbers (its logits are NaN or infinite): its weights are damaged, or their values "
+            "leave the range of the type it computes in; try dtype='float32', compare the checkpoint with its source "
+            "(fastvlm verify), and check this machine (fastvlm doctor)"
+        )
+    return ids

@@ -15,12 +15,12 @@ from fastvlm_mlx.backend import mx
 from fastvlm_mlx.config import IMAGE_TOKEN
 from fastvlm_mlx.engine.prefix_cache import PrefixCache, PrefixKey
 from fastvlm_mlx.engine.row import Row
-from fastvlm_mlx.engine.sampling import Sampler, sample
+from fastvlm_mlx.engine.sampling import Sampler, read_tokens, sample
 from fastvlm_mlx.errors import ConfigError, FastVLMError
 from fastvlm_mlx.model.fastvlm import FastVLM
 from fastvlm_mlx.model.kv_cache import KVCache
 from fastvlm_mlx.model.kv_slab import KVSlab
-from fastvlm_mlx.streams import read, turn
+from fastvlm_mlx.streams import turn
 
 _T = TypeVar("_T")
 
@@ -92,7 +92,7 @@ class Scheduler:
                 if latest is None:
                     return []
                 self._submitted = self._forward(latest) if any(_wants_more(row) for row in rows) else None
-            tokens = read(latest).tolist()
+            tokens = read_tokens(latest)
         except (FastVLMError, RuntimeError, MemoryError) as error:
             return self._recover(error)
         self._keep_prompts()

@@ -5,7 +5,8 @@ import pytest
 
 from fastvlm_mlx.backend import mx
 from fastvlm_mlx.engine.options import GenerationConfig
-from fastvlm_mlx.engine.sampling import Sampler, sample
+from fastvlm_mlx.engine.sampling import Sampler, read_tokens, sample
+from fastvlm_mlx.errors import FastVLMError
 
 LOGITS = mx.array([[1.0, 3.0, 2.0, 0.0, -1.0, 2.5]])
 
@@ -59,3 +60,21 @@ def test_a_row_draws_what_it_draws_alone():
     for row, config in enumerate(configs):
         alone = Sampler(config, [1, 2])
         assert [sample(logits[row : row + 1], [alone]).item() for logits in steps] == batch[:, row].tolist()
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+@pytest.mark.parametrize("place", [0, 3, 5])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("sampled", [False, True])
+def test_logits_that_are_not_numbers_are_an_error_of_any_row(wrong, place, dtype, sampled):
+    samplers = [Sampler(GenerationConfig(temperature=1.0 * sampled, seed=1)) for _ in range(2)]
+    logits = np.array(mx.concatenate([LOGITS, LOGITS]))
+    assert read_tokens(sample(mx.array(logits).astype(dtype)[1:], samplers[1:])) != [-1]
+    logits[1, place] = wrong
+    for rows in (logits, logits[1:]):
+        with pytest.raises(FastVLMError, match=r"NaN or infinite.*weights are damaged.*fastvlm verify.*fastvlm doctor"):
+            read_tokens(sample(mx.array(rows).astype(dtype), samplers[-len(rows) :]))
+
+
+def test_a_token_that_is_ruled_out_is_no_error():
+    assert read_tokens(sample(mx.array([[0.0, -np.inf, 1.0]]), [Sampler(GenerationConfig())])) == [2]

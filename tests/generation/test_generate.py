@@ -8,7 +8,7 @@ from mlx.utils import tree_flatten
 from fastvlm_mlx.backend import device, mx
 from fastvlm_mlx.engine.options import GenerationConfig
 from fastvlm_mlx.engine.prefix_cache import PrefixCache
-from fastvlm_mlx.errors import ConfigError, ImageError, PromptError
+from fastvlm_mlx.errors import ConfigError, FastVLMError, ImageError, PromptError
 from fastvlm_mlx.generation.generate import generate, stream_generate
 from fastvlm_mlx.inputs.sources import Allow
 from fastvlm_mlx.resolve import load
@@ -129,6 +129,29 @@ def test_the_answer_ends_with_the_context(loaded, monkeypatch):
 def test_impossible_arguments_are_refused_before_any_work(loaded, arguments, error, message):
     with pytest.raises(error, match=message):
         stream_generate(*loaded, **{"image": IMAGE, **arguments})
+
+
+def test_damaged_weights_give_an_error_and_no_answer(loaded, monkeypatch):
+    model, processor = loaded
+    norm, cache = model.language_model.model.norm, PrefixCache()
+    monkeypatch.setitem(norm, "weight", mx.full(norm.weight.shape, mx.nan))
+    for options in ({}, {"temperature": 1.0}, {"prefix_cache": cache}):
+        with pytest.raises(FastVLMError, match="gives no numbers"):
+            generate(model, processor, image=IMAGE, max_tokens=5, **options)
+    with pytest.raises(FastVLMError, match="gives no numbers"):
+        model.generate(**processor([IMAGE] * 2, ["What?", "Where is it?"]), max_tokens=5)
+    assert len(cache) == 0
+
+
+def test_an_answer_that_goes_wrong_later_ends_with_an_error(loaded, monkeypatch):
+    model, processor = loaded
+    stream = stream_generate(model, processor, image=IMAGE, max_tokens=8)
+    known = [next(stream).token_ids for _ in range(2)]
+    norm = model.language_model.model.norm
+    monkeypatch.setitem(norm, "weight", mx.full(norm.weight.shape, mx.nan))
+    with pytest.raises(FastVLMError, match="gives no numbers"):
+        list(stream)
+    assert all(known)
 
 
 def test_weights_that_are_read_when_they_are_used_give_the_same_answer(converted):
