@@ -32,7 +32,7 @@ from fastvlm_mlx.cli.options import (
     refuse,
 )
 from fastvlm_mlx.cli.output import check_upload, failed_report_shown, show_output, upload_output
-from fastvlm_mlx.cli.terminal import ByteProgress, note
+from fastvlm_mlx.cli.terminal import ByteProgress, note, show
 
 
 def convert(
@@ -98,9 +98,9 @@ def convert(
             calibration=calibration or (),
             gates=gates or (),
         )
-        typer.echo(planned)
+        show(str(planned))
         if upload_repo:
-            typer.echo(f"{'then upload':<13} to {upload_repo}")
+            show(f"{'then upload':<13} to {upload_repo}")
         return
     if destination is None:
         raise typer.BadParameter("missing; give a folder to write, or --dry-run", param_hint="DESTINATION")

@@ -104,7 +104,7 @@ def _checkpoint_lines(record: dict[str, Any]) -> Iterator[str]:
             yield f"{key:13} {value}"
     yield f"dtype         {record['dtype']}, embeddings {'tied' if record['tied_embeddings'] else 'not tied'}"
     if quantization:
-        yield "quantization  " + ", ".join(f"{k} {v}" for k, v in quantization.items() if not isinstance(v, dict))
+        yield f"quantization  {_quantization_text(quantization)}"
     yield f"made for      {record['image_size']} px, {record['max_length']} positions"
     yield ""
     yield f"{'part':16}{'parameters':>14}{'size':>10}{'bits/weight':>13}"
@@ -115,3 +115,15 @@ def _checkpoint_lines(record: dict[str, Any]) -> Iterator[str]:
     yield f"{'resolution':16}{'visual tokens':>14}{'memory':>10}"
     for side, needs in record["resolutions"].items():
         yield f"{side:>4} px{needs['visual_tokens']:>23}{readable_bytes(needs['memory_bytes']):>10}"
+
+
+def _quantization_text(entry: dict[str, Any]) -> str:
+    """The entry of a config.json in words: `3 to 8 bits by layer, groups of 64, affine`."""
+    layers = [entry, *(layer for layer in entry.values() if isinstance(layer, dict))]
+    bits, groups, modes = (
+        sorted({layer[key] for layer in layers if layer.get(key)}) for key in ("bits", "group_size", "mode")
+    )
+    words = [f"{bits[0]} to {bits[-1]} bits by layer" if len(bits) > 1 else f"{bits[0]} bits"] if bits else []
+    if groups:
+        words.append(f"groups of {' and '.join(map(str, groups))}")
+    return ", ".join([*words, " and ".join(modes)])

@@ -20,7 +20,7 @@ from fastvlm_mlx.engine.options import GenerationConfig
 from fastvlm_mlx.errors import ImageError
 from fastvlm_mlx.generation.result import GenerationResult, Timings
 from fastvlm_mlx.inputs import images
-from tests.checkpoints import APPLE, GOLDEN
+from tests.checkpoints import APPLE, GOLDEN, changed
 from tests.pictures import stored_with
 
 DEMO = Path(fastvlm_mlx.__file__).parent / "demo_model"
@@ -331,6 +331,16 @@ def test_info_counts_a_quantized_layer_as_the_weights_it_stands_for() -> None:
     plain = json.loads(invoke("info", str(APPLE / "train"), "--json").stdout)
     for part in ("vision_tower", "mm_projector", "language_model"):
         assert record["parts"][part]["parameters"] == plain["parts"][part]["parameters"]
+
+
+def test_info_says_from_how_few_to_how_many_bits_layers_have(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    convert.convert_checkpoint(GOLDEN / "mlx_vlm" / "q4", source)
+    assert "\nquantization  4 bits, groups of 32, affine\n" in invoke("info", str(source)).stdout
+    entry = {"group_size": 32, "bits": 4, "mode": "affine"}
+    entries = {**entry, "language_model.model.embed_tokens": {**entry, "bits": 8}, "mm_projector.2": entry}
+    mixed = changed(source, tmp_path / "mixed", config={"quantization": entries})
+    assert "\nquantization  4 to 8 bits by layer, groups of 32, affine\n" in invoke("info", str(mixed)).stdout
 
 
 def test_the_version_is_printed() -> None:

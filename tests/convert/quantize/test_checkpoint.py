@@ -17,6 +17,7 @@ from fastvlm_mlx.cli import app
 from fastvlm_mlx.config import ModelConfig
 from fastvlm_mlx.convert import convert_checkpoint, verify
 from fastvlm_mlx.convert.compare.layerwise import module_at
+from fastvlm_mlx.convert.export.mlx_vlm import export_mlx_vlm
 from fastvlm_mlx.convert.parts import PARTS
 from fastvlm_mlx.convert.pipeline import convert_and_quantize
 from fastvlm_mlx.convert.progress import Layers
@@ -111,6 +112,51 @@ def test_quantized_layers_are_within_what_their_bits_allow(
     result = invoke("verify", quantized[0], "--against", exact)
     assert result.exit_code == 0, result.output
     assert "weights off by: decoder" in result.stdout
+    *_, top1, cosine, verdict = result.stdout.splitlines()
+    assert top1.startswith("the gate top1>=0.5 is met: top1 is 0.")
+    assert cosine.startswith("the gate visual_cosine>=0.9 is met: visual_cosine is 0.9")
+    assert verdict == "the same within rounding: no segment is off by more than allowed, and all gates are met"
+    assert max(map(len, result.stdout.splitlines()[:20])) <= 80
+
+
+def test_answers_that_differ_too_much_fail_though_every_segment_is_within_its_bits(exact: Path, tmp_path: Path) -> None:
+    convert_and_quantize(exact, tmp_path / "int3", quantization=Quantization(bits=3, group_size=32))
+    result = invoke("verify", tmp_path / "int3", "--against", exact)
+    assert result.exit_code == 3
+    errors = result.stderr.splitlines()
+    assert errors[0].startswith("error: the answers differ too much: the gate top1>=0.5 is not met: top1 is 0.")
+    assert "the same within rounding" not in result.stdout
+    gates = ("--gate", "top1>=0.01", "--gate", "weight_error<0.5")
+    told = invoke("verify", tmp_path / "int3", "--against", exact, *gates, "--json")
+    assert told.exit_code == 0
+    found = json.loads(told.stdout)
+    assert found["gates"] == {"top1>=0.01": True, "weight_error<0.5": True}
+    assert found["holds"] is True
+
+
+def test_verify_reads_whatever_can_be_converted(exact: Path, tmp_path: Path) -> None:
+    quantization = Quantization(bits=8, group_size=32, parts={"vision": 0, "projector": 0})
+    convert_and_quantize(exact, tmp_path / "int8", quantization=quantization)
+    export_mlx_vlm(tmp_path / "int8", tmp_path / "export")
+    result = invoke("verify", tmp_path / "export", "--against", exact)
+    assert result.exit_code == 0, result.output
+    assert "the gate top1>=0.9 is met" in result.stdout
+    other = invoke("verify", "demo", "--against", exact)
+    assert (other.exit_code, other.stderr) == (1, f"error: demo and {exact} are models of different architectures\n")
+
+
+def test_verify_names_a_folder_without_tokenizer_or_with_another_one(exact: Path, tmp_path: Path) -> None:
+    without = changed(exact, tmp_path / "without")
+    (without / "tokenizer.json").unlink()
+    result = invoke("verify", without, "--against", exact)
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"error: {without}: has no tokenizer")
+    other = changed(exact, tmp_path / "other")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:1]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ConversionError, match="have different tokenizers: they encode a prompt differently"):
+        verify(other, exact)
 
 
 LAYERS = ("language_model.model.layers.1.mlp.down_proj", "vision_tower.stages.3.blocks.0.token_mixer.proj")
@@ -127,7 +173,8 @@ def test_verify_names_the_layer_whose_scales_are_doubled(
     broken = changed(quantized[0], tmp_path / "broken", edit=double)
     result = invoke("verify", broken, "--against", exact)
     assert result.exit_code == 3
-    assert f"error: {layer} is the first part that drifts" in result.stderr
+    assert f"error: {layer} is the first part that drifts: its segment's output is off by " in result.stderr
+    assert re.search(r"its weights by [\d.]+ \([\d.]+ allowed\)", result.stderr)
 
 
 def test_the_gate_stops_a_broken_layer(exact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
