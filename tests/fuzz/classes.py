@@ -1,0 +1,21 @@
+"""The classes of cases, by name."""
+
+from collections.abc import Callable
+from random import Random
+
+from tests.fuzz import arguments, checkpoints, commands, headers, pictures, prompts, questions, sources
+from tests.fuzz.room import Room
+
+Case = Callable[[Random, Room], None]
+"""Does what a seed decides in an empty room; raises what the public functions raise, or `Wrong`."""
+
+CLASSES: dict[str, Case] = {
+    case.__name__: case
+    for case in (
+        *(checkpoints.upstream, checkpoints.converted, checkpoints.cache, checkpoints.archive),
+        *(pictures.picture, headers.header, sources.array, sources.source),
+        *(prompts.prompt, prompts.messages, prompts.ids),
+        *(questions.questions, questions.journal),
+        *(arguments.python, commands.command_line),
+    )
+}
