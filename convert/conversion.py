@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from fastvlm_mlx.checkpoint.released import parse_name
 from fastvlm_mlx.checkpoint.safetensors import Tensor
 from fastvlm_mlx.config import LayerQuantization, ModelConfig, QuantizationConfig
 from fastvlm_mlx.convert.arrays import DTYPES, Array
@@ -52,6 +53,8 @@ def plan(
 ) -> Plan:
     """The plan of `convert_checkpoint`; reads headers only, and the head where it may equal the embedding.
 
+    Of a checkpoint on the Hub it fetches the headers, a few hundred kilobytes, and a few rows of that head.
+
     Args:
         source: A folder, a .zip archive, a Hub id or an alias.
         dtype: `float16`, `bfloat16` or `float32`.
@@ -65,7 +68,7 @@ def plan(
         ConversionError: If the options do not fit the source.
     """
     with open_conversion(
-        source, dtype=dtype, revision=revision, vision_from=vision_from, dequantize=dequantize
+        source, dtype=dtype, revision=revision, vision_from=vision_from, dequantize=dequantize, headers_only=True
     ) as conversion:
         return conversion.plan()
 
@@ -79,6 +82,7 @@ def convert_checkpoint(
     vision_from: str | Path | None = None,
     dequantize: bool = False,
     calibration_images: Iterable[str | Path] = (),
+    notify: Notify | None = None,
     progress: Progress | None = None,
 ) -> Plan:
     """Writes `source` to the folder `destination` in this project's format; returns the plan that was carried out.
@@ -93,6 +97,7 @@ def convert_checkpoint(
         vision_from: The source of the vision tower, for a source that has none.
         dequantize: Whether to dequantize weights that could stay quantized.
         calibration_images: Images to measure the tower's range on for float16, in addition to the built-in ones.
+        notify: Called with a line before a download.
         progress: Called with the bytes done, the bytes in all and a label of the current step.
 
     Raises:
@@ -103,7 +108,13 @@ def convert_checkpoint(
     """
     target = vacant(destination)
     with open_conversion(
-        source, dtype=dtype, revision=revision, vision_from=vision_from, dequantize=dequantize
+        source,
+        dtype=dtype,
+        revision=revision,
+        vision_from=vision_from,
+        dequantize=dequantize,
+        notify=notify,
+        progress=progress,
     ) as conversion:
         return conversion.write(target, calibration_images=calibration_images, progress=progress)
 
@@ -116,16 +127,29 @@ def open_conversion(
     revision: str | None = None,
     vision_from: str | Path | None = None,
     dequantize: bool = False,
+    headers_only: bool = False,
+    notify: Notify | None = None,
+    progress: Progress | None = None,
 ) -> Iterator["Conversion"]:
-    """The conversion of `source`, whose files stay open for the duration of a `with` block; arguments as for `plan`."""
+    """The conversion of `source`, whose files stay open for the duration of a `with` block.
+
+    Arguments as for `plan` and `open_source`.
+    """
     if dtype not in DTYPES:
         raise ConversionError(f"dtype must be {', '.join(DTYPES)}, not {dtype!r}")
+    if vision_from is not None:
+        parse_name(vision_from)  # a mistake in it costs no download of the other one
+
+    def opened(name: str | Path, revision: str | None = None) -> UpstreamCheckpoint:
+        source = open_source(name, revision, headers_only=headers_only, notify=notify, progress=progress)
+        return UpstreamCheckpoint.of(stack.enter_context(source))
+
     with ExitStack() as stack:
-        main = tower = UpstreamCheckpoint.of(stack.enter_context(open_source(source, revision)))
+        main = tower = opened(source, revision)
         if vision_from is not None:
             if main.has_tower:
                 raise ConversionError(f"{main.source.name} has a vision tower of its own; leave --vision-from out")
-            tower = UpstreamCheckpoint.of(stack.enter_context(open_source(vision_from)))
+            tower = opened(vision_from)
             if not tower.has_tower:
                 raise ConversionError(f"{tower.source.name} has no vision tower either; give another --vision-from")
         elif not main.has_tower:

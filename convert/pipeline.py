@@ -11,7 +11,7 @@ from fastvlm_mlx.convert.compare.probes import image_files
 from fastvlm_mlx.convert.conversion import convert_checkpoint
 from fastvlm_mlx.convert.export.mlx_vlm import export_mlx_vlm
 from fastvlm_mlx.convert.plan import Plan
-from fastvlm_mlx.convert.progress import Progress
+from fastvlm_mlx.convert.progress import Notify, Progress
 from fastvlm_mlx.convert.quantize.checkpoint import quantize_checkpoint
 from fastvlm_mlx.convert.quantize.report import QuantizationReport
 from fastvlm_mlx.convert.quantize.scheme import Quantization
@@ -35,6 +35,7 @@ def convert_and_quantize(
     dequantize: bool = False,
     calibration: Iterable[str | Path] = (),
     gates: Sequence[str] = (),
+    notify: Notify | None = None,
     progress: Progress | None = None,
 ) -> QuantizationReport | None:
     """Writes a checkpoint to the folder `destination`; every check comes before any work.
@@ -50,6 +51,7 @@ def convert_and_quantize(
         dequantize: Whether to dequantize a quantized source.
         calibration: Images, or folders of them, to measure on in addition to the built-in ones.
         gates: Conditions on the quantization report, such as `top1>=0.95`, about the checkpoint as it is written.
+        notify: Called with a line before a download.
         progress: Called with the bytes done, the bytes in all and a label of the current step.
 
     Returns:
@@ -73,6 +75,7 @@ def convert_and_quantize(
         dequantize=dequantize,
         images=image_files(map(Path, calibration)),
         gates=gates,
+        notify=notify,
     )
     report = None
     current: str | Path = source
@@ -97,6 +100,7 @@ def planned_steps(
     dequantize: bool,
     images: Sequence[Path],
     gates: Sequence[str],
+    notify: Notify | None = None,
 ) -> list[Step]:
     """The steps of `convert_and_quantize`, at least one; each reads the folder that the one before it wrote.
 
@@ -117,5 +121,5 @@ def planned_steps(
     if mlx_vlm:
         steps.append(partial(export_mlx_vlm, gates=gates))
     if converted is None or dtype != converted.dtype or dequantize or not steps:
-        steps.insert(0, partial(convert_checkpoint, **options, calibration_images=images))
+        steps.insert(0, partial(convert_checkpoint, **options, calibration_images=images, notify=notify))
     return steps

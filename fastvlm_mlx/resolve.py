@@ -4,7 +4,6 @@ What is not in this project's format is converted once, into a cache folder. Of 
 commit it was converted from, and asks the Hub once a day whether the branch still points there.
 """
 
-import hashlib
 import os
 import re
 import time
@@ -13,14 +12,14 @@ from contextlib import suppress
 from pathlib import Path
 
 from fastvlm_mlx.backend import device
+from fastvlm_mlx.cache import entry, origin, use
 from fastvlm_mlx.checkpoint.folder import is_complete, is_converted
-from fastvlm_mlx.checkpoint.load import load_model, read_parameters
-from fastvlm_mlx.checkpoint.released import DEMO, Location, parse_name
+from fastvlm_mlx.checkpoint.load import check_dtype, load_model, read_parameters
+from fastvlm_mlx.checkpoint.released import Location, parse_name
 from fastvlm_mlx.config import ModelConfig
-from fastvlm_mlx.errors import ConversionError, FastVLMError
+from fastvlm_mlx.errors import CheckpointError, ConfigError, ConversionError, FastVLMError
 from fastvlm_mlx.inputs.processor import FastVLMProcessor
-from fastvlm_mlx.machine import CACHE_VARIABLE as CACHE_VARIABLE
-from fastvlm_mlx.machine import cache_folder as cache_folder
+from fastvlm_mlx.machine import CACHE_VARIABLE
 from fastvlm_mlx.model.fastvlm import FastVLM
 from fastvlm_mlx.streams import turn
 
@@ -35,19 +34,32 @@ Progress = Callable[[int, int, str], None]
 """Called with the bytes done, the bytes in all, and a label."""
 
 
+def find(name: str | Path, *, revision: str | None = None) -> Path | None:
+    """The folder of the converted checkpoint `name` if there is one already; None if `resolve` has something to do."""
+    try:
+        location = parse_name(name)
+        location.check_revision(revision)
+    except CheckpointError:
+        return None
+    if location.path is not None and location.path.is_dir() and is_converted(location.path):
+        return location.path
+    folder = entry(location, revision)
+    return folder if is_complete(folder) else None
+
+
 def resolve(
     name: str | Path, *, revision: str | None = None, notify: Notify | None = None, progress: Progress | None = None
 ) -> Path:
-    """The folder of the converted checkpoint `name`; converts it into the cache if necessary.
+    """The folder of the converted checkpoint `name`; downloads it and converts it into the cache if necessary.
 
-    Several processes and threads may do so at once: one converts, the others wait for it.
+    Several processes and threads may do so at once: one works, the others wait for it.
 
     Args:
         name: `demo`, which is part of the package, a Hub id, an alias (`0.5b`, `1.5b`, `7b`), a folder or a `.zip`; see
             `parse_name`.
         revision: Branch, tag or commit of a Hub id.
         notify: Called with a one-line message before a slow step, and before anything is written.
-        progress: Called with the bytes done, the bytes in all, and a label.
+        progress: Called with the bytes done, the bytes in all, and a label, during a download by another thread.
 
     Raises:
         CheckpointError: If there is no such checkpoint, or it is no FastVLM checkpoint.
@@ -57,96 +69,139 @@ def resolve(
     location.check_revision(revision)
     if location.path is not None and location.path.is_dir() and is_converted(location.path):
         return location.path
-    entry = cache_folder() / _key(location, revision)
-    usable = is_complete(entry)
-    commit = _newer_commit(entry, location.name, revision or "main") if usable and location.path is None else None
-    if usable and commit is None:
-        return entry
-    source = DEMO if location.bundled else location.path.resolve() if location.path else location.name
+    folder, tell = entry(location, revision), notify or (lambda _: None)
+    complete = is_complete(folder)
+    if complete:
+        use(folder, origin(location, revision))
+        complete = folder.is_dir()  # unless it has been removed in between
+    if not complete:
+        damage = f"{folder}: damaged or from another version; converting {location.name} again"
+        reason = damage if folder.exists() else ""
+        _convert_once(location, revision, folder, tell, progress, reason=reason, is_done=is_complete)
+    elif location.path is None and (commit := _newer_commit(folder, location.name, revision or "main")):
 
+        def is_done(folder: Path) -> bool:
+            return is_complete(folder) and _commit(folder) == commit
+
+        moved = f"{location.name}: {revision or 'main'} has moved to {commit[:12]} on the Hub; converting it again"
+        try:
+            _convert_once(location, revision, folder, tell, progress, reason=moved, is_done=is_done)
+        except FastVLMError as err:
+            tell(f"{err}; using the conversion of {str(_commit(folder))[:12]}")
+    return folder
+
+
+def remake(
+    name: str | Path,
+    error: FastVLMError,
+    *,
+    revision: str | None = None,
+    notify: Notify | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Converts a checkpoint again whose conversion in the cache has turned out to be unusable; returns its folder.
+
+    Raises:
+        FastVLMError: `error`, if it is about a folder of the user's own, which is never written to.
+    """
+    location = parse_name(name)
+    folder = entry(location, revision)
+    if location.path is not None and (is_converted(location.path) or not folder.exists()):
+        raise error
+    unusable = folder.stat().st_ino
+    _convert_once(
+        location,
+        revision,
+        folder,
+        notify or (lambda _: None),
+        progress,
+        reason=f"{error}; converting {location.name} again",
+        is_done=lambda folder: folder.stat().st_ino != unusable and is_complete(folder),
+    )
+    return folder
+
+
+def _convert_once(
+    location: Location,
+    revision: str | None,
+    folder: Path,
+    tell: Notify,
+    progress: Progress | None,
+    *,
+    reason: str,
+    is_done: Callable[[Path], bool],
+) -> None:
+    """Converts a checkpoint into the cache, unless `is_done` says of its folder that another process has done so.
+
+    Args:
+        location: The source.
+        revision: Branch, tag or commit of a Hub id.
+        folder: The folder in the cache.
+        tell: Called with a one-line message before a slow step.
+        progress: Called with the bytes done, the bytes in all, and a label.
+        reason: What is said where a conversion exists already.
+        is_done: Whether the folder holds what is needed.
+    """
     from fastvlm_mlx.convert.scratch import is_locked, lock
 
-    lock_file = entry.with_name(f".{entry.name}.lock")
-    waiting = is_locked(lock_file)
-    if notify:
-        if waiting:
-            notify(f"waiting for another process that is converting {source}")
-        elif commit:
-            notify(f"{source}: {revision or 'main'} has moved to {commit[:12]} on the Hub; converting it again")
-        elif entry.exists():
-            notify(f"{entry}: damaged or from another version; converting {source} again")
-        else:
-            notify(f"converting {source} once, into {entry}")
+    source = location.path.resolve() if location.path and not location.bundled else location.name
+    lock_file = folder.with_name(f".{folder.name}.lock")
     try:
-        entry.parent.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as err:
         raise ConversionError(
-            f"{entry.parent}: cannot be made: {err.strerror or err}; set {CACHE_VARIABLE} to a folder for models"
+            f"{folder.parent}: cannot be made: {err.strerror or err}; set {CACHE_VARIABLE} to a folder for models"
         ) from err
+    waiting = is_locked(lock_file)
+    if waiting or reason:
+        tell(f"waiting for another process that is converting {source}" if waiting else reason)
     try:
         with lock(lock_file) as held:
-            if not is_complete(entry) or (commit and _commit(entry) != commit):
-                if notify and waiting:
-                    reason = "gave up" if held else "shows no sign of life"
-                    notify(f"the other process {reason}; converting {source} into {entry}")
-                _convert(source, entry, revision, progress)
-    except FastVLMError as err:
-        if not is_complete(entry):  # otherwise another process has written it, or the branch has moved
+            if not is_done(folder):
+                if waiting:
+                    state = "gave up" if held else "shows no sign of life"
+                    tell(f"the other process {state}; converting {source} into {folder}")
+                commit = None
+                if location.path is None:
+                    from fastvlm_mlx.convert.source.hub import download
+
+                    commit = download(location.name, revision, notify=tell, progress=progress).name
+                if not (waiting or reason):
+                    tell(f"converting {source} once, into {folder}")
+                _convert(source, folder, commit, progress)
+            use(folder, origin(location, revision))
+    except FastVLMError:
+        if not is_done(folder):  # otherwise another process has made it, without a lock
             raise
-        if notify and commit and _commit(entry) != commit:
-            notify(f"{err}; using the conversion of {str(_commit(entry))[:12]}")
-    return entry
 
 
-def _key(location: Location, revision: str | None) -> str:
-    """The name of a checkpoint's folder in the cache."""
-    if location.path is None:
-        return re.sub(r"[^\w.@-]", "_", f"{location.name}@{revision or 'main'}".replace("/", "--"))
-    name = DEMO if location.bundled else location.path.resolve().name
-    return f"{name}-{_fingerprint(location.path, bundled=location.bundled)}"
-
-
-def _fingerprint(path: Path, *, bundled: bool) -> str:
-    """A short hash of the names, sizes and times of the files at `path`, by which a changed source is noticed.
-
-    The time of the last change to the inode tells files apart whose other times were set alike, as in archives that are
-    built reproducibly. Those of the package do not change, though installers may link them elsewhere.
-    """
-    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
-    stats = []
-    for file in files:
-        status = file.stat()
-        stats.append((file.name, status.st_size, status.st_mtime_ns, 0 if bundled else status.st_ctime_ns))
-    return hashlib.sha256(repr((str(path.resolve()), stats)).encode(errors="surrogateescape")).hexdigest()[:12]
-
-
-def _convert(source: str | Path, entry: Path, revision: str | None, progress: Progress | None) -> None:
+def _convert(source: str | Path, folder: Path, revision: str | None, progress: Progress | None) -> None:
     """Converts a checkpoint into the cache; what is there already is replaced when the conversion is complete."""
     from fastvlm_mlx.convert import convert_checkpoint
     from fastvlm_mlx.convert.scratch import scratch_folder
 
-    if not entry.exists():
-        convert_checkpoint(source, entry, revision=revision, progress=progress)
+    if not folder.exists():
+        convert_checkpoint(source, folder, revision=revision, progress=progress)
         return
-    with scratch_folder(entry.parent, entry.name) as scratch:
-        convert_checkpoint(source, scratch / entry.name, revision=revision, progress=progress)
+    with scratch_folder(folder.parent, folder.name) as scratch:
+        convert_checkpoint(source, scratch / folder.name, revision=revision, progress=progress)
         try:
-            entry.rename(scratch / "replaced")
-            (scratch / entry.name).rename(entry)
+            folder.rename(scratch / "replaced")
+            (scratch / folder.name).rename(folder)
         except OSError as err:
-            raise ConversionError(f"{entry}: cannot be replaced: {err.strerror or err}") from err
+            raise ConversionError(f"{folder}: cannot be replaced: {err.strerror or err}") from err
 
 
-def _newer_commit(entry: Path, repository: str, revision: str) -> str | None:
+def _newer_commit(folder: Path, repository: str, revision: str) -> str | None:
     """The commit that a branch points to on the Hub, if it is another one than a conversion was made from.
 
     None where that is not known. The Hub is asked at most once a day for each model, again after an hour if it did not
     answer, and never when it is switched off or the cache cannot be written to.
     """
-    if _COMMIT.fullmatch(revision) or _is_offline() or not os.access(entry.parent, os.W_OK):
+    if _COMMIT.fullmatch(revision) or _is_offline() or not os.access(folder.parent, os.W_OK):
         return None
-    stamp = entry.with_name(f".{entry.name}.asked")
-    asked = max(file.stat().st_mtime for file in (entry / "config.json", stamp) if file.exists())
+    stamp = folder.with_name(f".{folder.name}.asked")
+    asked = max(file.stat().st_mtime for file in (folder / "config.json", stamp) if file.exists())
     if 0 <= time.time() - asked < _DAY:
         return None
 
@@ -157,12 +212,12 @@ def _newer_commit(entry: Path, repository: str, revision: str) -> str | None:
         stamp.touch()
         if commit is None:
             os.utime(stamp, times=(time.time(), time.time() - _DAY + _HOUR))
-    return commit if commit != _commit(entry) else None
+    return commit if commit != _commit(folder) else None
 
 
-def _commit(entry: Path) -> str | None:
+def _commit(folder: Path) -> str | None:
     """The commit on the Hub that a folder was converted from."""
-    commit: str | None = ModelConfig.from_path(entry).source.get("revision")
+    commit: str | None = ModelConfig.from_path(folder).source.get("revision")
     return commit
 
 
@@ -200,7 +255,16 @@ def load(
         CheckpointError: If there is no such checkpoint, or it is damaged.
         ConversionError: If it cannot be converted.
     """
+    check_dtype(dtype)
     folder = resolve(name, revision=revision, notify=notify, progress=progress)
+    try:
+        return _load(folder, dtype, lazy)
+    except (CheckpointError, ConfigError) as err:
+        folder = remake(name, err, revision=revision, notify=notify, progress=progress)
+        return _load(folder, dtype, lazy)
+
+
+def _load(folder: Path, dtype: str | None, lazy: bool) -> tuple[FastVLM, FastVLMProcessor]:
     model = load_model(folder, dtype=dtype, lazy=True)
     processor = FastVLMProcessor.from_folder(folder)
     if device() == "cpu" and not lazy:

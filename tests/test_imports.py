@@ -19,7 +19,7 @@ LAYERS: tuple[tuple[str | tuple[str, ...], ...], ...] = (
     ("inputs", "model"),
     ("checkpoint",),
     ("convert", "engine"),
-    ("resolve", "generation"),
+    (("cache", "resolve"), "generation"),
     ("jobs",),
     (("bench", "doctor"),),
     (("cli", "__main__"),),
@@ -216,8 +216,8 @@ def test_nothing_imports_a_training_framework(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=name)
-def test_only_resolve_and_the_command_line_import_the_converter(path: Path) -> None:
-    if layer(path) not in ("convert", "resolve", "cli"):
+def test_only_the_cache_and_the_command_line_import_the_converter(path: Path) -> None:
+    if layer(path) not in ("convert", "cache", "resolve", "cli"):
         assert not [f.line for f in imports(path) if layer_of(f.target) == "convert"]
 
 

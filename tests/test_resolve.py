@@ -7,19 +7,20 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 
 from fastvlm_mlx.convert import scratch
-from fastvlm_mlx.errors import CheckpointError, ConversionError
-from fastvlm_mlx.resolve import cache_folder, load, resolve
+from fastvlm_mlx.errors import CheckpointError, ConfigError, ConversionError
+from fastvlm_mlx.machine import cache_folder
+from fastvlm_mlx.resolve import load, resolve
 from tests.checkpoints import SOURCES, changed
+from tests.hub import PretendedHub, pretended_hub
 
 APPLE = SOURCES["apple"]
 CHILD = """
@@ -131,6 +132,10 @@ def test_a_process_that_takes_long_is_waited_for(tmp_path: Path, monkeypatch: py
         (lambda folder: (folder / "model.safetensors").unlink(), "without weights"),
         (lambda folder: (folder / "config.json").write_text('{"fastvlm_format": 0}'), "of another version"),
         (lambda folder: (folder / "config.json").unlink(), "without a config"),
+        (lambda folder: (folder / "config.json").write_text('{"fastvlm_format": 1}'), "with an empty config"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "without a tokenizer"),
+        (lambda folder: os.truncate(folder / "tokenizer.json", 1000), "with half a tokenizer"),
+        (lambda folder: os.truncate(folder / "model.safetensors.index.json", 10), "with half an index"),
     ],
 )
 def test_a_damaged_folder_in_the_cache_is_made_again(damage: Callable[[Path], Any], name: str) -> None:
@@ -144,6 +149,28 @@ def test_a_damaged_folder_in_the_cache_is_made_again(damage: Callable[[Path], An
     assert no_scratch(folder.parent)
     assert resolve(APPLE, notify=said.append) == folder
     assert len(said) == 1
+
+
+def test_damage_that_only_loading_shows_is_made_good_once(tmp_path: Path) -> None:
+    said: list[str] = []
+    folder = resolve(APPLE)
+    name = "language_model.model.norm.weight"
+    damaged = changed(folder, tmp_path / "damaged", edit=lambda values: values.pop(name))
+    shutil.rmtree(folder)
+    damaged.rename(folder)
+    load(APPLE, notify=said.append)
+    assert said == [f"{folder}: lacks {name}; convert the checkpoint again; converting {APPLE} again"]
+    load(APPLE, notify=said.append)
+    assert len(said) == 1
+
+
+def test_damage_in_a_folder_of_the_user_is_an_error(converted: Callable[..., Path], tmp_path: Path) -> None:
+    name = "language_model.model.norm.weight"
+    folder = changed(converted("apple"), tmp_path / "own", edit=lambda values: values.pop(name))
+    before = sorted(path.stat().st_mtime_ns for path in folder.iterdir())
+    with pytest.raises(CheckpointError, match=f"lacks {name}"):
+        load(folder)
+    assert sorted(path.stat().st_mtime_ns for path in folder.iterdir()) == before
 
 
 def test_a_failed_conversion_is_tried_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,39 +212,16 @@ def test_a_source_that_is_exchanged_is_noticed_whatever_its_times_say(tmp_path: 
     assert folders[0] != folders[1]
 
 
-class Hub:
-    """A Hub with one repository, whose branch `main` points to `commit`."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.commit = "a" * 40
-        self.asked = 0
-        self.downloads: list[str | None] = []
-        self.answer: Callable[[], str] = lambda: self.commit
-
-    def snapshot_download(self, repository: str, *, revision: str | None, allow_patterns: list[str]) -> str:
-        assert repository == "someone/tiny"
-        self.downloads.append(revision)
-        snapshot = self.folder / self.commit
-        if not snapshot.exists():
-            shutil.copytree(APPLE, snapshot)
-        return str(snapshot)
-
-    def model_info(self, _: object, repository: str, *, revision: str, **options: Any) -> Any:
-        assert (repository, options["timeout"] <= 3) == ("someone/tiny", True)
-        self.asked += 1
-        return type("Info", (), {"sha": self.answer()})
-
-
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
-    pretended = Hub(tmp_path / "hub")
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", pretended.snapshot_download)
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", pretended.model_info.__get__(pretended))
-    monkeypatch.setattr(
-        huggingface_hub.HfApi, "model_info", lambda api, name, **options: pretended.model_info(api, name, **options)
-    )
-    return pretended
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedHub]:
+    with pretended_hub(tmp_path / "hub", monkeypatch) as pretended:
+        pretended.put("someone/tiny", APPLE)
+        yield pretended
+
+
+def asked(hub: PretendedHub) -> int:
+    """How often the Hub was asked which commit the branch points to."""
+    return hub.requests.count("GET /api/models/someone/tiny/revision/main")
 
 
 def days_pass(folder: Path, days: float) -> None:
@@ -232,93 +236,114 @@ def commit(folder: Path) -> str:
     return str(json.loads((folder / "config.json").read_text())["source"]["revision"])
 
 
-def test_a_branch_that_has_moved_is_converted_again(hub: Hub, cache: Path) -> None:
+def test_a_branch_that_has_moved_is_converted_again(hub: PretendedHub, cache: Path) -> None:
     said: list[str] = []
     folder = resolve("someone/tiny", notify=said.append)
-    assert said == [f"converting someone/tiny once, into {folder}"]
-    assert commit(folder) == "a" * 40
-    hub.commit = "b" * 40
+    old = hub.branches["someone/tiny@main"]
+    download = "downloading someone/tiny from the Hub: 1.93 MB; no licence is named"
+    assert said == [download, f"converting someone/tiny once, into {folder}"]
+    assert commit(folder) == old
+    new = hub.put("someone/tiny", APPLE)
     days_pass(folder, 1.1)
     assert resolve("someone/tiny", notify=said.append) == folder
-    assert said[1:] == [f"someone/tiny: main has moved to {'b' * 12} on the Hub; converting it again"]
-    assert commit(folder) == "b" * 40
+    assert said[2:] == [f"someone/tiny: main has moved to {new[:12]} on the Hub; converting it again", download]
+    assert commit(folder) == new
     assert visible(cache) == [folder.name]
     assert no_scratch(cache)
     assert resolve("someone/tiny", notify=said.append) == folder
-    assert (hub.asked, len(said)) == (1, 2)
+    assert (asked(hub), len(said)) == (1, 4)
 
 
-def test_the_hub_is_asked_once_a_day(hub: Hub) -> None:
+def test_the_hub_is_asked_once_a_day(hub: PretendedHub) -> None:
     folder = resolve("someone/tiny")
-    for days, asked in ((0.9, 0), (0.2, 1), (0.9, 1), (0.2, 2)):
+    sent = hub.sent
+    for days, times in ((0.9, 0), (0.2, 1), (0.9, 1), (0.2, 2)):
         days_pass(folder, days)
         resolve("someone/tiny")
-        assert hub.asked == asked
-    assert hub.downloads == [None]
+        assert asked(hub) == times
+    assert hub.sent == sent
 
 
-def test_a_commit_is_never_asked_about(hub: Hub) -> None:
-    folder = resolve("someone/tiny", revision="a" * 40)
+def test_a_commit_is_never_asked_about(hub: PretendedHub) -> None:
+    revision = hub.branches["someone/tiny@main"]
+    folder = resolve("someone/tiny", revision=revision)
+    hub.requests.clear()
     days_pass(folder, 99)
-    assert resolve("someone/tiny", revision="a" * 40) == folder
-    assert hub.asked == 0
+    assert resolve("someone/tiny", revision=revision) == folder
+    assert hub.requests == []
 
 
-def reset() -> str:
-    raise ConnectionError("reset")
-
-
-def no_answer() -> str:
-    raise ValueError("<html>log in to this hotel's network</html>")
-
-
-@pytest.mark.parametrize("answer", [reset, no_answer])
+@pytest.mark.parametrize("silent", [True, False], ids=["down", "a hotel's page"])
 def test_without_an_answer_the_conversion_is_used_and_the_hub_left_alone_for_an_hour(
-    answer: Callable[[], str], hub: Hub
+    silent: bool, hub: PretendedHub
 ) -> None:
     said: list[str] = []
     folder = resolve("someone/tiny")
-    hub.commit, hub.answer = "b" * 40, answer
+    old = commit(folder)
+    hub.put("someone/tiny", APPLE)
+    hub.down, hub.page = silent, b"<html>log in to this hotel's network</html>"
     days_pass(folder, 2)
-    for asked in (1, 1):
-        assert commit(resolve("someone/tiny", notify=said.append)) == "a" * 40
-        assert hub.asked == asked
+    for times in (1, 1):
+        assert commit(resolve("someone/tiny", notify=said.append)) == old
+        assert asked(hub) == times
     days_pass(folder, 1.1 / 24)
     resolve("someone/tiny", notify=said.append)
-    assert hub.asked == 2
+    assert asked(hub) == 2
     assert not said
 
 
-def test_a_hub_that_does_not_answer_in_time_is_not_waited_for(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_does_not_answer_in_time_is_not_waited_for(
+    hub: PretendedHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("fastvlm_mlx.resolve._HUB_TIMEOUT", 0.1)
     folder = resolve("someone/tiny")
-    hub.answer = lambda: time.sleep(5) or "b" * 40  # type: ignore[func-returns-value]
+    old = commit(folder)
+    hub.put("someone/tiny", APPLE)
+    hub.delay = 3
     days_pass(folder, 2)
     start = time.perf_counter()
-    assert commit(resolve("someone/tiny")) == "a" * 40
+    assert commit(resolve("someone/tiny")) == old
     assert time.perf_counter() - start < 2
 
 
 @pytest.mark.parametrize("variable", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
-def test_offline_nobody_is_asked(variable: str, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_nobody_is_asked(variable: str, hub: PretendedHub, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = resolve("someone/tiny")
-    hub.commit = "b" * 40
+    old, new = commit(folder), hub.put("someone/tiny", APPLE)
     days_pass(folder, 99)
+    hub.requests.clear()
     monkeypatch.setenv(variable, "1")
-    assert commit(resolve("someone/tiny")) == "a" * 40
-    assert hub.asked == 0
+    assert commit(resolve("someone/tiny")) == old
+    assert hub.requests == []
     monkeypatch.setenv(variable, "0")
-    assert commit(resolve("someone/tiny")) == "b" * 40
+    assert commit(resolve("someone/tiny")) == new
 
 
-def test_a_branch_that_cannot_be_converted_again_is_used_as_it_is(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object, **__: object) -> str:
-        raise ConnectionError("reset")
-
+def test_a_branch_that_cannot_be_converted_again_is_used_as_it_is(hub: PretendedHub) -> None:
     said: list[str] = []
     folder = resolve("someone/tiny")
-    hub.commit = "b" * 40
+    old = commit(folder)
+    hub.put("someone/tiny", APPLE, without=("*.safetensors",))
     days_pass(folder, 2)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", broken)
-    assert commit(resolve("someone/tiny", notify=said.append)) == "a" * 40
-    assert said[1:] == [f"someone/tiny: cannot be downloaded: reset; using the conversion of {'a' * 12}"]
+    assert commit(resolve("someone/tiny", notify=said.append)) == old
+    assert said[1:] == [
+        f"someone/tiny: on the Hub it lacks model.safetensors; using the conversion of {old[:12]}",
+    ]
+
+
+def test_two_revisions_never_share_a_conversion(hub: PretendedHub) -> None:
+    hub.put("someone/tiny", SOURCES["apple-untied"], branch="a/b")
+    hub.put("someone/tiny", APPLE, branch="a--b")
+    folders = {resolve("someone/tiny", revision=revision) for revision in (None, "a/b", "a--b")}
+    assert len(folders) == 3
+
+
+def test_a_revision_of_a_folder_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="is on this disk, where revision 'v1' would change nothing"):
+        resolve(APPLE, revision="v1")
+
+
+def test_nothing_is_downloaded_for_a_dtype_that_does_not_exist(hub: PretendedHub) -> None:
+    with pytest.raises(ConfigError, match="dtype must be"):
+        load("someone/tiny", dtype="float17")
+    assert hub.requests == []

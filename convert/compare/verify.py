@@ -181,6 +181,7 @@ def verify(
     """
     notify = notify or (lambda _: None)
     conditions = [Gate.parse(text, GATE_METRICS) for text in gates]
+    parse_name(against)  # a mistake in it costs no conversion of the other one
     with _converted(converted, notify) as checked, _converted(against, notify) as folder:
         configs = ModelConfig.from_path(checked), ModelConfig.from_path(folder)
         shapes = [(each.text_config, each.vision_config.embed_dims, each.vision_config.depths) for each in configs]
@@ -222,7 +223,7 @@ def _converted(name: str | Path, notify: Notify) -> Iterator[Path]:
         return
     with scratch_folder() as scratch:
         notify(f"converting {name}")
-        convert_checkpoint(name, scratch / "converted", dtype="float32")
+        convert_checkpoint(name, scratch / "converted", dtype="float32", notify=notify)
         yield scratch / "converted"
 
 

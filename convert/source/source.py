@@ -8,22 +8,22 @@ import hashlib
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fastvlm_mlx.checkpoint.index import INDEX_FILE, weight_map
 from fastvlm_mlx.checkpoint.released import parse_name
 from fastvlm_mlx.checkpoint.safetensors import Tensor, TensorFile, read_header
+from fastvlm_mlx.convert.progress import Notify, Progress
 from fastvlm_mlx.convert.scratch import scratch_folder
 from fastvlm_mlx.convert.source.archive import open_archive
-from fastvlm_mlx.convert.source.hub import download
+from fastvlm_mlx.convert.source.hub import PICKLES, SMALL_FILES, download
+from fastvlm_mlx.convert.source.remote import open_headers
 from fastvlm_mlx.errors import CheckpointError
 from fastvlm_mlx.formatting import names, printable
 from fastvlm_mlx.schema import read_object
 
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-_SMALL_FILES = ("*.json", "*.txt", "*.jinja", "LICEN[CS]E*", "NOTICE*", "ACKNOWLEDG*")
 _CHUNK = 2**20
 
 
@@ -37,6 +37,7 @@ class Source:
         folder: Holds config.json, the tokenizer's files and the licences.
         files: The safetensors files.
         tensors: Every tensor by name.
+        headers_only: Whether `folder` holds no more than config.json and what lies beside the headers of the weights.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Source:
     folder: Path
     files: tuple[TensorFile, ...]
     tensors: dict[str, Tensor]
+    headers_only: bool = False
 
     @property
     def label(self) -> str:
@@ -89,12 +91,22 @@ class Source:
 
 
 @contextmanager
-def open_source(name: str | Path, revision: str | None = None) -> Iterator[Source]:
+def open_source(
+    name: str | Path,
+    revision: str | None = None,
+    *,
+    headers_only: bool = False,
+    notify: Notify | None = None,
+    progress: Progress | None = None,
+) -> Iterator[Source]:
     """Opens a checkpoint for the length of a `with` block; what an archive had to be unpacked to is removed at its end.
 
     Args:
         name: A folder, a .zip archive, a Hub id or an alias, or `demo`; see `parse_name`.
         revision: A branch, tag or commit of a Hub repository.
+        headers_only: Whether the headers of a Hub repository are enough, so that its weights need no download.
+        notify: Called with a line before a download.
+        progress: Called during a download with the bytes done, the bytes in all and a label.
 
     Raises:
         CheckpointError: If there is no such checkpoint, it is damaged, or it holds only pickled weights.
@@ -102,19 +114,28 @@ def open_source(name: str | Path, revision: str | None = None) -> Iterator[Sourc
     location = parse_name(name)
     location.check_revision(revision)
     path = location.path
-    if path is None:
-        folder = download(location.name, revision, ["*.safetensors", *_SMALL_FILES])
+    if path is None and headers_only:
+        with scratch_folder() as scratch:
+            opened = open_headers(location.name, revision, scratch)
+            if isinstance(opened, Path):
+                yield _open_folder(location.name, opened, opened.name)
+            else:
+                repository, shards = opened
+                source = _assemble(location.name, repository.commit, scratch, shards, [])
+                yield replace(source, headers_only=True)
+    elif path is None:
+        folder = download(location.name, revision, notify=notify, progress=progress)
         yield _open_folder(location.name, folder, folder.name)
     elif path.is_dir():
         yield _open_folder(location.name, path, None)
-    elif path.suffix in _PICKLES:
+    elif path.suffix in PICKLES:
         raise CheckpointError(_refusal(location.name, [path.name]))
     elif path.suffix == ".safetensors":
         label = printable(location.name)
         raise CheckpointError(f"{label}: give the folder that holds it; config.json and the tokenizer are needed too")
     else:
         with scratch_folder() as scratch:
-            archive = open_archive(location.name, path, scratch, _SMALL_FILES)
+            archive = open_archive(location.name, path, scratch, SMALL_FILES)
             yield _assemble(location.name, None, scratch, archive.shards, _pickles(archive.others))
 
 
@@ -129,7 +150,7 @@ def _open_folder(name: str, folder: Path, revision: str | None) -> Source:
 
 
 def _pickles(files: Iterable[str]) -> list[str]:
-    return sorted(file for file in files if Path(file).suffix in _PICKLES)
+    return sorted(file for file in files if Path(file).suffix in PICKLES)
 
 
 def _assemble(name: str, revision: str | None, folder: Path, shards: list[TensorFile], pickles: list[str]) -> Source:

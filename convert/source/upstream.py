@@ -117,13 +117,15 @@ class UpstreamCheckpoint:
         return {**self.match.dropped, **({head: TIED_REASON} if head and text.tie_word_embeddings else {})}
 
     def end_tokens(self) -> tuple[int, ...]:
-        """The tokens that end an answer: ChatML's, and those that the configs name.
+        """The tokens that end an answer: ChatML's, and those that the configs name; without a tokenizer only these.
 
         Raises:
             CheckpointError: If it has no tokenizer.
         """
-        tokenizer = Tokenizer(self.source.folder)
-        ends = {tokenizer.token_id(content) for content in (IM_END, END_OF_TEXT)}
+        ends: set[Any] = set()
+        if not self.source.headers_only:
+            tokenizer = Tokenizer(self.source.folder)
+            ends = {tokenizer.token_id(content) for content in (IM_END, END_OF_TEXT)}
         for values in (self.config, self.source.json("generation_config.json") or {}):
             named = values.get("eos_token_id")
             ends.update(named if isinstance(named, list) else [] if named is None else [named])

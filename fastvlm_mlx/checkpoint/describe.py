@@ -1,10 +1,14 @@
-"""What a converted checkpoint holds, and how much memory a question takes."""
+"""What a checkpoint holds, and how much memory a question takes, from names, dtypes and shapes."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
-from fastvlm_mlx.backend import compute_dtype, mx
+from fastvlm_mlx.backend import compute_dtype, device
+from fastvlm_mlx.checkpoint.folder import checked_files
+from fastvlm_mlx.checkpoint.safetensors import read_header
 from fastvlm_mlx.config import ModelConfig
 
 PARTS = ("vision_tower", "mm_projector", "language_model")
@@ -18,6 +22,24 @@ _TEXT_POSITIONS = 512
 
 _TOWER_MAPS = 7
 """Peak memory of the tower in units of its widest map, (R/4)² x 4·C: 6.1 to 6.7 measured on the CPU backend."""
+
+_FLOATING = ("F16", "BF16", "F32")
+
+
+class Stored(Protocol):
+    """A tensor as a file holds it; its dtype has safetensors' name."""
+
+    @property
+    def dtype(self) -> str:
+        """Its dtype."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+
+    @property
+    def nbytes(self) -> int:
+        """Its bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,12 +65,21 @@ def folder_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
 
 
-def parts(config: ModelConfig, weights: Mapping[str, mx.array]) -> dict[str, Part]:
+def tensors(folder: Path) -> dict[str, Stored]:
+    """Every tensor of a converted folder, from the headers.
+
+    Raises:
+        CheckpointError: If a file is missing, truncated or no safetensors file.
+    """
+    return {tensor.name: tensor for file in checked_files(folder) for tensor in read_header(file)}
+
+
+def parts(config: ModelConfig, weights: Mapping[str, Stored]) -> dict[str, Part]:
     """Size and number of weights of each part; see `PARTS`."""
     return {part: _part(part, config, weights) for part in PARTS}
 
 
-def _part(name: str, config: ModelConfig, weights: Mapping[str, mx.array]) -> Part:
+def _part(name: str, config: ModelConfig, weights: Mapping[str, Stored]) -> Part:
     parameters = size = 0
     for path, value in weights.items():
         if not path.startswith(f"{name}."):
@@ -56,9 +87,9 @@ def _part(name: str, config: ModelConfig, weights: Mapping[str, mx.array]) -> Pa
         size += value.nbytes
         layer, _, leaf = path.rpartition(".")
         if f"{layer}.scales" not in weights or leaf == "bias":
-            parameters += value.size
+            parameters += math.prod(value.shape)
         elif leaf == "scales":
-            parameters += value.size * _group_size(config, layer)
+            parameters += math.prod(value.shape) * _group_size(config, layer)
     return Part(parameters=parameters, size_bytes=size)
 
 
@@ -70,12 +101,34 @@ def _group_size(config: ModelConfig, layer: str) -> int:
     return settings.group_size or _GROUP_SIZES.get(settings.mode, 1)
 
 
-def question_memory(config: ModelConfig, weights: Mapping[str, mx.array], resolution: int) -> int:
-    """About how many bytes a question about one image takes on this device: weights, the tower's maps, KV cache."""
+@dataclass(frozen=True, kw_only=True)
+class QuestionMemory:
+    """About how many bytes a question about one image takes at its peak on this device.
+
+    Attributes:
+        kept: In a program that keeps the whole model loaded: weights, the tower's maps and the KV cache.
+        once: In `fastvlm generate`, which on a CPU reads the tower first, frees it, and then reads the decoder.
+    """
+
+    kept: int
+    once: int
+
+
+def question_memory(config: ModelConfig, weights: Mapping[str, Stored], resolution: int) -> QuestionMemory:
+    """Estimates the memory of a question about one image, `resolution` pixels per side."""
     item = compute_dtype(config.dtype).size
-    loaded = sum(w.size * item if mx.issubdtype(w.dtype, mx.floating) else w.nbytes for w in weights.values())
+    loaded = {
+        part: sum(
+            math.prod(value.shape) * item if value.dtype in _FLOATING else value.nbytes
+            for path, value in weights.items()
+            if path.startswith(f"{part}.")
+        )
+        for part in PARTS
+    }
     vision, text = config.vision_config, config.text_config
-    widest_map = (resolution // 4) ** 2 * vision.mlp_ratio * vision.embed_dims[0] * item
+    maps = _TOWER_MAPS * (resolution // 4) ** 2 * vision.mlp_ratio * vision.embed_dims[0] * item
     positions = (resolution // vision.patch_size) ** 2 + _TEXT_POSITIONS
     kv_cache = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * item * positions
-    return loaded + _TOWER_MAPS * widest_map + kv_cache
+    kept = sum(loaded.values()) + maps + kv_cache
+    tower = loaded["vision_tower"]
+    return QuestionMemory(kept=kept, once=max(tower + maps, kept - tower - maps) if device() == "cpu" else kept)

@@ -28,15 +28,23 @@ def is_converted(folder: Path) -> bool:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a folder holds a checkpoint in this version's format, with all its weight files undamaged."""
+    """Whether a folder holds a checkpoint in this version's format, and no file is missing or cut off."""
     if format_version(folder) != FORMAT_VERSION:
         return False
     try:
         ModelConfig.from_path(folder)
         checked_files(folder)
+        return _is_whole_json(folder / "tokenizer.json")
     except (FastVLMError, OSError):
         return False
-    return True
+
+
+def _is_whole_json(path: Path) -> bool:
+    """Whether a file begins and ends as a JSON object does; reading all of a large one takes long."""
+    with path.open("rb") as file:
+        first = file.read(1)
+        file.seek(-min(16, os.fstat(file.fileno()).st_size), os.SEEK_END)
+        return first == b"{" and file.read().rstrip().endswith(b"}")
 
 
 def weight_files(folder: Path) -> list[Path]:

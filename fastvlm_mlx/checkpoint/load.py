@@ -34,9 +34,8 @@ def load_model(folder: Path, *, dtype: str | None = None, lazy: bool = False) ->
         CheckpointError: If the weights are missing, damaged or not exactly those that the config describes.
         ConfigError: If config.json or `dtype` cannot be used.
     """
+    check_dtype(dtype)
     config = ModelConfig.from_path(folder)
-    if dtype not in (None, "float16", "bfloat16", "float32"):
-        raise ConfigError(f"dtype must be float16, bfloat16 or float32, not {dtype!r}")
     with turn():
         target = getattr(mx, dtype) if dtype else compute_dtype(config.dtype)
         streams = worker_streams(_READERS) if device() == "cpu" else [load_stream()]
@@ -65,6 +64,16 @@ def read_parameters(model: FastVLM, folder: Path) -> None:
         mx.eval(model.parameters())
     except RuntimeError as err:
         raise CheckpointError(f"{printable(folder)}: its weights cannot be read: {printable(err)}") from err
+
+
+def check_dtype(dtype: str | None) -> None:
+    """Checks the name of a type to compute in.
+
+    Raises:
+        ConfigError: If there is no such type.
+    """
+    if dtype not in (None, "float16", "bfloat16", "float32"):
+        raise ConfigError(f"dtype must be float16, bfloat16 or float32, not {dtype!r}")
 
 
 def _cast_on_streams(

@@ -72,6 +72,11 @@ class TensorFile:
         size, version = status.st_size, file_version(status)
         return cls(path=path, start=0, size=size, name=path.name, label=label, version=version)
 
+    @property
+    def remote(self) -> bool:
+        """Whether reading takes a request over a network for each piece."""
+        return False
+
     def read(self, start: int, count: int) -> bytearray:
         """`count` bytes from `start`.
 

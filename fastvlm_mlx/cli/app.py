@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from fastvlm_mlx import __version__, kernels
-from fastvlm_mlx.cli import bench, convert, doctor, evaluate, generate, info, quantize, verify
+from fastvlm_mlx.cli import bench, cache, convert, doctor, evaluate, generate, info, quantize, verify
 from fastvlm_mlx.cli.terminal import complain
 from fastvlm_mlx.cli.usage import Command, CommandGroup, Program
 from fastvlm_mlx.errors import CheckpointError
@@ -61,6 +61,7 @@ app.command("eval", cls=Command)(evaluate.evaluate)
 app.command(cls=Command)(info.info)
 app.command(cls=Command, short_help="Check this machine and a model.")(doctor.doctor)
 app.add_typer(bench.app, name="bench", cls=CommandGroup)
+app.add_typer(cache.app, name="cache", cls=CommandGroup)
 
 
 def _exit(number: int, _: FrameType | None) -> None:

@@ -120,6 +120,7 @@ def convert(
             dequantize=dequantize,
             calibration=calibration or (),
             gates=gates or (),
+            notify=note,
             progress=progress,
         )
     show_output(destination, report)

@@ -101,6 +101,7 @@ def generate(
 
     from fastvlm_mlx import load, stream_generate
     from fastvlm_mlx.inputs.images import load_image
+    from fastvlm_mlx.resolve import find
 
     with LiveLine() as line:
         with ThreadPoolExecutor() as pool:  # images are decoded while weights are read
@@ -112,6 +113,9 @@ def generate(
                     image.result()
                 note(message)
 
+            if find(model, revision=revision) is None:  # the Hub will be asked
+                for image in loading:
+                    image.result()
             line.wait_for(f"loading {model}")
             with ByteProgress() as progress:
                 network, processor = load(

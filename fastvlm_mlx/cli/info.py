@@ -7,11 +7,11 @@ from typing import Annotated, Any
 import typer
 
 from fastvlm_mlx.cli.options import MODEL_HELP, Revision, complete_model, refuse
-from fastvlm_mlx.cli.terminal import ByteProgress, note, show, show_json
+from fastvlm_mlx.cli.terminal import show, show_json
 from fastvlm_mlx.formatting import readable_bytes
 
 RESOLUTIONS = (256, 512, 768, 1024, 1536)
-"""What the table of a checkpoint has rows for, in pixels per side."""
+"""What the table of a checkpoint has rows for beside the model's own resolution, in pixels per side."""
 
 
 def info(
@@ -24,7 +24,8 @@ def info(
     """Show this machine, or a checkpoint.
 
     Without MODEL: device, memory, BLAS and the converted models in the cache. With MODEL: its source and its parts,
-    and for each resolution the visual tokens and an estimate of the memory that a question takes here.
+    and for each resolution the visual tokens and an estimate of the memory that a question takes here. Nothing is
+    downloaded or converted: of a model on the Hub only headers are read.
     """
     if model is None:
         refuse(["--revision"] if revision else [], "without MODEL")
@@ -67,38 +68,53 @@ def _machine_lines(record: dict[str, Any]) -> Iterator[str]:
 
 
 def _checkpoint(name: str, revision: str | None) -> dict[str, Any]:
-    from fastvlm_mlx.checkpoint.describe import parts, question_memory
-    from fastvlm_mlx.checkpoint.folder import read_weights
+    from fastvlm_mlx.checkpoint.describe import parts, question_memory, tensors
     from fastvlm_mlx.config import ModelConfig
-    from fastvlm_mlx.resolve import resolve
+    from fastvlm_mlx.convert import plan
+    from fastvlm_mlx.resolve import find
 
-    with ByteProgress() as progress:
-        folder = resolve(name, revision=revision, notify=note, progress=progress)
-    config = ModelConfig.from_path(folder)
-    weights = read_weights(folder)
-    patch_size = config.vision_config.patch_size
+    folder = find(name, revision=revision)
+    if folder is not None:
+        config, weights, unconverted = ModelConfig.from_path(folder), tensors(folder), None
+    else:
+        planned = plan(name, revision=revision)
+        config = planned.config
+        weights = {path: stored for shard in planned.shards for path, stored in shard.tensors.items()}
+        unconverted = {"layout": planned.layout, "source_bytes": planned.source_bytes, "bytes": planned.output_bytes}
+    own, patch_size = config.vision_config.image_size, config.vision_config.patch_size
+    memory = {side: question_memory(config, weights, side) for side in dict.fromkeys((own, *RESOLUTIONS))}
     return {
-        "folder": str(folder),
+        "folder": None if folder is None else str(folder),
+        "unconverted": unconverted,
         "source": config.source,
         "dtype": config.dtype,
         "quantization": config.quantization.to_dict() if config.quantization else None,
         "tied_embeddings": config.text_config.tie_word_embeddings,
-        "image_size": config.vision_config.image_size,
+        "image_size": own,
         "max_length": config.max_length,
         "parts": {
             name: {**asdict(part), "bits_per_weight": part.bits_per_weight}
             for name, part in parts(config, weights).items()
         },
         "resolutions": {
-            side: {"visual_tokens": (side // patch_size) ** 2, "memory_bytes": question_memory(config, weights, side)}
-            for side in RESOLUTIONS
+            side: {
+                "visual_tokens": (side // patch_size) ** 2,
+                "memory_bytes": needed.kept,
+                "generate_memory_bytes": needed.once,
+            }
+            for side, needed in memory.items()
         },
     }
 
 
 def _checkpoint_lines(record: dict[str, Any]) -> Iterator[str]:
     quantization = record["quantization"]
-    yield f"folder        {record['folder']}"
+    if planned := record["unconverted"]:
+        size, result = readable_bytes(planned["source_bytes"]), readable_bytes(planned["bytes"])
+        yield f"weights       {size} as published ({planned['layout']}), not converted yet"
+        yield f"conversion    {result}; all figures below are for it"
+    else:
+        yield f"folder        {record['folder']}"
     for key, value in record["source"].items():
         if value:
             yield f"{key:13} {value}"
@@ -112,9 +128,14 @@ def _checkpoint_lines(record: dict[str, Any]) -> Iterator[str]:
         size = readable_bytes(part["size_bytes"])
         yield f"{name:16}{part['parameters']:>14,}{size:>10}{part['bits_per_weight']:>13.2f}"
     yield ""
-    yield f"{'resolution':16}{'visual tokens':>14}{'memory':>10}"
+    yield f"{'resolution':18}{'visual tokens':>14}{'generate':>10}{'loaded':>10}"
     for side, needs in record["resolutions"].items():
-        yield f"{side:>4} px{needs['visual_tokens']:>23}{readable_bytes(needs['memory_bytes']):>10}"
+        own = " (its own)" if side == record["image_size"] else ""
+        once, kept = readable_bytes(needs["generate_memory_bytes"]), readable_bytes(needs["memory_bytes"])
+        yield f"{f'{side:>4} px{own}':18}{needs['visual_tokens']:>14}{once:>10}{kept:>10}"
+    yield ""
+    yield "Estimated peak of memory for a question: generate, by `fastvlm generate`, which frees what is not needed any"
+    yield "more; loaded, by a program that keeps the model for other questions, such as one that calls `load`."
 
 
 def _quantization_text(entry: dict[str, Any]) -> str:

@@ -53,8 +53,8 @@ def complete_model(incomplete: str) -> list[str]:
 def _cached_ids() -> list[str]:
     """The Hub ids whose main branch is in the cache."""
     with suppress(OSError, FastVLMError):
-        folders = sorted(cache_folder().glob("[!.]*--*@main"))
-        return [folder.name.removesuffix("@main").replace("--", "/", 1) for folder in folders]
+        sources = [mark.read_text(encoding="utf-8") for mark in sorted(cache_folder().glob(".*--*@main-*.used"))]
+        return [source.removesuffix("@main") for source in sources]
     return []
 
 

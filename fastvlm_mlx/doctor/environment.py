@@ -13,7 +13,7 @@ from fastvlm_mlx.doctor.checks import Check
 from fastvlm_mlx.doctor.forms import rounds_to_tf32
 from fastvlm_mlx.errors import FastVLMError
 from fastvlm_mlx.formatting import readable_bytes
-from fastvlm_mlx.resolve import CACHE_VARIABLE, cache_folder
+from fastvlm_mlx.machine import CACHE_VARIABLE, cache_folder
 
 PART = "environment"
 DISTRIBUTION = "fastvlm-mlx"

@@ -1,6 +1,7 @@
 """The safetensors library judges every file, in a folder or in an archive; our messages say what it found."""
 
 import json
+import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,8 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 
 def test_a_complete_folder_is_one_in_this_format_with_all_its_bytes(tmp_path: Path) -> None:
     save_file({"a": np.zeros(4, np.float32)}, tmp_path / "model.safetensors")
+    tokenizer = tmp_path / "tokenizer.json"
+    tokenizer.write_text('{"version": "1.0"}\n')
     assert not is_complete(tmp_path)
     config = tmp_path / "config.json"
     usable = json.dumps(full_size("0.5b").to_dict())
@@ -113,6 +116,11 @@ def test_a_complete_folder_is_one_in_this_format_with_all_its_bytes(tmp_path: Pa
         config.write_text(text)
         assert is_complete(tmp_path) == complete
     config.write_text(usable)
+    for size in (10, 0):
+        assert is_complete(tmp_path)
+        os.truncate(tokenizer, size)
+        assert not is_complete(tmp_path)
+        tokenizer.write_text('{"version": "1.0"}\n')
     for shard, message in (
         (1, "names a shard with something other than text, 1"),
         ([], r"names a shard with something other than text, \[\]"),

@@ -6,14 +6,11 @@ import shutil
 import zipfile
 from pathlib import Path
 
-import huggingface_hub
 import numpy as np
 import pytest
-from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors.numpy import save_file
 
 from fastvlm_mlx.convert.source.source import open_source
-from fastvlm_mlx.errors import CheckpointError
 from tests.checkpoints import SOURCES, tensors
 
 APPLE = SOURCES["apple"]
@@ -81,71 +78,6 @@ def test_the_digest_of_one_file_is_its_sha256() -> None:
         digest = source.sha256(counts.append)
         assert sum(counts) == source.nbytes
     assert digest == hashlib.sha256((APPLE / "model.safetensors").read_bytes()).hexdigest()
-
-
-def test_an_alias_is_a_hub_repository_and_its_commit_is_recorded(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    asked: list[tuple[str, str | None]] = []
-    folder = tmp_path / "snapshots" / "0123abc"
-    shutil.copytree(APPLE, folder)
-
-    def download(repository: str, *, revision: str | None, allow_patterns: list[str]) -> str:
-        asked.append((repository, revision))
-        assert not any(pattern.endswith((".py", ".bin", "*")) for pattern in allow_patterns if pattern[0] == "*")
-        return str(folder)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    for name in ("0.5b", "0.5B", "apple/FastVLM-0.5B"):
-        with open_source(name, revision="main") as source:
-            assert (source.name, source.revision) == ("apple/FastVLM-0.5B", "0123abc")
-    assert asked == [("apple/FastVLM-0.5B", "main")] * 3
-
-
-def bare(kind: type[Exception]) -> Exception:
-    """An error of the Hub's client without the HTTP response that it is made from."""
-    return kind.__new__(kind)
-
-
-@pytest.mark.parametrize(
-    ("raised", "message"),
-    [
-        (LocalEntryNotFoundError("offline"), "not in the Hub's cache, and the Hub cannot be reached"),
-        (bare(RepositoryNotFoundError), "no such folder, and no such repository on the Hub"),
-        (bare(RevisionNotFoundError), "has no revision 'v9'"),
-        (ConnectionError("reset"), "cannot be downloaded: reset"),
-    ],
-)
-def test_a_failed_download_says_what_to_do(monkeypatch: pytest.MonkeyPatch, raised: Exception, message: str) -> None:
-    def download(*_: object, **__: object) -> str:
-        raise raised
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    with pytest.raises(CheckpointError, match=f"apple/FastVLM-7B: .*{message}"), open_source("7b", revision="v9"):
-        pass
-
-
-@pytest.mark.parametrize("missing", ["LICENSE", "model.safetensors"])
-def test_without_the_hub_an_incomplete_download_serves_if_it_has_what_is_needed(
-    missing: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    folder = tmp_path / "0123abc"
-    shutil.copytree(APPLE, folder)
-    (folder / missing).unlink(missing_ok=True)
-
-    def download(*_: object, **__: object) -> str:
-        error = LocalEntryNotFoundError("incomplete")
-        error.snapshot_path = str(folder)  # type: ignore[attr-defined]  # as huggingface_hub's IncompleteSnapshotError
-        raise error
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    if missing == "LICENSE":
-        with open_source("someone/tiny") as source:
-            assert (source.folder, source.revision) == (folder, "0123abc")
-    else:
-        message = r"someone/tiny: holds no \.safetensors file"
-        with pytest.raises(CheckpointError, match=message), open_source("someone/tiny"):
-            pass
 
 
 def test_opening_changes_nothing(tmp_path: Path) -> None:
