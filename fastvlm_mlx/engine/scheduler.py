@@ -172,7 +172,7 @@ class Scheduler:
             unseen.setdefault(prompt.row.resolution, {}).update(zip(prompt.images, pixels, strict=True))
         visual_tokens: dict[bytes, mx.array] = {}
         for resolution, images in unseen.items():
-            for keys in _chunks(list(images), max(1, TOWER_PIXELS // resolution**2)):
+            for keys in _powers_of_two(list(images), max(1, TOWER_PIXELS // resolution**2)):
                 encoded = self._model.encode_image(np.stack([images[key] for key in keys]))
                 visual_tokens.update(zip(keys, encoded, strict=True))
         return visual_tokens
@@ -274,7 +274,7 @@ def _groups(prompts: Iterable[_Prompt]) -> Iterator[list[_Prompt]]:
     for prompt in prompts:
         alike.setdefault(prompt.shape, []).append(prompt)
     for group in alike.values():
-        yield from _chunks(group, max(1, PREFILL_POSITIONS // group[0].positions))
+        yield from _powers_of_two(group, max(1, PREFILL_POSITIONS // group[0].positions))
 
 
 def _remove(items: list[_T], place: int) -> None:
@@ -283,9 +283,12 @@ def _remove(items: list[_T], place: int) -> None:
     items.pop()
 
 
-def _chunks(items: list[_T], size: int) -> Iterator[list[_T]]:
-    for first in range(0, len(items), size):
-        yield items[first : first + size]
+def _powers_of_two(items: list[_T], most: int) -> Iterator[list[_T]]:
+    """Parts of a list whose sizes are powers of two, so that a GPU prepares kernels for few sizes only."""
+    while items:
+        size = 1 << (min(len(items), most).bit_length() - 1)
+        yield items[:size]
+        items = items[size:]
 
 
 def _joined(caches: Sequence[list[KVCache] | None]) -> list[KVCache] | None:
