@@ -1,16 +1,17 @@
 """Evaluates a model on a question file, for `fastvlm eval` and to judge quantization."""
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from fastvlm_mlx import __version__
 from fastvlm_mlx.backend import device
-from fastvlm_mlx.engine.prefix_cache import PrefixCache
+from fastvlm_mlx.engine.options import GenerationConfig
 from fastvlm_mlx.errors import ConfigError, FastVLMError
-from fastvlm_mlx.generation.generate import generate
+from fastvlm_mlx.generation.engine import Engine
+from fastvlm_mlx.generation.request import Request
 from fastvlm_mlx.inputs.images import Resolution
 from fastvlm_mlx.inputs.processor import FastVLMProcessor
 from fastvlm_mlx.inputs.sources import Encoded, read
@@ -62,8 +63,9 @@ def evaluate(
 ) -> EvaluationReport:
     """Asks a model all questions and returns the scores of its greedy answers.
 
-    A row scores 0 if it is malformed, its image cannot be read or its question does not fit. The report names it, and
-    the evaluation continues with the next row.
+    Several questions are asked at a time, each answered as it would be alone. A row scores 0 if it is malformed, its
+    image cannot be read or its question does not fit. The report names it, and the evaluation continues with the next
+    row.
 
     Args:
         model: From `load`.
@@ -75,7 +77,7 @@ def evaluate(
         max_tokens: Longest answer.
         predictions: Where answers are kept, and where answers of earlier runs come from; with the
             `prediction_settings` of this model, resolution and length.
-        progress: Called before each question and at the end.
+        progress: Called at the beginning, after each question that was asked, and at the end.
 
     Raises:
         ConfigError: If the metric is unknown or there are no questions.
@@ -85,52 +87,67 @@ def evaluate(
     rows = questions if limit is None else sample(questions, limit)
     if not rows:
         raise ConfigError("there are no questions to evaluate")
-    answers, images, prefix_cache = [], _Images(), PrefixCache()
-    for done, row in enumerate(rows):
-        if progress:
-            progress(done, len(rows))
-        if isinstance(row, BadRow):
-            answers.append(Answer(line=row.line, kind=MALFORMED, score=0.0, error=row.reason))
-            continue
-        try:
-            image = images.read(row.image)
-            prediction = predictions.get(row.question, image.data) if predictions else None
-            kept = prediction is not None
-            if prediction is None:
-                result = generate(
-                    model,
-                    processor,
-                    image=_as_file(image),
-                    prompt=row.question,
-                    resolution=resolution,
-                    max_tokens=max_tokens,
-                    prefix_cache=prefix_cache,
-                )
-                prediction = Prediction(
-                    text=result.text,
-                    prompt_tokens=result.prompt_tokens,
-                    generated_tokens=result.generated_tokens,
-                    finish_reason=str(result.finish_reason),
-                )
+    answers: dict[int, Answer] = {}
+    asked: dict[Request, tuple[int, Question, Encoded]] = {}
+
+    def requests() -> Iterator[Request]:
+        """The questions that have no answer yet; answers the others."""
+        images = _Images()
+        for number, row in enumerate(rows):
+            if isinstance(row, BadRow):
+                answers[number] = Answer(line=row.line, kind=MALFORMED, score=0.0, error=row.reason)
+                continue
+            try:
+                image = images.read(row.image)
+            except FastVLMError as err:
+                answers[number] = _failed(row, err)
+                continue
+            known = predictions.get(row.question, image.data) if predictions else None
+            if known is not None:
+                answers[number] = _scored(row, known, metric, kept=True)
+                continue
+            request = Request(
+                image=_as_file(image),
+                prompt=row.question,
+                resolution=resolution,
+                config=GenerationConfig(max_tokens=max_tokens),
+            )
+            asked[request] = number, row, image
+            yield request
+
+    if progress:
+        progress(0, len(rows))
+    with Engine(model, processor) as engine:
+        for handle in engine.map(requests()):
+            number, row, image = asked.pop(handle.request)
+            try:
+                prediction = Prediction.of(handle.result())
+            except FastVLMError as err:
+                answers[number] = _failed(row, err)
+            else:
                 if predictions:
                     predictions.add(row.question, image.data, prediction)
-        except FastVLMError as err:
-            answers.append(Answer(line=row.line, kind=row.kind, score=0.0, error=str(err)))
-            continue
-        score = METRICS[metric](prediction.text, row.answers)
-        answers.append(
-            Answer(
-                line=row.line,
-                kind=row.kind,
-                prediction=prediction.text,
-                score=score,
-                tokens=prediction.generated_tokens,
-                kept=kept,
-            )
-        )
+                answers[number] = _scored(row, prediction, metric, kept=False)
+            if progress:
+                progress(len(answers), len(rows))
     if progress:
         progress(len(rows), len(rows))
-    return EvaluationReport(metric=metric, answers=tuple(answers))
+    return EvaluationReport(metric=metric, answers=tuple(answers[number] for number in range(len(rows))))
+
+
+def _failed(row: Question, error: FastVLMError) -> Answer:
+    return Answer(line=row.line, kind=row.kind, score=0.0, error=str(error))
+
+
+def _scored(row: Question, prediction: Prediction, metric: str, *, kept: bool) -> Answer:
+    return Answer(
+        line=row.line,
+        kind=row.kind,
+        prediction=prediction.text,
+        score=METRICS[metric](prediction.text, row.answers),
+        tokens=prediction.generated_tokens,
+        kept=kept,
+    )
 
 
 class _Images:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvlm_mlx.errors import ConfigError
+from fastvlm_mlx.generation.result import GenerationResult
 from fastvlm_mlx.jobs.fingerprints import fingerprint
 from fastvlm_mlx.jobs.journal import Journal
 
@@ -29,6 +30,16 @@ class Prediction:
     prompt_tokens: int
     generated_tokens: int
     finish_reason: str
+
+    @classmethod
+    def of(cls, result: GenerationResult) -> "Prediction":
+        """Returns what is kept of an answer."""
+        return cls(
+            text=result.text,
+            prompt_tokens=result.prompt_tokens,
+            generated_tokens=result.generated_tokens,
+            finish_reason=str(result.finish_reason),
+        )
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> "Prediction | None":

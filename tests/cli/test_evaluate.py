@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner, Result
 
+from fastvlm_mlx import Engine, Handle, Request
 from fastvlm_mlx.cli.app import app
-from fastvlm_mlx.generation.generate import generate
 from fastvlm_mlx.jobs.journal import Journal
 from tests.checkpoints import GOLDEN
 
@@ -194,19 +194,21 @@ def test_a_limit_asks_about_every_kind_alike(model: str, questions: Questions) -
 def test_an_interrupted_run_continues_where_it_stopped(
     model: str, questions: Questions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = questions(row(), row("Where?"), row("Why?"))
-    prompts: list[str] = []
+    data = questions(*(row(f"{number}?") for number in range(6)))
+    prompts: list[Any] = []
 
-    def interrupted(*args: Any, **options: Any) -> Any:
-        prompts.append(options["prompt"])
-        if len(prompts) == 2:
-            raise KeyboardInterrupt
-        return generate(*args, **options)
+    class Interrupted(Engine):
+        def map(self, requests: Iterable[Request]) -> Iterator[Handle]:
+            for handle in super().map(requests):
+                prompts.append(handle.request.prompt)
+                if len(prompts) == 3:
+                    raise KeyboardInterrupt
+                yield handle
 
-    monkeypatch.setattr("fastvlm_mlx.jobs.evaluate.generate", interrupted)
+    monkeypatch.setattr("fastvlm_mlx.jobs.evaluate.Engine", Interrupted)
     assert run("-m", model, "--data", data).exit_code == 130
     assert run("-m", model, "--data", data).exit_code == 0
-    assert prompts == ["What is it?", "Where?", "Where?", "Why?"]
+    assert prompts == ["0?", "1?", "2?", "2?", "3?", "4?", "5?"]
 
 
 def test_wrong_arguments_are_refused(model: str, questions: Questions) -> None:

@@ -1,12 +1,13 @@
 import json
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fastvlm_mlx.engine.prefix_cache import PrefixCache
-from fastvlm_mlx.errors import ConfigError, ImageError
+from fastvlm_mlx.errors import ConfigError
+from fastvlm_mlx.generation.request import Handle, Request
 from fastvlm_mlx.generation.result import GenerationResult, Timings
 from fastvlm_mlx.inputs.processor import FastVLMProcessor
 from fastvlm_mlx.jobs import evaluate as evaluation
@@ -30,32 +31,55 @@ def row(**changes: object) -> dict[str, object]:
     return {"image": "a.png", "question": "What?", "answers": ["cat"], "kind": "thing"} | changes
 
 
+class Asked:
+    """In the place of an engine: notes each request, and answers with its prompt."""
+
+    requests: list[Request]
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __enter__(self) -> "Asked":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+    def map(self, requests: Iterable[Request]) -> Iterator[Handle]:
+        for request in requests:
+            self.requests.append(request)
+            handle = Handle(request)
+            handle.add(
+                [
+                    GenerationResult(
+                        text=str(request.prompt),
+                        token_ids=(),
+                        prompt_tokens=0,
+                        visual_tokens=0,
+                        generated_tokens=0,
+                        finish_reason="stop",
+                        timings=Timings(preprocess=0.0, ttft=0.0, decode=0.0, total=0.0),
+                    )
+                ]
+            )
+            handle.end()
+            yield handle
+
+
 @pytest.fixture
-def prompts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The prompts that reach the model, which answers with the prompt itself."""
-    prompts: list[str] = []
-
-    def generate(model: Any, processor: Any, *, image: Any, prompt: str, **_: Any) -> GenerationResult:
-        prompts.append(prompt)
-        return GenerationResult(
-            text=prompt,
-            token_ids=(),
-            prompt_tokens=0,
-            visual_tokens=0,
-            generated_tokens=0,
-            finish_reason="stop",
-            timings=Timings(preprocess=0.0, ttft=0.0, decode=0.0, total=0.0),
-        )
-
-    monkeypatch.setattr(evaluation, "generate", generate)
-    return prompts
+def requests(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
+    """The requests that reach the engine, which answers with the prompt itself."""
+    asked: list[Request] = []
+    monkeypatch.setattr(Asked, "requests", asked, raising=False)
+    monkeypatch.setattr(evaluation, "Engine", Asked)
+    return asked
 
 
 def run(path: Path, **options: Any) -> EvaluationReport:
     return evaluate(None, None, read_questions(path), **options)  # type: ignore[arg-type]
 
 
-def test_report_counts_failed_rows_and_names_their_lines(tmp_path: Path, prompts: list[str]) -> None:
+def test_report_counts_failed_rows_and_names_their_lines(tmp_path: Path, requests: list[Request]) -> None:
     path = write(
         tmp_path, row(question="Cat!"), row(question="dog", kind="other"), "{", row(image="bad.png", question="cat")
     )
@@ -68,7 +92,7 @@ def test_report_counts_failed_rows_and_names_their_lines(tmp_path: Path, prompts
     }
     assert report.total.score == 0.25
     assert [answer.line for answer in report.failed] == [3, 4]
-    assert ticks == [(0, 4), (1, 4), (2, 4), (3, 4), (4, 4)]
+    assert ticks == [(0, 4), (1, 4), (2, 4), (4, 4)]
     data = json.loads(json.dumps(report.to_dict()))
     assert data["failed"][1] == {"line": 4, "error": f"{tmp_path / 'bad.png'}: no such file"}
     assert [cells[0] for cells in report.table()] == ["thing", "other", "malformed", "all"]
@@ -81,29 +105,29 @@ def test_unknown_metric_is_an_error_that_lists_the_known(tmp_path: Path) -> None
     assert list(METRICS) == ["exact", "vqa", "relaxed", "anls"]
 
 
-def test_interrupted_run_continues_where_it_stopped(tmp_path: Path, prompts: list[str]) -> None:
+def test_interrupted_run_continues_where_it_stopped(tmp_path: Path, requests: list[Request]) -> None:
     rows = [row(question=question) for question in ("cat", "dog", "cow")]
     with Predictions(tmp_path, {}) as predictions:
         run(write(tmp_path, *rows[:2]), predictions=predictions)
     path = write(tmp_path, *rows)
-    prompts.clear()
+    requests.clear()
     with Predictions(tmp_path, {}) as predictions:
         report = run(path, predictions=predictions)
-    assert prompts == ["cow"]
+    assert [request.prompt for request in requests] == ["cow"]
     assert [answer.kept for answer in report.answers] == [True, True, False]
     assert (report.kept, report.to_dict()["from_cache"]) == (2, 2)
-    prompts.clear()
+    requests.clear()
     with Predictions(tmp_path, {}) as predictions:
         assert run(path, metric="anls", predictions=predictions).answers[0].score == 1
-    assert prompts == []
+    assert requests == []
 
 
-def test_a_question_that_occurs_twice_does_not_count_as_kept(tmp_path: Path, prompts: list[str]) -> None:
+def test_a_question_that_occurs_twice_does_not_count_as_kept(tmp_path: Path, requests: list[Request]) -> None:
     with Predictions(tmp_path, {}) as predictions:
         assert run(write(tmp_path, row(), row()), predictions=predictions).kept == 0
 
 
-def test_an_image_that_changed_under_its_name_is_asked_about_again(tmp_path: Path, prompts: list[str]) -> None:
+def test_an_image_that_changed_under_its_name_is_asked_about_again(tmp_path: Path, requests: list[Request]) -> None:
     path, image = write(tmp_path, row()), tmp_path / "a.png"
     status = image.stat()
     for content in (b"cat", b"dog", b"cat"):
@@ -111,23 +135,19 @@ def test_an_image_that_changed_under_its_name_is_asked_about_again(tmp_path: Pat
         os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns))
         with Predictions(tmp_path, {}) as predictions:
             run(path, predictions=predictions)
-    assert len(prompts) == 2
+    assert len(requests) == 2
     (tmp_path / "elsewhere").mkdir()
     with Predictions(tmp_path, {}) as predictions:
         assert run(write(tmp_path / "elsewhere", row()), predictions=predictions).kept == 1
 
 
-def test_what_is_asked_is_what_the_prediction_is_kept_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[str, bytes]] = []
-
-    def generate(model: Any, processor: Any, *, image: Any, **_: Any) -> GenerationResult:
-        seen.append((image.name, image.read()))
-        raise ImageError("no")
-
-    monkeypatch.setattr(evaluation, "generate", generate)
-    path = write(tmp_path, row(), row(image="data:image/png;base64,aGVsbG8="))
-    run(path)
-    assert seen == [(str(tmp_path / "a.png"), b"cat"), ("data:image/png;base64,aGVsbG8=…", b"hello")]
+def test_what_is_asked_is_what_the_prediction_is_kept_for(tmp_path: Path, requests: list[Request]) -> None:
+    run(write(tmp_path, row(), row(image="data:image/png;base64,aGVsbG8=")))
+    images: list[Any] = [request.image for request in requests]
+    assert [(image.name, image.read()) for image in images] == [
+        (str(tmp_path / "a.png"), b"cat"),
+        ("data:image/png;base64,aGVsbG8=…", b"hello"),
+    ]
 
 
 def test_settings_are_all_that_a_prediction_depends_on(
@@ -149,7 +169,7 @@ def test_settings_are_all_that_a_prediction_depends_on(
     assert settings[0]["dtype"] == "mlx.core.float32"
 
 
-def test_records_hold_what_was_asked_and_answered(tmp_path: Path, prompts: list[str]) -> None:
+def test_records_hold_what_was_asked_and_answered(tmp_path: Path, requests: list[Request]) -> None:
     path = write(tmp_path, row(question="Cat!"), "{", row(image="bad.png"))
     asked, malformed, failed = run(path).records(read_questions(path))
     assert asked == {
@@ -167,18 +187,3 @@ def test_records_hold_what_was_asked_and_answered(tmp_path: Path, prompts: list[
     assert (malformed["line"], malformed["question"], malformed["kind"]) == (2, None, "malformed")
     assert (failed["prediction"], failed["score"]) == (None, 0.0)
     assert "bad.png" in failed["error"]
-
-
-def test_the_questions_of_a_run_share_one_prefix_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    caches: list[PrefixCache] = []
-
-    def generate(model: Any, processor: Any, *, prefix_cache: PrefixCache, **_: Any) -> GenerationResult:
-        caches.append(prefix_cache)
-        raise ImageError("no such file")
-
-    monkeypatch.setattr(evaluation, "generate", generate)
-    for _ in range(2):
-        run(write(tmp_path, row(), row(question="Who?")))
-    assert caches[0] is caches[1]
-    assert caches[2] is caches[3]
-    assert caches[0] is not caches[2]
