@@ -274,7 +274,9 @@ class Conversion:
             notify: Called with a label of the current step.
         """
         from fastvlm_mlx.convert.fold import peaks
+        from fastvlm_mlx.streams import check_process
 
+        check_process()
         pixels = peaks.images(images)
         for fold in self.folds:
             if next(iter(fold.outputs)).startswith("vision_tower."):

@@ -8,6 +8,7 @@ system that never ends, so all models share the streams made here.
 
 import atexit
 import functools
+import os
 import threading
 import time
 from types import TracebackType
@@ -17,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastvlm_mlx.backend import device, mx
+from fastvlm_mlx.errors import FastVLMError
 
 _EXIT_PATIENCE = 10.0
 """Seconds that the end of the process waits for threads that are inside MLX."""
@@ -29,10 +31,22 @@ class Turn:
         self._lock = threading.RLock()
         self._depth = 0
         self._stream: Any = None
+        self._process: int | None = None
+
+    @property
+    def is_inherited(self) -> bool:
+        """Whether MLX was used before this process was forked from the one that used it."""
+        return self._process is not None and self._process != os.getpid()
 
     def __enter__(self) -> bool:
-        """Whether this is the outermost turn of the thread."""
+        """Whether this is the outermost turn of the thread.
+
+        Raises:
+            FastVLMError: In a forked process; see `check_process`.
+        """
+        check_process()
         self._lock.acquire()
+        self._process = os.getpid()
         try:
             if self._depth == 0:
                 _clear_streams_at_thread_end()
@@ -68,6 +82,19 @@ def turn() -> Turn:
     Never hold it across a `yield`, and keep what it protects short: the other threads wait.
     """
     return _TURN
+
+
+def check_process() -> None:
+    """Checks that MLX can be used in this process; otherwise the first use would wait for ever.
+
+    Raises:
+        FastVLMError: If it was forked from one that has used MLX, whose threads it lacks.
+    """
+    if _TURN.is_inherited:
+        raise FastVLMError(
+            "this process was forked from one that has used a model, and MLX does not work in such a process; load "
+            "models only after forking, or start processes afresh: multiprocessing.get_context('spawn')"
+        )
 
 
 @functools.cache
@@ -121,6 +148,8 @@ def _wait_for_other_threads() -> None:
 
     A thread that returns from MLX after the interpreter has ended aborts the process.
     """
+    if _TURN.is_inherited:
+        return
     deadline = time.monotonic() + _EXIT_PATIENCE
     _TURN.close(_EXIT_PATIENCE)
     while _READERS.count and time.monotonic() < deadline:
@@ -135,7 +164,8 @@ class _ThreadEnd:
     """
 
     def __del__(self) -> None:
-        mx.clear_streams()
+        if not _TURN.is_inherited:
+            mx.clear_streams()
 
 
 _LOCAL = threading.local()

@@ -15,6 +15,7 @@ from fastvlm_mlx.engine.row import Row
 from fastvlm_mlx.engine.scheduler import Scheduler
 from fastvlm_mlx.errors import ConfigError, PromptError
 from fastvlm_mlx.model.fastvlm import FastVLM, TokenIds
+from fastvlm_mlx.streams import check_process
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -47,6 +48,7 @@ def generate_rows(
         PromptError: If a prompt does not fit the context, or for the reasons of `FastVLM.embed`.
         FastVLMError: If the logits of a row are NaN or infinite.
     """
+    check_process()
     prompts = model.rows(input_ids, attention_mask)
     configs = list(config) if isinstance(config, Sequence) else [config] * len(prompts)
     if len(configs) != len(prompts):

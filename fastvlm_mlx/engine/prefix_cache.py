@@ -60,6 +60,10 @@ class PrefixCache:
         self._lock = threading.RLock()
         self._model: weakref.ref[FastVLM] | None = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, as of `pickle`, is empty."""
+        return PrefixCache, (self.max_bytes,)
+
     def __len__(self) -> int:
         """The number of prompts kept."""
         return len(self._entries)

@@ -20,7 +20,7 @@ from fastvlm_mlx.errors import ConfigError, FastVLMError
 from fastvlm_mlx.model.fastvlm import FastVLM
 from fastvlm_mlx.model.kv_cache import KVCache
 from fastvlm_mlx.model.kv_slab import KVSlab
-from fastvlm_mlx.streams import turn
+from fastvlm_mlx.streams import check_process, turn
 
 _T = TypeVar("_T")
 
@@ -84,6 +84,7 @@ class Scheduler:
 
     def step(self) -> list[Row]:
         """Goes on by one token; returns the rows that have a new one, or an error."""
+        check_process()
         try:
             with turn():
                 self._leave()

@@ -16,6 +16,7 @@ from fastvlm_mlx.inputs.processor import FastVLMProcessor, Inputs
 from fastvlm_mlx.inputs.prompts import Prompt
 from fastvlm_mlx.inputs.sources import Allow, ImageSource
 from fastvlm_mlx.model.fastvlm import FastVLM
+from fastvlm_mlx.streams import check_process
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -63,6 +64,7 @@ def stream_generate(
         ConfigError: If an option or the resolution cannot be used, or the vision tower was freed.
     """
     start = time.perf_counter()
+    check_process()
     config = GenerationConfig.of(config, dict(options))
     inputs = processor.prepare(image, prompt, resolution=resolution, system=system, allow=allow)
     prepared = time.perf_counter()

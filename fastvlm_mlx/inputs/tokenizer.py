@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
@@ -102,7 +103,7 @@ class Tokenizer:
     """
 
     def __init__(self, folder: Path, rows: int = MOST_TOKENS) -> None:
-        self._folder = Path(folder)
+        self._folder = Path(os.path.abspath(folder))  # it may be read later, from another working folder
         self._rows = rows
         names = {name for name in ("tokenizer.json", "vocab.json", "merges.txt") if (self._folder / name).is_file()}
         if not names & {"tokenizer.json"} and len(names) < 2:
@@ -110,10 +111,17 @@ class Tokenizer:
                 f"{printable(folder)}: has no tokenizer: neither tokenizer.json nor vocab.json and merges.txt"
             )
         self._building: Future[tokenizers.Tokenizer] | None = None
+        self._built: tokenizers.Tokenizer | None = None
+        self._process = os.getpid()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, as of `pickle`, reads the files anew."""
+        return Tokenizer, (self._folder, self._rows)
 
     def start(self) -> None:
         """Starts to build the tokenizer in the background, unless that has been done."""
-        if self._building is None:
+        if self._building is None or (self._built is None and self._process != os.getpid()):
+            self._process = os.getpid()  # a forked process lacks the thread that builds it
             executor = ThreadPoolExecutor(1, "tokenizer")
             self._building = executor.submit(self._build)
             executor.shutdown(wait=False)
@@ -125,9 +133,11 @@ class Tokenizer:
 
     @property
     def _backend(self) -> tokenizers.Tokenizer:
-        self.start()
-        assert self._building is not None
-        return self._building.result()
+        if self._built is None:
+            self.start()
+            assert self._building is not None
+            self._built = self._building.result()
+        return self._built
 
     @cached_property
     def _added(self) -> dict[int, bytes]:

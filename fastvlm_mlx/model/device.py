@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 from mlx.utils import tree_map_with_path
 
@@ -25,18 +26,22 @@ def prepare(model: FastVLM) -> FastVLM:
     layers of the model.
     """
     with turn():
-        tower = model.vision_tower
-        if device() == "gpu":
-            model.tower = PreparedTower(tower, mx.compile(tower), waits=False)
-            return model
-        _check_compiler()
-        replace_quantized_layers(model, "language_model", model.dtype)
-        if model.dtype == mx.float32:
-            store_by_hidden_unit(tower)
-            model.tower = PreparedTower(tower, CPUTower(tower), waits=True)
-        else:
-            model.tower = PreparedTower(tower, tower, waits=False)
+        if device() == "cpu":
+            replace_quantized_layers(model, "language_model", model.dtype)
+        model.tower = prepare_tower(model.vision_tower)
     return model
+
+
+def prepare_tower(tower: FastViTHD) -> "PreparedTower":
+    """The tower, which has no quantized weights on a CPU, in the form that suits the device."""
+    with turn():
+        if device() == "gpu":
+            return PreparedTower(tower, mx.compile(tower), waits=False)
+        _check_compiler()
+        if tower.stem[0].bias.dtype != mx.float32:
+            return PreparedTower(tower, tower, waits=False)
+        store_by_hidden_unit(tower)
+        return PreparedTower(tower, CPUTower(tower), waits=True)
 
 
 @functools.cache
@@ -61,15 +66,20 @@ class PreparedTower:
     """
 
     def __init__(self, tower: FastViTHD, run: Callable[[mx.array], mx.array], *, waits: bool) -> None:
-        self._unread: FastViTHD | None = tower
+        self._tower = tower
         self._run = run
+        self._is_read = False
         self._waits = waits
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies are arranged anew, for the device where they are made."""
+        return prepare_tower, (self._tower,)
 
     def __call__(self, x: mx.array, on_submit: Callable[[], None] | None = None) -> mx.array:
         """Features; if it waits for them, it calls `on_submit` when the work is queued."""
-        if self._unread is not None:
-            mx.eval(self._unread.parameters())
-            self._unread = None
+        if not self._is_read:
+            mx.eval(self._tower.parameters())
+            self._is_read = True
         if not self._waits:
             return self._run(x)
         with blas_threads(1):

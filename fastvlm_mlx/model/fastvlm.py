@@ -6,7 +6,7 @@ Shapes: B batch, R resolution in pixels, N = (R/64)² visual tokens per image, T
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, SupportsIndex, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -98,6 +98,12 @@ class FastVLM(nn.Module):
         from fastvlm_mlx.resolve import resolve
 
         return load_model(resolve(name, revision=revision), dtype=dtype)
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        """Reads all weights, so that `pickle` and `copy` find them; a copy arranges its tower for its own device."""
+        with turn():
+            mx.eval(self.parameters())
+        return super().__reduce_ex__(protocol)
 
     @property
     def dtype(self) -> mx.Dtype:
