@@ -10,7 +10,9 @@ from fastvlm_mlx.errors import ConfigError
 from fastvlm_mlx.outputs import write_output
 
 PAPER = {896: ("0.5B", 0.166), 3584: ("7B", 0.641)}
-"""Hidden size -> name and TTFT in seconds at 1024 px that arXiv 2412.13303 gives for an M1 MacBook Pro."""
+"""Hidden size -> name and TTFT in seconds at `PAPER_PIXELS` that arXiv 2412.13303 gives for an M1 MacBook Pro."""
+
+PAPER_PIXELS = 1024
 
 
 def check_plot(path: Path) -> None:
@@ -35,7 +37,7 @@ def plot(report: Report, path: Path) -> None:
     from matplotlib.figure import Figure
 
     rows = report.rows
-    figure = Figure(figsize=(max(6.0, 1.2 * len(rows) + 2), 4.5), layout="constrained")
+    figure = Figure(figsize=(max(6.5, 1.2 * len(rows) + 3.5), 4.5), layout="constrained")
     axes = figure.add_subplot()
     bars = list(range(len(rows)))
     bottom = [0.0] * len(rows)
@@ -45,15 +47,19 @@ def plot(report: Report, path: Path) -> None:
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
     wall = [1000 * (row.median("wall_ttft") or 0.0) for row in rows]
     axes.plot(bars, wall, "k_", markersize=24, label="wall TTFT, measured whole")
-    for hidden_size in {row.hidden_size for row in rows} & PAPER.keys():
-        name, seconds = PAPER[hidden_size]
-        label = f"published, not measured: {name} at 1024 px on an M1 MacBook Pro (arXiv 2412.13303)"
-        axes.axhline(1000 * seconds, linestyle="--", linewidth=1, color="grey")
-        axes.annotate(label, (-0.3, 1000 * seconds), color="grey", fontsize=7, va="bottom")
-    axes.set_xticks(bars, [f"{row.model}\n{row.resolution}" for row in rows], fontsize=8)
+    for bar, row in zip(bars, rows, strict=True):
+        if row.pixels == PAPER_PIXELS and row.hidden_size in PAPER:
+            name, seconds = PAPER[row.hidden_size]
+            label = f"published, not measured: {name} at {PAPER_PIXELS} px\non an M1 MacBook Pro (arXiv 2412.13303)"
+            ends = [bar - 0.45, bar + 0.45]
+            axes.plot(ends, [1000 * seconds] * 2, "--", linewidth=1, color="grey", label=label)
+    axes.set_xticks(bars, [f"{row.model}\n{row.size} px" for row in rows], fontsize=8)
     axes.set_ylabel("ms (medians)")
     axes.set_title(f"Time to first token on {report.conditions.machine.chip}", fontsize=10)
-    axes.legend(fontsize=7)
+    axes.set_xlim(-0.6, len(rows) - 0.4)
+    handles, labels = axes.get_legend_handles_labels()
+    entries = dict(zip(labels, handles, strict=True))
+    figure.legend(entries.values(), entries.keys(), fontsize=7, markerscale=0.5, loc="outside right upper")
     content = io.BytesIO()
     figure.savefig(content, format=path.suffix[1:])
     write_output(path, content.getvalue())

@@ -4,7 +4,7 @@ import pytest
 
 from fastvlm_mlx.bench import plot
 from fastvlm_mlx.errors import ConfigError
-from tests.reports import make_report
+from tests.reports import make_report, make_row
 
 
 def test_a_plot_names_the_extra_that_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -17,4 +17,14 @@ def test_a_plot_names_the_extra_that_it_needs(tmp_path: Path, monkeypatch: pytes
 
 def test_a_plot_labels_the_papers_figure_as_published(tmp_path: Path) -> None:
     plot.plot(make_report(), tmp_path / "plot.svg")
-    assert "published, not measured: 0.5B at 1024 px" in (tmp_path / "plot.svg").read_text()
+    text = (tmp_path / "plot.svg").read_text()
+    assert "<!-- published, not measured: 0.5B at 1024 px -->" in text
+    assert "<!-- 1024 px -->" in text
+
+
+@pytest.mark.parametrize("changes", [{"resolution": 256, "pixels": 256}, {"hidden_size": 1536}])
+def test_the_papers_figure_is_drawn_only_beside_what_it_is_about(tmp_path: Path, changes: dict[str, int]) -> None:
+    plot.plot(make_report(make_row(**changes)), tmp_path / "plot.svg")
+    assert "published" not in (tmp_path / "plot.svg").read_text()
+    plot.plot(make_report(make_row(**changes), make_row(), make_row(model="same size")), tmp_path / "plot.svg")
+    assert (tmp_path / "plot.svg").read_text().count("published, not measured") == 1
