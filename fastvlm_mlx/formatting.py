@@ -50,6 +50,26 @@ def as_text(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
     )
 
 
+def as_blocks(rows: Sequence[Sequence[str]], *, left: int = 1, width: int = 80) -> str:
+    """A table as `as_text` makes it, in several parts if it is too wide; each begins with the first `left` columns.
+
+    Args:
+        rows: Of equal length; the first is the header.
+        left: How many columns are aligned to the left and repeated.
+        width: Columns of text; a part that cannot be narrower is wider.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    fixed = sum(widths[:left]) + 2 * left
+    blocks: list[list[int]] = [[]]
+    for column in range(left, len(widths)):
+        used = fixed + sum(widths[each] + 2 for each in blocks[-1])
+        if blocks[-1] and used + widths[column] > width:
+            blocks.append([])
+        blocks[-1].append(column)
+    parts = ([[row[column] for column in (*range(left), *block)] for row in rows] for block in blocks)
+    return "\n\n".join(as_text(part, left=left) for part in parts)
+
+
 def as_markdown(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
     """A table in Markdown; the first row is the header.
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastvlm_mlx.formatting import as_markdown, as_text, names, printable, readable_bytes
+from fastvlm_mlx.formatting import as_blocks, as_markdown, as_text, names, printable, readable_bytes
 
 TABLE = [("part", "bits", "size"), ("decoder", "4.5", "12 MB"), ("vision", "16", "")]
 
@@ -59,3 +59,10 @@ def test_a_name_in_a_message_is_short_and_printable() -> None:
         assert len(shown) == 200
         assert shown.startswith("start")
         assert shown.endswith("end")
+
+
+def test_a_table_that_is_too_wide_goes_on_below_with_its_first_columns() -> None:
+    rows = [["name", "first", "second", "third"], ["a", "1", "22", "333"]]
+    assert as_blocks(rows, width=23) == "name  first  second\na         1      22\n\nname  third\na       333"
+    assert as_blocks(rows, width=26) == as_text(rows)
+    assert as_blocks(rows, width=1).count("name") == 3

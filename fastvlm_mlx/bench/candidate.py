@@ -65,7 +65,7 @@ class Candidate:
                 while block := stream.read(1 << 24):
                     digest.update(block)
         return cls(
-            name=name if location.path is None or location.bundled else folder.name,
+            name=name if location.path is None or location.bundled else location.path.resolve().name,
             model=model,
             processor=FastVLMProcessor.from_folder(folder),
             folder=folder,

@@ -9,7 +9,7 @@ from typing import Any
 
 from fastvlm_mlx.bench.conditions import Conditions
 from fastvlm_mlx.bench.records import record
-from fastvlm_mlx.bench.statistics import Metric
+from fastvlm_mlx.bench.statistics import Metric, change_interval
 from fastvlm_mlx.errors import ConfigError
 
 REPORT_VERSION = 1
@@ -95,6 +95,11 @@ class Row:
         return self.metrics[metric].statistics.median if metric in self.metrics else None
 
     @property
+    def size(self) -> str:
+        """The pixels for tables: `1024`, or `auto: 1024` where each image chose them."""
+        return f"auto: {self.pixels}" if self.resolution == "auto" else str(self.pixels)
+
+    @property
     def setup(self) -> tuple[str, str, str]:
         """What is measured apart from the model: the decoder's precision, the requested resolution and the pixels."""
         return self.precision["language_model"], str(self.resolution), str(self.pixels)
@@ -170,6 +175,8 @@ class Change:
         before: The median in the first report.
         after: The median in the second.
         slower: How much worse the second is, as a fraction of the first; negative where it is better.
+        low: The lower end of the 99 % interval of `slower`, from the scatter of all samples.
+        high: Its upper end.
     """
 
     row: str
@@ -178,6 +185,20 @@ class Change:
     before: float
     after: float
     slower: float
+    low: float
+    high: float
+
+    def verdict(self, threshold: float) -> str:
+        """Returns `slower`, `faster`, or `noise` for a change that the samples' scatter explains; else nothing.
+
+        Args:
+            threshold: The change, as a fraction, up to which nothing is said.
+        """
+        if abs(self.slower) <= threshold:
+            return ""
+        if self.low <= 0 <= self.high:
+            return "noise"
+        return "slower" if self.slower > 0 else "faster"
 
 
 def read_report(path: Path) -> Report:
@@ -213,23 +234,22 @@ def compare_reports(before: Report, after: Report) -> list[Change]:
     changes = []
     for key in sorted(first.keys() & second.keys(), key=lambda key: (first[key].model, first[key].pixels, key)):
         old_row, new_row = first[key], second[key]
-        precision, resolution, _ = old_row.setup
         for metric in COMPARED:
-            old, new = old_row.median(metric), new_row.median(metric)
-            if old is not None and new is not None:
-                changes.append(
-                    Change(
-                        row=f"{old_row.model}, {precision}, {resolution} px",
-                        metric=metric,
-                        unit=old_row.metrics[metric].unit,
-                        before=old,
-                        after=new,
-                        slower=old / new - 1 if metric == "decode_rate" else new / old - 1,
-                    )
-                )
+            if metric in old_row.metrics and metric in new_row.metrics:
+                row = f"{old_row.model}, {old_row.precision['language_model']}, {old_row.size} px"
+                changes.append(_change(row, metric, old_row.metrics[metric], new_row.metrics[metric]))
     if not changes:
         raise ConfigError("the two reports have no row in common: model, precision and resolution all have to agree")
     return changes
+
+
+def _change(row: str, name: str, before: Metric, after: Metric) -> Change:
+    """The change of one metric; a higher rate is a shorter time."""
+    old, new = before.statistics.median, after.statistics.median
+    worse = (after, before) if name == "decode_rate" else (before, after)
+    low, high = change_interval(*(metric.samples for metric in worse))
+    slower = worse[1].statistics.median / worse[0].statistics.median - 1
+    return Change(row=row, metric=name, unit=before.unit, before=old, after=new, slower=slower, low=low, high=high)
 
 
 def _models(report: Report) -> list[str]:
@@ -240,14 +260,16 @@ def _models(report: Report) -> list[str]:
 def different_conditions(before: Report, after: Report) -> Iterator[str]:
     """Yields what differs between two measurements, as `name: a, b`.
 
-    Time, load and this package's version may differ, and memory by 1 %, which the system keeps for itself.
+    Time and this package's version may differ, load by 1, and memory by 1 %, which the system keeps for itself.
     """
     models = [" and ".join(map(repr, _models(report))) for report in (before, after)]
     if models[0] != models[1]:
         yield f"model: {models[0]}, {models[1]}"
     first, second = ({**report.conditions.to_dict(), **asdict(report.settings)} for report in (before, after))
     for name, value in first.items():
-        if name in ("time", "load_average", "fastvlm_mlx"):
+        if name in ("time", "fastvlm_mlx"):
+            continue
+        if name == "load_average" and abs(value[0] - second[name][0]) <= 1:
             continue
         if name == "memory" and math.isclose(value, second[name], rel_tol=0.01):
             continue

@@ -2,27 +2,57 @@
 
 import csv
 import io
+from collections.abc import Sequence
 
 from fastvlm_mlx.bench.measure import PHASES
 from fastvlm_mlx.bench.report import Report, Row
+from fastvlm_mlx.formatting import as_blocks
+
+_TITLES = tuple(phase.replace("_", " ") for phase in PHASES)
 
 
 def table(report: Report) -> list[list[str]]:
     """Returns a header and the medians of each row as text, times in milliseconds; leaves empty columns out."""
+    return _table(report.rows)
+
+
+def text(report: Report, width: int = 80) -> str:
+    """Returns the table as text of at most `width` columns: for each model what a user waits for, then the phases."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in report.rows:
+        groups.setdefault((row.model, _precision(row)), []).append(row)
+    return "\n\n".join(
+        f"{model}, {precision}: medians of {report.settings.runs} runs, times in ms\n{_blocks(rows, width)}"
+        for (model, precision), rows in groups.items()
+    )
+
+
+def _blocks(rows: Sequence[Row], width: int) -> str:
+    """Returns the table of rows about one model, with the phases in one of their own."""
+    columns = list(zip(*_table(rows), strict=True))[2:]
+    phases = [column for column in columns if column[0] in _TITLES]
+    parts = [column for column in columns if column not in phases], [columns[0], *phases]
+    return "\n\n".join(as_blocks(list(zip(*part, strict=True)), width=width) for part in parts)
+
+
+def _table(rows: Sequence[Row]) -> list[list[str]]:
     head = ["model", "precision", "px", "visual", "prompt", "wall TTFT", "p90", "cold TTFT", "paper TTFT"]
-    head += [*(phase.replace("_", " ") for phase in PHASES), "tokens/s", "peak GB"]
-    lines = [_line(row) for row in report.rows]
+    head += [*_TITLES, "tokens/s", "peak GB"]
+    lines = [_line(row) for row in rows]
     filled = [column for column in range(len(head)) if any(line[column] for line in lines)]
     return [[line[column] for column in filled] for line in (head, *lines)]
 
 
+def _precision(row: Row) -> str:
+    return "/".join(dict.fromkeys(row.precision.values()))
+
+
 def _line(row: Row) -> list[str]:
-    precisions = list(dict.fromkeys(row.precision.values()))
     rate = row.median("decode_rate")
     return [
         row.model,
-        "/".join(precisions),
-        f"auto: {row.pixels}" if row.resolution == "auto" else str(row.pixels),
+        _precision(row),
+        row.size,
         str(row.tokens.visual),
         str(row.tokens.prompt),
         _milliseconds(row, "wall_ttft"),

@@ -2,9 +2,13 @@
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from enum import Enum
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -25,7 +29,7 @@ from fastvlm_mlx.cli.options import (
 )
 from fastvlm_mlx.cli.terminal import ByteProgress, LiveLine, note, show, warn_of_slow_blas
 from fastvlm_mlx.cli.usage import Command, is_given
-from fastvlm_mlx.formatting import as_markdown, as_text
+from fastvlm_mlx.formatting import as_blocks, as_markdown, as_text
 
 if TYPE_CHECKING:
     from fastvlm_mlx.bench.candidate import Candidate
@@ -41,6 +45,9 @@ _UNUSED_BY_COST = {
     "--cold": "cold",
 }
 """The options that only a measurement needs, and their parameters."""
+
+_STDOUT = Path("-")
+"""The file that stands for stdout."""
 
 app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
 
@@ -115,15 +122,25 @@ def bench(
     cost: Annotated[
         bool,
         typer.Option(
-            "--cost", help="Measure nothing: FLOPs, bytes and kernels by part, and the least time on M-series chips."
+            "--cost",
+            help="Measure nothing: FLOPs, bytes and kernels by part, and the least time on M-series chips, at 256, 512 "
+            "and 1024 px unless --resolution is given.",
         ),
     ] = False,
     json_file: Annotated[
         Path | None,
-        typer.Option("--json", metavar="FILE", parser=user_path, help="Write the report, every sample in it."),
+        typer.Option(
+            "--json",
+            metavar="FILE",
+            parser=user_path,
+            help="Write the report, every sample in it; - writes it to stdout, and the table to stderr.",
+        ),
     ] = None,
     csv_file: Annotated[
-        Path | None, typer.Option("--csv", metavar="FILE", parser=user_path, help="Write one line for each sample.")
+        Path | None,
+        typer.Option(
+            "--csv", metavar="FILE", parser=user_path, help="Write one line for each sample; - as for --json."
+        ),
     ] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
     plot: Annotated[
@@ -214,7 +231,7 @@ def _print_costs(
     from fastvlm_mlx.config import ModelConfig
     from fastvlm_mlx.resolve import resolve
 
-    formatted = partial(as_markdown if markdown else as_text, left=2)
+    formatted = partial(as_markdown, left=2) if markdown else partial(as_blocks, left=2, width=_width())
     peaks, sources = chips()
     for name in sizes or models:
         if sizes:
@@ -238,6 +255,16 @@ class Outputs(NamedTuple):
     plot: Path | None
     markdown: bool
 
+    @property
+    def files(self) -> list[Path]:
+        """The files to write."""
+        return [path for path in (self.json, self.csv, self.plot) if path and path != _STDOUT]
+
+    @property
+    def stdout_taken(self) -> bool:
+        """Whether a report goes to stdout, in the place of the table."""
+        return _STDOUT in (self.json, self.csv)
+
 
 def _measure(
     candidates: "Iterable[Candidate]",
@@ -256,14 +283,13 @@ def _measure(
     from fastvlm_mlx.bench.measure import measure
     from fastvlm_mlx.bench.plot import check_plot, plot
     from fastvlm_mlx.bench.report import Report, Settings
-    from fastvlm_mlx.bench.tables import as_csv, table
+    from fastvlm_mlx.bench.tables import as_csv, table, text
     from fastvlm_mlx.outputs import check_output, write_output
 
     if outputs.plot:
         check_plot(outputs.plot)
-    for path in (outputs.json, outputs.csv, outputs.plot):
-        if path:
-            check_output(path)
+    for path in outputs.files:
+        check_output(path)
     images = Images(image.read_bytes() if image else None, str(image))
     warn_of_slow_blas()
     before = conditions()
@@ -280,18 +306,35 @@ def _measure(
                 cold=cold,
                 progress=partial(_show_run, line, candidate.name, resolution),
             )
-            for candidate in candidates
+            for candidate in _distinct(candidates)
             for resolution in resolutions
         ]
     settings = Settings(prompt=prompt, image_sha256=images.sha256, runs=runs, warmup=warmup, max_tokens=max_tokens)
     report = Report(conditions=before, settings=settings, rows=tuple(rows))
-    show((as_markdown if outputs.markdown else as_text)(table(report), left=2))
-    if outputs.json:
-        write_output(outputs.json, (json.dumps(report.to_dict(), indent=1) + "\n").encode())
-    if outputs.csv:
-        write_output(outputs.csv, as_csv(report).encode())
+    medians = as_markdown(table(report), left=2) if outputs.markdown else text(report, _width())
+    show(medians, err=outputs.stdout_taken)
+    contents = {outputs.json: json.dumps(report.to_dict(), indent=1) + "\n", outputs.csv: as_csv(report)}
+    for file, content in contents.items():
+        if file == _STDOUT:
+            typer.echo(content, nl=False)
+        elif file:
+            write_output(file, content.encode())
     if outputs.plot:
         plot(report, outputs.plot)
+
+
+def _distinct(candidates: "Iterable[Candidate]") -> "Iterator[Candidate]":
+    """Yields the candidates; of several with one name, the later ones with a number, to tell their rows apart."""
+    names: Counter[str] = Counter()
+    for candidate in candidates:
+        names[candidate.name] += 1
+        number = names[candidate.name]
+        yield candidate if number == 1 else replace(candidate, name=f"{candidate.name} ({number})")
+
+
+def _width() -> int:
+    """The width for tables: the terminal's, else 80 columns."""
+    return shutil.get_terminal_size((80, 24)).columns
 
 
 def _show_run(line: LiveLine, name: str, resolution: "Resolution", done: int, total: int) -> None:
@@ -311,8 +354,9 @@ def compare(
 ) -> None:
     """Compare two reports: exit code 3 if a TTFT or the decode rate of B is worse than A's by more than the threshold.
 
-    Prints the medians of every row that both reports have. If each is about one model, these are compared even if
-    their names differ. What was not the same in the two measurements goes to stderr.
+    Prints the medians of every row that both reports have. A change that the scatter of all samples explains is noise
+    and counts as none. If each report is about one model, these are compared even if their names differ. What was not
+    the same in the two measurements goes to stderr.
     """
     from fastvlm_mlx.bench.report import compare_reports, different_conditions, read_report
 
@@ -320,21 +364,17 @@ def compare(
     for difference in different_conditions(first, second):
         note(f"not the same: {difference}")
     changes = compare_reports(first, second)
-    lines = [["row", "metric", "A", "B", "change", ""]]
-    for change in changes:
-        verdict = "slower" if change.slower > threshold else "faster" if change.slower < -threshold else ""
-        lines.append(
-            [
-                change.row,
-                change.metric,
-                _quantity(change.before, change.unit),
-                _quantity(change.after, change.unit),
-                f"{change.after / change.before - 1:+.1%}",
-                verdict,
-            ]
-        )
-    show(as_text(lines, left=2))
-    if slower := [change for change in changes if change.slower > threshold]:
+    for row, group in groupby(changes, key=lambda change: change.row):
+        lines = [[row, "A", "B", "change", ""]]
+        for change in group:
+            medians = [_quantity(value, change.unit) for value in (change.before, change.after)]
+            relative = f"{change.after / change.before - 1:+.1%}"
+            lines.append([change.metric, *medians, relative, change.verdict(threshold)])
+        show(as_text(lines))
+    verdicts = [change.verdict(threshold) for change in changes]
+    if noise := verdicts.count("noise"):
+        note(f"noise: {noise} of {len(changes)} medians differ by more, but no more than their samples scatter")
+    if slower := [change for change in changes if change.verdict(threshold) == "slower"]:
         note(f"{len(slower)} of {len(changes)} metrics are worse by more than {threshold:.0%}")
         raise typer.Exit(CHECK_FAILED)
 

@@ -1,10 +1,12 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fastvlm_mlx.bench.report import Report, compare_reports, different_conditions, read_report
+from fastvlm_mlx.bench.statistics import Metric
 from fastvlm_mlx.errors import ConfigError
 from tests.checkpoints import TESTS
 from tests.reports import make_report, make_row
@@ -75,6 +77,40 @@ def test_single_models_are_compared_whatever_their_names_and_several_by_name() -
     assert [(change.metric, change.slower) for change in changes] == [("wall_ttft", 1.0), ("decode_rate", 0.0)]
     several = compare_reports(make_report(make_row()), make_report(make_row(), renamed))
     assert [change.slower for change in several] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "verdict"),
+    [
+        ([1.0, 1.01, 0.99, 1.0, 1.02], [1.08, 1.09, 1.07, 1.1, 1.08], "slower"),
+        ([1.08, 1.09, 1.07, 1.1, 1.08], [1.0, 1.01, 0.99, 1.0, 1.02], "faster"),
+        ([1.0, 1.3, 0.9, 1.1, 1.2], [1.2, 1.0, 1.4, 1.3, 1.1], "noise"),
+        ([1.0, 1.3, 0.9, 1.1, 1.2], [1.1, 1.2, 1.0, 0.9, 1.3], ""),
+        ([1.0], [1.08], "slower"),
+    ],
+)
+def test_a_change_counts_if_the_scatter_of_the_samples_does_not_explain_it(
+    before: list[float], after: list[float], verdict: str
+) -> None:
+    def report(samples: list[float]) -> Report:
+        return make_report(make_row(metrics={"wall_ttft": Metric(unit="s", samples=tuple(samples))}))
+
+    (change,) = compare_reports(report(before), report(after))
+    assert change.verdict(0.05) == verdict
+    assert change.low <= change.slower <= change.high
+
+
+def test_a_lower_rate_is_slower_with_the_interval_on_the_same_side() -> None:
+    *_, rate = compare_reports(make_report(make_row(rate=10.0)), make_report(make_row(rate=8.0)))
+    assert (rate.slower, rate.low, rate.high) == (0.25, 0.25, 0.25)
+
+
+def test_another_load_is_told() -> None:
+    first, second = make_report(), make_report()
+    busy = replace(second, conditions=replace(second.conditions, load_average=(3.5, 1.0, 1.0)))
+    assert list(different_conditions(first, busy)) == ["load_average: [0.0, 0.0, 0.0], [3.5, 1.0, 1.0]"]
+    idle = replace(second, conditions=replace(second.conditions, load_average=(0.9, 0.0, 0.0)))
+    assert list(different_conditions(first, idle)) == []
 
 
 def test_changes_are_sorted_by_resolution() -> None:

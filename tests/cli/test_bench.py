@@ -10,6 +10,7 @@ from typer.testing import CliRunner, Result
 from fastvlm_mlx.bench import measure as bench
 from fastvlm_mlx.bench.candidate import Candidate
 from fastvlm_mlx.bench.report import Row
+from fastvlm_mlx.bench.statistics import Metric
 from fastvlm_mlx.cli import app
 from fastvlm_mlx.errors import CheckpointError
 from tests.checkpoints import APPLE
@@ -122,6 +123,28 @@ def test_the_table_is_printed_whatever_becomes_of_the_report(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_report_may_go_to_stdout_and_the_table_then_goes_to_stderr(
+    measured: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = invoke("-m", "demo", "--json", "-")
+    assert json.loads(result.stdout)["rows"][0]["model"] == "0.5b"
+    assert result.stderr.startswith("0.5b, float16: medians of 10 runs, times in ms\n")
+    assert invoke("-m", "demo", "--csv", "-").stdout.startswith("model,precision,resolution,pixels,metric,unit,run")
+    assert invoke("-m", "demo", "--csv", "-", "--json", "-").exit_code == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_models_of_one_name_are_told_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    unused: Any = None
+    candidate = Candidate(name="int4", model=unused, processor=unused)
+    monkeypatch.setattr(Candidate, "load", lambda *_, **__: candidate)
+    monkeypatch.setattr(bench, "measure", lambda candidate, **_: make_row(model=candidate.name))
+    assert invoke("-m", "a/int4", "-m", "b/int4", "--json", str(tmp_path / "x.json")).exit_code == 0
+    rows = json.loads((tmp_path / "x.json").read_text())["rows"]
+    assert [row["model"] for row in rows] == ["int4", "int4 (2)"]
+
+
 def test_a_report_may_go_to_a_device(measured: list[str]) -> None:
     assert invoke("-m", "demo", "--json", os.devnull).exit_code == 0
     assert Path(os.devnull).is_char_device()
@@ -155,6 +178,18 @@ def test_comparison_finds_a_regression(tmp_path: Path) -> None:
     assert result.stderr == "1 of 2 metrics are worse by more than 5%\n"
     assert invoke("compare", before, after, "--threshold", "10%").exit_code == 0
     assert invoke("compare", after, before).exit_code == 0
+
+
+def test_comparison_calls_noise_what_scatter_explains(tmp_path: Path) -> None:
+    scattered = Metric(unit="s", samples=(1.0, 1.3, 0.9, 1.1, 1.2)), Metric(unit="s", samples=(1.2, 1.0, 1.4, 1.3, 1.1))
+    files = [
+        written(tmp_path, f"{number}.json", make_row(metrics={"wall_ttft": samples}))
+        for number, samples in enumerate(scattered)
+    ]
+    result = invoke("compare", *files)
+    assert result.exit_code == 0
+    assert result.stdout.splitlines()[1].endswith("+9.1%  noise")
+    assert result.stderr == "noise: 1 of 1 medians differ by more, but no more than their samples scatter\n"
 
 
 def test_comparison_counts_a_lower_decode_rate_as_slower(tmp_path: Path) -> None:
