@@ -1,12 +1,14 @@
 """Files that a user names for results: written whole or not at all."""
 
 import errno
+import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from fastvlm_mlx.errors import ConfigError
 from fastvlm_mlx.formatting import printable
@@ -36,13 +38,28 @@ def write_output(path: Path, content: bytes) -> None:
     Raises:
         ConfigError: If it cannot be written.
     """
-    partial = _partial(path)
+    with writing(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[BinaryIO]:
+    """Opens a file to write at once: it takes the place of the earlier one when the `with` block ends without error.
+
+    Raises:
+        ConfigError: If it cannot be written.
+    """
     with _refused(path):
         if _is_stream(path):
-            path.write_bytes(content)
+            with path.open("wb") as file:
+                yield file
             return
+        partial = _partial(path)
         try:
-            partial.write_bytes(content)
+            with partial.open("wb") as file:
+                yield file
+            with suppress(FileNotFoundError):
+                shutil.copymode(os.path.realpath(path), partial)
             os.replace(partial, os.path.realpath(path))
         finally:
             partial.unlink(missing_ok=True)
@@ -54,6 +71,8 @@ def _refused(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as err:
+        if err.filename not in (None, path, str(path), _partial(path), str(_partial(path))):  # of what is written there
+            raise
         raise ConfigError(f"{printable(path)}: cannot be written ({err.strerror or err})") from err
 
 
@@ -65,7 +84,11 @@ def _is_stream(path: Path) -> bool:
 def _partial(path: Path) -> Path:
     """Where the content of `path` is written first: beside the file, or beside the target of a link."""
     target = Path(os.path.realpath(path))
-    return target.with_name(f".{target.name}.partial-{os.getpid()}")
+    ending = f".partial-{os.getpid()}"
+    name = os.fsencode(target.name)
+    if len(name) + len(ending) > 254:  # of the 255 bytes that a name may have
+        return target.with_name(f".{hashlib.sha256(name).hexdigest()}{ending}")
+    return target.with_name(f".{target.name}{ending}")
 
 
 def json_line(record: Mapping[str, Any]) -> bytes:
