@@ -34,7 +34,7 @@ _RESOLUTION_STEP = 64
 # The formats to try, those that need no plugin search first. EPS is left out: Pillow starts Ghostscript for it.
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "ICO", "TGA", "JPEG2000", "QOI", "AVIF")
 # What Pillow's decoders raise on damaged data, each its own.
-_DECODER_ERRORS = (
+DECODER_ERRORS = (
     *(OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, ArithmeticError, RuntimeError),
     struct.error,
 )
@@ -161,7 +161,7 @@ def _decode(encoded: Encoded) -> Image:
             image = Image.open(io.BytesIO(data), formats=_FORMATS)
         except Image.DecompressionBombError as err:
             raise ImageError(f"{name}: has more than {MAX_PIXELS:,} pixels, the most that is read; reduce it") from err
-        except _DECODER_ERRORS as err:
+        except DECODER_ERRORS as err:
             if media_type.startswith("text/"):
                 raise ImageError(
                     f"{name}: is a {media_type} page, not an image; use the address of the image itself"
@@ -195,7 +195,7 @@ def _to_rgb(image: Image, name: str) -> Image:
             rgb = Image.fromarray(high.astype(np.uint8)).convert("RGB")
         else:
             rgb = image if image.mode == "RGB" else image.convert("RGB")
-    except _DECODER_ERRORS as err:
+    except DECODER_ERRORS as err:
         raise ImageError(f"{name}: damaged, incomplete or of an unknown kind ({err}); export it again") from err
     except MemoryError as err:
         raise ImageError(f"{name}: does not fit into memory ({width}×{height} pixels)") from err
@@ -221,7 +221,7 @@ def _upright(rgb: Image, original: Image) -> Image:
     }
     try:
         turn = turns.get(original.getexif().get(ExifTags.Base.Orientation, 1))
-    except _DECODER_ERRORS:
+    except DECODER_ERRORS:
         return rgb
     if turn is None:
         return rgb
