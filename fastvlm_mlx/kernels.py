@@ -16,8 +16,8 @@ _VARIABLES = ("TMPDIR", "TMP", "TEMP", "TEMPDIR")
 
 def is_usable() -> bool:
     """Whether MLX can keep kernels in the folder that it would use; makes the folder if there is none."""
-    chosen = [os.environ[name] for name in _VARIABLES if name in os.environ]
-    return _claim(Path(chosen[0] if chosen else "/tmp"))
+    chosen = next((os.environ[name] for name in _VARIABLES if name in os.environ), "/tmp")
+    return bool(chosen) and _claim(Path(chosen))
 
 
 def move_to_own_folder(parents: Iterable[Path]) -> None:
