@@ -14,6 +14,8 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from fastvlm_mlx.errors import ConfigError
+
 BLAS_VARIABLE = "FASTVLM_BLAS"
 _OPENBLAS_NAMES = ("libopenblas.so.0", "libopenblas.so")
 
@@ -34,7 +36,11 @@ class BLAS:
 
 
 def _preload_blas() -> tuple[BLAS, ctypes.CDLL | None]:
-    """Loads the BLAS that MLX will resolve its symbols to, unless MLX is loaded already."""
+    """Loads the BLAS that MLX will resolve its symbols to, unless MLX is loaded already.
+
+    Raises:
+        ConfigError: If the one that the user has chosen cannot be loaded.
+    """
     if platform.system() != "Linux":
         return BLAS(name="Accelerate" if platform.system() == "Darwin" else "bundled"), None
     requested = os.environ.get(BLAS_VARIABLE)
@@ -45,16 +51,16 @@ def _preload_blas() -> tuple[BLAS, ctypes.CDLL | None]:
     for name in (requested,) if requested else _OPENBLAS_NAMES:
         try:
             library = ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
-        except OSError:
+        except OSError as err:
+            if requested:
+                raise ConfigError(
+                    f"{BLAS_VARIABLE}={requested} cannot be loaded ({err}); set it to the path of a BLAS library, or "
+                    "to none for MLX's own, or unset it to let OpenBLAS be found"
+                ) from err
             continue
         threads = getattr(library, "openblas_get_num_threads", None)
         return BLAS(name=requested or "OpenBLAS", threads=threads() if threads else None), library
-    hint = (
-        f"{BLAS_VARIABLE}={requested} cannot be loaded"
-        if requested
-        else "apt install libopenblas0-pthread (or your system's OpenBLAS)"
-    )
-    return BLAS(name="reference", hint=hint), None
+    return BLAS(name="reference", hint="apt install libopenblas0-pthread (or your system's OpenBLAS)"), None
 
 
 _BLAS, _BLAS_LIBRARY = _preload_blas()
