@@ -79,8 +79,9 @@ def convert_and_quantize(
     )
     report = None
     current: str | Path = source
-    above = next(parent for parent in target.absolute().parents if parent.is_dir())
-    with scratch_folder(above, f"{target.name}.steps") as scratch:
+    here = target.absolute()
+    disk = next(folder for folder in (here, *here.parents) if folder.is_dir())  # the one that the result is on
+    with scratch_folder(disk, f"{target.name}.steps") as scratch:
         for number, step in enumerate(steps, 1):
             following = target if number == len(steps) else scratch / str(number) / target.name
             result = step(current, following, progress=progress)

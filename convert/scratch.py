@@ -59,6 +59,11 @@ def remove_leftovers(parent: Path) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
+def contents(folder: Path) -> list[Path]:
+    """What a folder holds besides scratch folders of this process."""
+    return [path for path in Path(os.path.abspath(folder)).iterdir() if path not in _own]
+
+
 def is_being_written(parent: Path, name: str) -> bool:
     """Whether another process works in a scratch folder for `name` or for the steps on the way to it."""
     prefixes = (f".{name}.partial-", f".{name}.steps.partial-")

@@ -1,6 +1,7 @@
 """Quantizes a converted checkpoint and reports what that cost."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -80,7 +81,10 @@ def quantize_checkpoint(
             "from, or dequantize it first (fastvlm quantize --dequantize)"
         )
     allocation = quantization.allocate(config)
-    with open_source(folder) as opened, partial_folder(target, opened.nbytes) as out:
+    with ExitStack() as stack:
+        opened = stack.enter_context(open_source(folder))
+        needed = sum(stored.nbytes for _, stored in _stored(opened, config.dtype, allocation))
+        out = stack.enter_context(partial_folder(target, needed))
         meter = Meter(opened.nbytes, progress)
         processor = FastVLMProcessor.from_folder(folder)
         probes = [Probes.of(processor, images)]

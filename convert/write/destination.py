@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from fastvlm_mlx.convert.scratch import is_being_written, remove_leftovers, scratch_folder
+from fastvlm_mlx.convert.scratch import contents, is_being_written, remove_leftovers, scratch_folder
 from fastvlm_mlx.errors import ConversionError
 from fastvlm_mlx.formatting import readable_bytes
 
@@ -23,7 +23,7 @@ def vacant(destination: str | Path) -> Path:
     target = Path(os.path.expanduser(destination))
     if target.is_dir():
         remove_leftovers(target)
-    if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
+    if os.path.lexists(target) and not (target.is_dir() and not contents(target)):
         raise ConversionError(f"{target}: exists already; remove it or choose another destination")
     return target
 
@@ -62,7 +62,7 @@ def partial_folder(target: Path, needed: int) -> Iterator[Path]:
             folder.mkdir()
             yield folder
             if parent == target:
-                _move_up(folder, target, scratch)
+                _move_up(folder, target)
             else:
                 os.rename(folder, target)
     except BaseException as err:
@@ -80,9 +80,9 @@ def partial_folder(target: Path, needed: int) -> Iterator[Path]:
         raise
 
 
-def _move_up(folder: Path, target: Path, scratch: Path) -> None:
-    """Moves the files of `folder` into `target`, which holds `scratch` and nothing else."""
-    if any(path.name != scratch.name for path in target.iterdir()):
+def _move_up(folder: Path, target: Path) -> None:
+    """Moves the files of `folder` into `target`, which holds scratch folders of this process and nothing else."""
+    if contents(target):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
     moved: list[Path] = []
     try:
