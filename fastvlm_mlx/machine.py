@@ -3,6 +3,8 @@
 import os
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,6 +117,21 @@ def tune_allocator() -> None:
     mallopt(top_pad, 64 << 20)
     mallopt(mmap_max, 0)
     mallopt(arena_max, 1)
+
+
+@contextmanager
+def descriptor_zero_taken() -> Iterator[None]:
+    """Keeps files that are opened in a `with` block from getting descriptor 0, which MLX takes for a failure."""
+    taken = None
+    try:
+        os.fstat(0)
+    except OSError:  # stdin is closed
+        taken = os.open(os.devnull, os.O_RDONLY)
+    try:
+        yield
+    finally:
+        if taken is not None:
+            os.close(taken)
 
 
 def open_missing_streams() -> None:

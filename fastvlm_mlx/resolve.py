@@ -152,6 +152,8 @@ def _convert_once(
         raise ConversionError(
             f"{folder.parent}: cannot be made: {err.strerror or err}; set {CACHE_VARIABLE} to a folder for models"
         ) from err
+    if not os.access(folder.parent, os.W_OK):
+        raise ConversionError(f"{folder.parent}: cannot be written to; set {CACHE_VARIABLE} to a folder for models")
     waiting = is_locked(lock_file)
     if waiting or reason:
         tell(f"waiting for another process that is converting {source}" if waiting else reason)

@@ -11,6 +11,7 @@ from fastvlm_mlx.checkpoint.safetensors import TensorFile, check, file_version
 from fastvlm_mlx.config import FORMAT_VERSION, ModelConfig
 from fastvlm_mlx.errors import CheckpointError, FastVLMError
 from fastvlm_mlx.formatting import names, printable
+from fastvlm_mlx.machine import descriptor_zero_taken
 from fastvlm_mlx.schema import read_object
 
 
@@ -88,7 +89,8 @@ def read_files(files: Iterable[TensorFile], stream: mx.Stream | None = None) -> 
         try:
             path = str(file.path)
             path.encode()
-            arrays: Any = mx.load(path, stream=stream)
+            with descriptor_zero_taken():
+                arrays: Any = mx.load(path, stream=stream)
             version = file_version(os.stat(path))
         except UnicodeEncodeError as err:
             raise CheckpointError(f"{file.label}: MLX cannot open a path that is not UTF-8; rename it") from err

@@ -1,6 +1,5 @@
 """`fastvlm bench`: measures the time to first token, computes the cost of a model, compares two reports."""
 
-import json
 import os
 import shutil
 from collections import Counter
@@ -278,6 +277,8 @@ def _measure(
     warmup: int,
     max_tokens: int,
 ) -> None:
+    import json
+
     from fastvlm_mlx.bench.conditions import conditions
     from fastvlm_mlx.bench.images import Images
     from fastvlm_mlx.bench.measure import measure

@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -98,6 +97,8 @@ def generate(
             stop=stop or (),
         )
     sources, question = _read_stdin(images or [], DEFAULT_PROMPT if prompt is None else prompt)
+
+    from concurrent.futures import ThreadPoolExecutor
 
     from fastvlm_mlx import load, stream_generate
     from fastvlm_mlx.inputs.images import load_image

@@ -4,7 +4,6 @@ What is written for a reader may hold names from checkpoints, servers and argume
 """
 
 import contextlib
-import json
 import os
 import shutil
 import sys
@@ -41,20 +40,37 @@ def complain(message: str) -> None:
 
 def show(text: str, *, err: bool = False) -> None:
     """Writes a result to stdout, for people, or to stderr: what could move a terminal's cursor is escaped."""
-    typer.echo("\n".join(printable(line, len(line) * 10) for line in text.split("\n")), err=err)
+    text = "\n".join(printable(line, len(line) * 10) for line in text.split("\n"))
+    if err:
+        typer.echo(text, err=True)
+    else:
+        _write_result(f"{text}\n")
 
 
 def show_answer(text: str) -> None:
     """Writes a piece of an answer to stdout: as it is, but what could move a terminal's cursor is escaped there."""
     if sys.stdout.isatty():
         text = "".join(printable(char) if char in _CONTROLS else char for char in text)
-    typer.echo(text, nl=False)
+    _write_result(text)
 
 
 def show_json(record: Any) -> None:
     """Writes a JSON object to stdout, in ASCII where stdout is not UTF-8."""
+    import json
+
     utf8 = sys.stdout.encoding.lower().replace("-", "") == "utf8"
-    typer.echo(json.dumps(record, ensure_ascii=not utf8))
+    _write_result(f"{json.dumps(record, ensure_ascii=not utf8)}\n")
+
+
+def _write_result(text: str) -> None:
+    """Writes to stdout; the error of one that cannot be written to names it."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as err:
+        raise OSError(err.errno, err.strerror, "stdout") from err
 
 
 def warn_of_slow_blas() -> None:
@@ -65,14 +81,9 @@ def warn_of_slow_blas() -> None:
         note(f"slow: MLX computes with its own BLAS, about 20 times slower than OpenBLAS; {blas().hint}")
 
 
-def drop_stdout() -> str:
-    """`stdout` if what was written to it last cannot be written, and is now dropped; else an empty string."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        _to_null(1)
-        return "stdout"
-    return ""
+def drop_stdout() -> None:
+    """Sends what waits to be written to stdout, and could not be written, to nowhere."""
+    _to_null(1)
 
 
 def _to_null(descriptor: int) -> None:
@@ -156,7 +167,8 @@ _LIVE: list[LiveLine] = []
 
 def _write(text: str) -> None:
     with contextlib.suppress(OSError):  # the terminal has gone
-        typer.echo(text, err=True, nl=False)
+        sys.stderr.write(text)
+        sys.stderr.flush()
 
 
 class ByteProgress:

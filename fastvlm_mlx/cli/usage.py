@@ -78,13 +78,16 @@ class Program(CommandGroup):
             complain(_wrong_usage(error))
             code = 2
         except BrokenPipeError:  # the reader of a pipe has gone
-            drop_stdout()
             code = 1
         except OSError as error:
             if self.debug:
                 raise
-            complain(_one_line(error))
+            complain(f"{error.strerror or error}: stdout")  # of help, as those of commands are dealt with
             code = 1
+        try:
+            sys.stdout.flush()
+        except OSError:  # Python would try it again, and complain
+            drop_stdout()
         sys.exit(code)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -140,7 +143,6 @@ def _wrong_usage(error: Any) -> str:
 
 def _one_line(error: Exception) -> str:
     """The error's message; an operating system's as `No space left on device: weights.safetensors`."""
-    if not isinstance(error, OSError) or not error.strerror:
-        return str(error)
-    place = error.filename if error.filename is not None else drop_stdout()
-    return f"{error.strerror}: {place}" if place else error.strerror
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror + (f": {error.filename}" if error.filename else "")
+    return str(error)
