@@ -8,7 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from fastvlm_mlx import FastVLMProcessor, GenerationConfig, PrefixCache, generate, stream_generate
+from fastvlm_mlx import (
+    Engine,
+    FastVLMProcessor,
+    GenerationConfig,
+    PrefixCache,
+    Request,
+    generate,
+    stream_generate,
+)
 from fastvlm_mlx.backend import mx
 from fastvlm_mlx.convert import convert_checkpoint, plan, quantize_checkpoint
 from fastvlm_mlx.convert.pipeline import convert_and_quantize
@@ -52,6 +60,10 @@ def _asking(room: Room) -> dict[str, Call]:
 
     def prepared(images: Any, prompt: Any, resolution: Any, system: Any) -> Any:
         return processor.prepare(images, prompt, resolution=resolution, system=system).input_ids
+
+    def with_engine(max_batch: Any, queue_size: Any, **request: Any) -> Any:
+        with Engine(model, processor, max_batch=max_batch, queue_size=queue_size) as engine:
+            return engine.submit(Request(**request)).result(30)
 
     whole = {**asked, **settings, "stop": "x", "config": None, "prefix_cache": None}
     return {

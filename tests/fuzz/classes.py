@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from random import Random
 
-from tests.fuzz import arguments, checkpoints, commands, headers, pictures, prompts, questions, sources
+from tests.fuzz import arguments, checkpoints, commands, headers, pictures, prompts, questions, servers, sources
 from tests.fuzz.room import Room
 
 Case = Callable[[Random, Room], None]
@@ -13,7 +13,7 @@ CLASSES: dict[str, Case] = {
     case.__name__: case
     for case in (
         *(checkpoints.upstream, checkpoints.converted, checkpoints.cache, checkpoints.archive),
-        *(pictures.picture, headers.header, sources.array, sources.source),
+        *(pictures.picture, headers.header, sources.array, sources.source, servers.server),
         *(prompts.prompt, prompts.messages, prompts.ids),
         *(questions.questions, questions.journal),
         *(arguments.python, commands.command_line),

@@ -30,13 +30,13 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 
 SHARES = {
-    **{"upstream": 40, "converted": 45, "cache": 5, "archive": 25},
-    **{"picture": 330, "header": 120, "array": 40, "source": 70},
+    **{"upstream": 28, "converted": 40, "cache": 3, "archive": 18},
+    **{"picture": 360, "header": 150, "array": 40, "source": 80, "server": 12},
     **{"prompt": 110, "messages": 80, "ids": 20},
-    **{"questions": 25, "journal": 8},
-    **{"python": 120, "command_line": 25},
+    **{"questions": 16, "journal": 4},
+    **{"python": 110, "command_line": 14},
 }
-"""The classes, and how many of about a thousand cases each gets."""
+"""The classes, and how many of about a thousand cases each gets: few of those that take long."""
 
 GOOD = ("answered", "refused")
 SECONDS, MEBIBYTES = 8.0, 1500

@@ -47,10 +47,15 @@ class Room:
     def clear(self) -> None:
         """Empties all folders."""
         os.chdir(self._seeds)
-        if self.path.exists():
-            shutil.rmtree(self.path)
-        for folder in (self.input, self.work, self.home, self.cache, self.temporary):
-            folder.mkdir(parents=True)
+        folders = (self.input, self.work, self.home, self.cache, self.temporary)
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+        strangers = [path for path in self.path.iterdir() if path not in folders]
+        for path in (*strangers, *(path for folder in folders for path in folder.iterdir())):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
         os.chdir(self.work)
         self._watched.clear()
         self.written.clear()

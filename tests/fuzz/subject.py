@@ -80,25 +80,20 @@ def command(arguments: Sequence[str], stdin: bytes = b"") -> str:
         raise result.exception
     lines, code = result.stderr.splitlines(), result.exit_code
     for line in lines:
-        if line.strip() and code != 2:  # a usage error repeats what was written
-            check_message(line)
+        check_message(line)
     errors = [line for line in lines if line.startswith("error: ")]
     if code in (0, 3):
         if code == 0 and errors:
             raise Wrong(f"command: exit code 0 with {errors[0][:300]!r}")
         return result.stdout
-    if code == 1 and (len(errors) != 1 or lines[-1] != errors[0]):
-        raise Wrong(f"command: exit code 1 with {result.stderr[-300:]!r}")
-    if code == 2 and not any(line.startswith(("Error: ", "Usage: ")) for line in lines):
-        raise Wrong(f"command: exit code 2 with {result.stderr[-300:]!r}")
-    if code not in (1, 2):
+    if code not in (1, 2) or len(errors) != 1 or lines[-1] != errors[0]:
         raise Wrong(f"command: exit code {code} with {result.stderr[-300:]!r}")
     raise Refused(lines[-1])
 
 
-def look_at(source: Any) -> None:
+def look_at(source: Any, **options: Any) -> None:
     """Loads and prepares an image; raises `Wrong` if the result is not RGB of the size that its file has."""
-    image = load_image(source)
+    image = load_image(source, **options)
     width, height = image.size
     if image.mode != "RGB" or not width or not height:
         raise Wrong(f"picture: {image.mode}, {image.size}")

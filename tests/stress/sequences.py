@@ -19,7 +19,17 @@ from typing import Any
 
 import numpy as np
 
-from fastvlm_mlx import FastVLM, FastVLMProcessor, PrefixCache, generate, load, stream_generate
+from fastvlm_mlx import (
+    Engine,
+    FastVLM,
+    FastVLMProcessor,
+    GenerationConfig,
+    PrefixCache,
+    Request,
+    generate,
+    load,
+    stream_generate,
+)
 from tests.checkpoints import APPLE, SOURCES
 
 ROOT = Path(__file__).parents[2]
@@ -55,6 +65,12 @@ def answers_alone() -> Answers:
     return answers
 
 
+def _request(question: dict[str, Any]) -> Request:
+    options = dict(question)
+    asked = {name: options.pop(name) for name in ("image", "prompt", "resolution") if name in options}
+    return Request(**asked, config=GenerationConfig(**options))
+
+
 class Caller:
     """Makes random calls on models that several threads share.
 
@@ -67,6 +83,7 @@ class Caller:
         self._expected = expected
         self._lock = threading.Lock()
         self._models: dict[str, Loaded] = {}
+        self._engines: dict[str, Engine] = {}
         self._caches: dict[str, PrefixCache | None] = {
             name: PrefixCache(300_000) if prefix_caches else None for name in MODELS
         }
@@ -77,16 +94,23 @@ class Caller:
         for step in range(random.randint(2, LENGTH)):
             name = random.choice(list(MODELS))
             call = random.choice(
-                (self._ask, self._ask, self._stream, self._abandon, self._together, self._rows, self._again)
+                (
+                    self._ask,
+                    self._stream,
+                    self._abandon,
+                    self._together,
+                    self._rows,
+                    self._again,
+                    self._engine,
+                    self._own,
+                )
             )
             call(random, name, f"sequence {seed}, step {step}, {call.__name__} of {name}")
 
     def _model(self, name: str) -> Loaded:
         """A model that all threads share, loaded by the first that needs it, or by several at once."""
         if name not in self._models:
-            loaded = load(MODELS[name])
-            with self._lock:
-                self._models.setdefault(name, loaded)
+            self._models.setdefault(name, load(MODELS[name]))
         return self._models[name]
 
     def _question(self, random: Random, name: str) -> tuple[dict[str, Any], list[int]]:
@@ -128,6 +152,34 @@ class Caller:
         start = len(QUESTIONS) + 2 * number
         assert _batch(self._model(name)[0], number) == self._expected[name][start : start + 2], where
 
+    def _engine(self, random: Random, name: str, where: str) -> None:
+        """Several questions to an engine that all threads share."""
+        with self._lock:
+            if name not in self._engines:
+                self._engines[name] = Engine(*self._model(name), max_batch=3)
+        self._submit(random, name, self._engines[name], where)
+
+    def _own(self, random: Random, name: str, where: str) -> None:
+        """Several questions to an engine that is closed afterwards."""
+        with Engine(*self._model(name), max_batch=2) as engine:
+            self._submit(random, name, engine, where)
+            engine.submit(Request(prompt="Who waits for this?"))
+
+    def _submit(self, random: Random, name: str, engine: Engine, where: str) -> None:
+        numbers = [random.randrange(len(QUESTIONS)) for _ in range(random.choice((1, 2, 4)))]
+        handles = [engine.submit(_request(QUESTIONS[number])) for number in numbers]
+        cancelled = random.randrange(len(handles)) if random.random() < 0.3 else None
+        if cancelled is not None:
+            handles[cancelled].cancel()
+        for place, (number, handle) in enumerate(zip(numbers, handles, strict=True)):
+            if place != cancelled:
+                assert list(handle.result(120).token_ids) == self._expected[name][number], where
+
+    def close(self) -> None:
+        """Ends the engines."""
+        for engine in self._engines.values():
+            engine.close()
+
     def _again(self, random: Random, name: str, where: str) -> None:
         """A model loaded anew, through the cache."""
         question, expected = self._question(random, name)
@@ -141,6 +193,7 @@ def run_threads(expected: Answers, seeds: Sequence[int], threads: int, *, prefix
     with ThreadPoolExecutor(threads) as pool:
         for done in [pool.submit(caller.sequence, seed) for seed in seeds]:
             done.result()
+    caller.close()
 
 
 def run_processes(expected: Answers, seeds: Sequence[int], processes: int, threads: int, folder: Path) -> None:
