@@ -3,10 +3,19 @@
     python benchmarks/export_mlx_vlm.py EXPORT tests/golden/apple
 
 It runs in an environment with mlx-vlm and without this project. The second folder holds `spec.json`, `prompt.txt` and
-`expected.safetensors` as the golden checkpoints do. The last line on stdout is JSON; the exit code is 3 if the logits
-differ by more than 1e-4 of the largest.
+`expected.safetensors` as the golden checkpoints do. `fastvlm convert` refuses to export their small towers, which
+mlx-vlm loads only with the constants that are set here; in this project's environment, this exports one:
+
+    from fastvlm_mlx.convert import convert_checkpoint
+    from fastvlm_mlx.convert.export.mlx_vlm import export_mlx_vlm
+
+    convert_checkpoint("tests/golden/apple/reparam", "build/apple", dtype="float32")
+    export_mlx_vlm("build/apple", "build/export")
+
+The last line on stdout is JSON; the exit code is 3 if the logits differ by more than 1e-4 of the largest.
 """
 
+import argparse
 import json
 import sys
 from importlib.metadata import version
@@ -25,7 +34,11 @@ CHECK_FAILED = 3
 
 def main() -> int:
     """Compares the logits for every image of the golden folder; returns the exit code."""
-    export, golden = map(Path, sys.argv[1:3])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("export", type=Path)
+    parser.add_argument("golden", type=Path)
+    options = parser.parse_args()
+    export, golden = options.export, options.golden
     vision: dict[str, Any] = json.loads((export / "config.json").read_text())["vision_config"]
     # mlx-vlm has these as class attributes that its config cannot set; released sizes are right by default.
     architecture.VisionConfig.layers = vision["layers"]

@@ -11,10 +11,12 @@ and log-probabilities are compared.
 
 Each peer has a virtual environment of its own. What is missing under --work is made there: environments, random
 checkpoints in Apple's and transformers' layout, and mlx-vlm's and our conversions of them. The results are written
-after every process; an interrupted run continues where it stopped.
+into `build/` after every process; an interrupted run continues where it stopped. With `--record`, they take the place
+of the tracked ones when they are complete, and README.md gets the tables.
 
     python benchmarks/peers.py --resolutions 256 512 1024 --runs 7
     python benchmarks/peers.py --peers transformers --here      # only this peer, installed in this environment
+    python benchmarks/peers.py --record     # keep what was measured in benchmarks/results
     python benchmarks/peers.py --table      # only write the tables again
 """
 
@@ -53,6 +55,7 @@ from fastvlm_mlx.machine import Machine, describe
 HERE = Path(__file__).resolve().parent
 README = HERE / "README.md"
 RESULTS = HERE / "results"
+BUILD = HERE.parent / "build"
 BEGIN, END = "<!-- bench-peers:begin -->", "<!-- bench-peers:end -->"
 DEFAULT_WORK = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "fastvlm-mlx-peers"
 PROMPT = "Describe the image."
@@ -645,10 +648,18 @@ def read_report(file: Path) -> Report:
     return Report.from_dict(json.loads(file.read_text(encoding="utf-8")))
 
 
-def default_output(size: str) -> Path:
-    """Returns `results/peers-<size>-<system>-<chip>.json`."""
+def file_name(size: str) -> str:
+    """Returns `peers-<size>-<system>-<chip>.json`."""
     chip = re.sub(r"[^a-z0-9]+", "-", describe().chip.lower()).strip("-")
-    return RESULTS / f"peers-{size}-{platform.system().lower()}-{chip}.json"
+    return f"peers-{size}-{platform.system().lower()}-{chip}.json"
+
+
+def write_report(report: Report, file: Path) -> None:
+    """Writes a comparison at once."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
+    partial.replace(file)
 
 
 def main() -> None:
@@ -664,14 +675,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--work", type=Path, default=DEFAULT_WORK, help="for checkpoints and images (10 GB)")
     parser.add_argument("--venvs", type=Path, help="for the peers' environments (3 GB); under --work by default")
-    parser.add_argument("--output", type=Path, help="JSON file; under benchmarks/results by default")
+    parser.add_argument("--output", type=Path, help="JSON file; under build/ by default")
+    parser.add_argument("--record", action="store_true", help="replace the tracked results and tables at the end")
     parser.add_argument("--fresh", action="store_true", help="start again instead of continuing")
     parser.add_argument("--table", action="store_true", help="measure nothing; write the tables again")
     options = parser.parse_args()
     if options.table:
         write_tables(stored_reports(), README)
         return
-    output: Path = options.output or default_output(options.size)
+    output: Path = options.output or BUILD / file_name(options.size)
     cpu = device() == "cpu"
     settings = Settings(
         size=options.size,
@@ -692,15 +704,10 @@ def main() -> None:
     if any(peer.dtype == "bfloat16" for peer in peers):
         report.instructions = bfloat16_instructions()
 
-    def save() -> None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        partial = output.with_suffix(".partial")
-        partial.write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
-        partial.replace(output)
-
-    measure(place, peers, options.resolutions, options.runs, report, save)
+    measure(place, peers, options.resolutions, options.runs, report, lambda: write_report(report, output))
     print("\n".join(table(report)))
-    if options.output is None:
+    if options.record:
+        write_report(report, RESULTS / file_name(options.size))
         write_tables(stored_reports(), README)
 
 

@@ -7,6 +7,7 @@ Prints one JSON object, as kept in `quantization.json` beside this file. Memory 
 memory, dequantized copies included, and is given as a share of the float16 folder's on the same machine.
 """
 
+import argparse
 import json
 import os
 import resource
@@ -73,20 +74,31 @@ def child(*arguments: object) -> dict[str, Any]:
 
 def main() -> None:
     """Runs all steps, or the one that the arguments name."""
-    step, *arguments = sys.argv[1:]
-    if step == "--quantize":
-        print(json.dumps(quantize(Path(arguments[0]), Path(arguments[1]), arguments[2])))
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s SOURCE WORK", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", type=Path, help="a converted folder, not quantized")
+    parser.add_argument("work", type=Path, nargs="?", help="folder for the quantized checkpoints")
+    parser.add_argument("--preset", help=argparse.SUPPRESS)  # one step: quantizes `source` to `work`
+    parser.add_argument("--run", action="store_true", help=argparse.SUPPRESS)  # one step: loads `source` and answers
+    options = parser.parse_args()
+    source, work = options.source, options.work
+    if options.run:
+        print(json.dumps(run(source)))
         return
-    if step == "--run":
-        print(json.dumps(run(Path(arguments[0]))))
+    if work is None:
+        parser.error("the folder for the quantized checkpoints is missing")
+    if options.preset:
+        print(json.dumps(quantize(source, work, options.preset)))
         return
-    source, work = Path(step), Path(arguments[0])
+    if kept := [preset for preset in PRESETS if (work / preset).exists()]:
+        parser.error(f"{work / kept[0]} exists already; remove it or choose another folder, so that all is measured")
     from fastvlm_mlx.bench.conditions import conditions
 
-    results: dict[str, Any] = {"conditions": conditions().to_dict(), "float16": child("--run", source)}
+    results: dict[str, Any] = {"conditions": conditions().to_dict(), "float16": child(source, "--run")}
     for preset in PRESETS:
-        made = child("--quantize", source, work / preset, preset) if not (work / preset).exists() else {}
-        results[preset] = {"quantize": made, **child("--run", work / preset)}
+        made = child(source, work / preset, "--preset", preset)
+        results[preset] = {"quantize": made, **child(work / preset, "--run")}
         results[preset]["held_ratio"] = results[preset]["held_bytes"] / results["float16"]["held_bytes"]
     print(json.dumps(results, indent=1))
 

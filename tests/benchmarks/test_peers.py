@@ -71,6 +71,27 @@ def test_an_interrupted_comparison_continues_where_it_stopped(
     assert str(tmp_path) not in (tmp_path / "peers.json").read_text()
 
 
+def test_tracked_results_change_only_when_they_are_to_be_recorded(
+    work: list[tuple[str, int, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "interrupted").touch()
+    for name in ("RESULTS", "BUILD"):
+        monkeypatch.setattr(peers, name, tmp_path / name)
+    tracked, readme = tmp_path / "RESULTS" / peers.file_name("0.5b"), tmp_path / "README.md"
+    readme.write_text(f"{peers.BEGIN}\nearlier\n{peers.END}\n")
+    monkeypatch.setattr(peers, "README", readme)
+    arguments = ["peers.py", "--resolutions", "256", "--runs", "1", "--work", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    peers.main()
+    assert "earlier" in readme.read_text()
+    assert not tracked.exists()
+    monkeypatch.setattr(sys, "argv", [*arguments, "--record"])
+    peers.main()
+    assert len(work) == 3  # continued from build/, where nothing was missing
+    assert tracked.read_text() == (tmp_path / "BUILD" / tracked.name).read_text()
+    assert "earlier" not in readme.read_text()
+
+
 def test_pytorch_takes_part_in_bfloat16_where_a_cpu_has_instructions_for_it(
     work: list[tuple[str, int, int]],
     tmp_path: Path,
