@@ -115,12 +115,17 @@ class Room:
         known = {self.input, self.work, self.home, self.cache, self.temporary, *self.written}
         if left := [path for path in self.path.iterdir() if path not in known]:
             raise Wrong(f"left: {', '.join(path.name for path in left[:3])}")
-        for entry in self.cache.iterdir():
-            if ".partial" in entry.name or (entry.is_dir() and entry.name != "eval" and not is_complete(entry)):
-                raise Wrong(f"left: {entry.name} in the cache, incomplete")
+        if left := unfinished(self.cache):
+            raise Wrong(f"left: {left[0]} in the cache, incomplete")
 
     def _is_result(self, path: Path) -> bool:
         return any(path == written or written in path.parents for written in self.written)
+
+
+def unfinished(cache: Path) -> list[str]:
+    """The names of what is left of an unfinished conversion in a cache folder, which may not exist."""
+    entries = [entry for entry in cache.glob("*") if entry.name != "eval"]
+    return [entry.name for entry in entries if ".partial" in entry.name or (entry.is_dir() and not is_complete(entry))]
 
 
 def _copy_small(source: Path, folder: Path) -> None:

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from fastvlm_mlx.checkpoint.folder import is_complete
 from tests.checkpoints import APPLE, SOURCES
+from tests.fuzz.room import unfinished
 
 ROOT = Path(__file__).parents[2]
 SIGNALS = (signal.SIGKILL, signal.SIGTERM)
@@ -171,9 +171,7 @@ def _check_left(here: Path, known: set[str], where: str) -> None:
     """Raises an AssertionError for a file that is neither a result nor one of MLX's compiled kernels."""
     left = [path.name for path in here.iterdir() if path.name not in known | {"temporary", "cache"}]
     left += [f"temporary/{path.name}" for path in (here / "temporary").iterdir() if path.name != "mlx"]
-    for entry in (here / "cache").iterdir() if (here / "cache").exists() else ():
-        if entry.name != "eval" and not entry.name.endswith(".lock") and not is_complete(entry):
-            left.append(f"cache/{entry.name}")
+    left += [f"cache/{name}" for name in unfinished(here / "cache")]
     assert not left, f"{where}: left {left}"
 
 
