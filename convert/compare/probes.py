@@ -107,7 +107,9 @@ def image_files(paths: Iterable[Path]) -> list[Path]:
             raise ConversionError(f"{path}: no such image or folder of calibration images")
         images = [path]
         if path.is_dir():
-            images = sorted(file for file in path.iterdir() if file.suffix.lower() in _SUFFIXES)
+            images = sorted(
+                file for file in path.iterdir() if file.suffix.lower() in _SUFFIXES and not file.name.startswith(".")
+            )
         if not images:
             raise ConversionError(f"{path}: holds no image to calibrate on ({', '.join(sorted(_SUFFIXES))})")
         files += images

@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 from fastvlm_mlx.config import ModelConfig
+from fastvlm_mlx.formatting import printable
 
 _TEMPLATE = """\
 ---
@@ -85,7 +86,8 @@ def card(
         report: The section on what quantization cost.
         reader: The program that the checkpoint is for.
     """
-    name, revision = config.source["name"], config.source["revision"]
+    source = config.source
+    name, revision = source.get("name") or "a checkpoint without a name", source.get("revision")
     vision, text = config.vision_config, config.text_config
     apple = name.startswith("apple/")
     origin = f"[{name}](https://huggingface.co/{name}) at `{revision}`" if revision else f"`{name}`"
@@ -107,7 +109,7 @@ def card(
         tags="".join(f"- {tag}\n" for tag in reader.tags),
         form=reader.form,
         usage=reader.usage,
-        title=title,
+        title=printable(title),
         origin=origin,
         dtype="quantized" if config.quantization else config.dtype,
         report=f"{report}\n" if report else "",
@@ -121,6 +123,6 @@ def card(
         vocabulary=text.vocab_size,
         tied=", embedding and head tied" if text.tie_word_embeddings else "",
         layout=layout,
-        digest=config.source["sha256"],
+        digest=source.get("sha256") or "not recorded",
         licence=terms,
     )

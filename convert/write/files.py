@@ -20,10 +20,10 @@ def write_json(path: Path, values: Mapping[str, object]) -> None:
 
 
 def copy_small_files(source: Path, target: Path) -> None:
-    """Copies everything but weights and the files that every step writes anew."""
+    """Copies everything but weights, hidden files and the files that every step writes anew."""
     rewritten = {"config.json", "README.md", INDEX_FILE, REPORT_FILE}
     for file in source.iterdir():
-        if file.is_file() and file.suffix != ".safetensors" and file.name not in rewritten:
+        if file.is_file() and file.suffix != ".safetensors" and file.name not in rewritten and file.name[0] != ".":
             shutil.copyfile(file, target / file.name)
 
 
@@ -35,8 +35,12 @@ def copy_licences(folders: Iterable[Path], target: Path) -> None:
 
 
 def licences(folder: Path) -> list[str]:
-    """The names of the licence files in a folder."""
-    return sorted(path.name for path in folder.iterdir() if path.is_file() and _LICENCES.match(path.name))
+    """The names of the licence files in a folder, which a model card can show."""
+    return sorted(
+        path.name
+        for path in folder.iterdir()
+        if path.is_file() and _LICENCES.match(path.name) and path.name.isprintable()
+    )
 
 
 def folder_bytes(folder: Path, without: Collection[str] = ()) -> int:
