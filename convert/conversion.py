@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 
 from fastvlm_mlx.checkpoint.released import parse_name
-from fastvlm_mlx.checkpoint.safetensors import Tensor
 from fastvlm_mlx.config import LayerQuantization, ModelConfig, QuantizationConfig
 from fastvlm_mlx.convert.arrays import DTYPES, Array
 from fastvlm_mlx.convert.fold.float16 import Scaling, choose, factors
@@ -29,15 +28,11 @@ from fastvlm_mlx.convert.write.shards import ShardWriter, Stored, index, shards
 from fastvlm_mlx.errors import CheckpointError, ConversionError
 from fastvlm_mlx.formatting import names
 from fastvlm_mlx.inputs.processor import FastVLMProcessor
-from fastvlm_mlx.inputs.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from fastvlm_mlx.backend import mx
 
 OTHER_PART_REASON = "only the vision tower of this source is used"
-
-_COPIED_BYTES = 2**24
-"""Bytes of a packed tensor that are copied at a time."""
 
 _PACKED_MODULES = ("language_model.", "mm_projector.2.")
 """Where quantized weights can stay packed: they are neither folded nor scaled, nor are their columns permuted."""
@@ -50,6 +45,7 @@ def plan(
     revision: str | None = None,
     vision_from: str | Path | None = None,
     dequantize: bool = False,
+    tie_word_embeddings: bool | None = None,
 ) -> Plan:
     """The plan of `convert_checkpoint`; reads headers only, and the head where it may equal the embedding.
 
@@ -61,6 +57,7 @@ def plan(
         revision: A branch, tag or commit of a Hub id.
         vision_from: The source of the vision tower, for a source that has none.
         dequantize: Whether to dequantize weights that could stay quantized.
+        tie_word_embeddings: As for `convert_checkpoint`.
 
     Raises:
         CheckpointError: If the source is missing, incomplete, damaged or of an unknown layout.
@@ -68,7 +65,13 @@ def plan(
         ConversionError: If the options do not fit the source.
     """
     with open_conversion(
-        source, dtype=dtype, revision=revision, vision_from=vision_from, dequantize=dequantize, headers_only=True
+        source,
+        dtype=dtype,
+        revision=revision,
+        vision_from=vision_from,
+        dequantize=dequantize,
+        tie_word_embeddings=tie_word_embeddings,
+        headers_only=True,
     ) as conversion:
         return conversion.plan()
 
@@ -81,6 +84,7 @@ def convert_checkpoint(
     revision: str | None = None,
     vision_from: str | Path | None = None,
     dequantize: bool = False,
+    tie_word_embeddings: bool | None = None,
     calibration_images: Iterable[str | Path] = (),
     notify: Notify | None = None,
     progress: Progress | None = None,
@@ -96,6 +100,8 @@ def convert_checkpoint(
         revision: A branch, tag or commit of a Hub id.
         vision_from: The source of the vision tower, for a source that has none.
         dequantize: Whether to dequantize weights that could stay quantized.
+        tie_word_embeddings: Whether the head is tied to the embedding, where config.json and tensors contradict each
+            other; by default that is an error.
         calibration_images: Images to measure the tower's range on for float16, in addition to the built-in ones.
         notify: Called with a line before a download.
         progress: Called with the bytes done, the bytes in all and a label of the current step.
@@ -113,6 +119,7 @@ def convert_checkpoint(
         revision=revision,
         vision_from=vision_from,
         dequantize=dequantize,
+        tie_word_embeddings=tie_word_embeddings,
         notify=notify,
         progress=progress,
     ) as conversion:
@@ -127,6 +134,7 @@ def open_conversion(
     revision: str | None = None,
     vision_from: str | Path | None = None,
     dequantize: bool = False,
+    tie_word_embeddings: bool | None = None,
     headers_only: bool = False,
     notify: Notify | None = None,
     progress: Progress | None = None,
@@ -148,16 +156,16 @@ def open_conversion(
         main = tower = opened(source, revision)
         if vision_from is not None:
             if main.has_tower:
-                raise ConversionError(f"{main.source.name} has a vision tower of its own; leave --vision-from out")
+                raise ConversionError(f"{main.source.label} has a vision tower of its own; leave --vision-from out")
             tower = opened(vision_from)
             if not tower.has_tower:
-                raise ConversionError(f"{tower.source.name} has no vision tower either; give another --vision-from")
+                raise ConversionError(f"{tower.source.label} has no vision tower either; give another --vision-from")
         elif not main.has_tower:
             raise ConversionError(
-                f"{main.source.name} has no vision tower ({main.layout.description}); "
+                f"{main.source.label} has no vision tower ({main.layout.description}); "
                 "name a checkpoint that has one with --vision-from"
             )
-        yield Conversion(main, tower, dtype=dtype, dequantize=dequantize)
+        yield Conversion(main, tower, dtype=dtype, dequantize=dequantize, tie=tie_word_embeddings)
 
 
 class Conversion:
@@ -168,6 +176,7 @@ class Conversion:
         tower: The source of the vision tower; usually the same.
         dtype: `float16`, `bfloat16` or `float32`.
         dequantize: Whether to dequantize weights that could stay quantized.
+        tie: Whether the head is tied to the embedding; see `convert_checkpoint`.
 
     Attributes:
         folds: The way to every parameter, in the order in which they are written.
@@ -178,10 +187,16 @@ class Conversion:
     """
 
     def __init__(
-        self, main: UpstreamCheckpoint, tower: UpstreamCheckpoint, *, dtype: str, dequantize: bool = False
+        self,
+        main: UpstreamCheckpoint,
+        tower: UpstreamCheckpoint,
+        *,
+        dtype: str,
+        dequantize: bool = False,
+        tie: bool | None = None,
     ) -> None:
         self._main, self._tower, self._dtype = main, tower, dtype
-        self._text, self._vision = main.text_config(), tower.vision_config()
+        self._text, self._vision = main.text_config(tie), tower.vision_config()
         self.folds: list[Fold] = []
         self._weights: dict[str, Weight] = {}
         for checkpoint, folds in (
@@ -294,8 +309,8 @@ class Conversion:
         for fold in self.folds:
             for name, rows in self._outputs(fold).items():
                 if name in self._kept:
-                    parts = self._kept[name].packed.items()
-                    yield from ((_part_name(name, part), _stored_rows(tensor)) for part, tensor in parts)
+                    weight = self._kept[name]
+                    yield from ((_part_name(name, part), weight.stored(part)) for part in weight.packed)
                 else:
                     factor = np.float32(scale.get(name, 1.0))
                     yield name, rows if factor == 1 else (chunk * factor for chunk in rows)
@@ -363,7 +378,7 @@ class Conversion:
         source, config = self._main.source, finished.config
         copy_licences((checkpoint.source.folder for checkpoint in self._checkpoints), folder)
         terms = licences(folder)
-        FastVLMProcessor(Tokenizer(source.folder), config).save(folder)
+        FastVLMProcessor(self._main.tokenizer, config).save(folder)
         generation = {**(source.json("generation_config.json") or {}), "eos_token_id": list(config.eos_token_id)}
         write_json(folder / "config.json", config.to_dict())
         write_json(folder / "generation_config.json", generation)
@@ -375,13 +390,6 @@ class Conversion:
 def _part_name(name: str, part: str) -> str:
     """The name of a part of the quantized layer with the weight `name`."""
     return f"{name.removesuffix('weight')}{part}"
-
-
-def _stored_rows(tensor: Tensor) -> Iterator[npt.NDArray[Any]]:
-    """A tensor as it is stored, in chunks of rows."""
-    step = max(1, _COPIED_BYTES * tensor.shape[0] // tensor.nbytes)
-    for first in range(0, tensor.shape[0], step):
-        yield tensor.read(first, min(step, tensor.shape[0] - first))
 
 
 def _can_stay_packed(target: str, weight: Weight) -> bool:

@@ -33,6 +33,7 @@ def convert_and_quantize(
     revision: str | None = None,
     vision_from: str | Path | None = None,
     dequantize: bool = False,
+    tie_word_embeddings: bool | None = None,
     calibration: Iterable[str | Path] = (),
     gates: Sequence[str] = (),
     notify: Notify | None = None,
@@ -49,6 +50,7 @@ def convert_and_quantize(
         revision: As for `convert_checkpoint`.
         vision_from: As for `convert_checkpoint`.
         dequantize: Whether to dequantize a quantized source.
+        tie_word_embeddings: As for `convert_checkpoint`.
         calibration: Images, or folders of them, to measure on in addition to the built-in ones.
         gates: Conditions on the quantization report, such as `top1>=0.95`, about the checkpoint as it is written.
         notify: Called with a line before a download.
@@ -73,6 +75,7 @@ def convert_and_quantize(
         revision=revision,
         vision_from=vision_from,
         dequantize=dequantize,
+        tie_word_embeddings=tie_word_embeddings,
         images=image_files(map(Path, calibration)),
         gates=gates,
         notify=notify,
@@ -99,6 +102,7 @@ def planned_steps(
     revision: str | None,
     vision_from: str | Path | None,
     dequantize: bool,
+    tie_word_embeddings: bool | None,
     images: Sequence[Path],
     gates: Sequence[str],
     notify: Notify | None = None,
@@ -112,7 +116,13 @@ def planned_steps(
     folder = parse_name(source).path
     converted = ModelConfig.from_path(folder) if folder and is_converted(folder) else None
     dtype = dtype or (converted.dtype if converted else "float16")
-    options = {"dtype": dtype, "revision": revision, "vision_from": vision_from, "dequantize": dequantize}
+    options = {
+        "dtype": dtype,
+        "revision": revision,
+        "vision_from": vision_from,
+        "dequantize": dequantize,
+        "tie_word_embeddings": tie_word_embeddings,
+    }
     planned_request(source, **options, quantization=quantization, mlx_vlm=mlx_vlm, calibration=images, gates=gates)
 
     steps: list[Step] = []
@@ -121,6 +131,6 @@ def planned_steps(
         steps.append(partial(quantize_checkpoint, quantization=quantization, calibration=images, gates=checked))
     if mlx_vlm:
         steps.append(partial(export_mlx_vlm, gates=gates))
-    if converted is None or dtype != converted.dtype or dequantize or not steps:
+    if converted is None or dtype != converted.dtype or dequantize or tie_word_embeddings is not None or not steps:
         steps.insert(0, partial(convert_checkpoint, **options, calibration_images=images, notify=notify))
     return steps

@@ -65,6 +65,7 @@ def planned_request(
     revision: str | None = None,
     vision_from: str | Path | None = None,
     dequantize: bool = False,
+    tie_word_embeddings: bool | None = None,
     calibration: Sequence[str | Path] = (),
     gates: Sequence[str] = (),
 ) -> Planned:
@@ -82,7 +83,14 @@ def planned_request(
         raise ConversionError(
             f"calibration images would change nothing: {dtype} needs no scaling, and nothing is to be quantized"
         )
-    planned = plan(source, dtype=dtype, revision=revision, vision_from=vision_from, dequantize=dequantize)
+    planned = plan(
+        source,
+        dtype=dtype,
+        revision=revision,
+        vision_from=vision_from,
+        dequantize=dequantize,
+        tie_word_embeddings=tie_word_embeddings,
+    )
     if dequantize and not planned.dequantized:
         raise ConversionError(f"{source}: is not quantized; there is nothing to dequantize")
     allocation = None

@@ -85,6 +85,7 @@ def header_only(manifest: Path, folder: Path) -> Path:
         "num_attention_heads": heads[0],
         "num_key_value_heads": heads[1],
         "mm_vision_tower": "mobileclip_l_1024",
+        "tie_word_embeddings": "7b" not in manifest.stem,
     }
     (folder / "config.json").write_text(json.dumps(config))
     return folder

@@ -1,7 +1,9 @@
 """An upstream checkpoint, its tensors matched with targets in our module tree."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,17 @@ from fastvlm_mlx.convert.source.layouts import OURS, Layout
 from fastvlm_mlx.convert.source.match import Match, match, recognise
 from fastvlm_mlx.convert.source.source import Source
 from fastvlm_mlx.convert.source.weights import Weight, weight
-from fastvlm_mlx.errors import CheckpointError
+from fastvlm_mlx.errors import CheckpointError, ConversionError
+from fastvlm_mlx.formatting import printable
 from fastvlm_mlx.inputs.tokenizer import END_OF_TEXT, IM_END, Tokenizer
+from fastvlm_mlx.schema import integer
 
 LM_HEAD = "language_model.lm_head.weight"
 TIED_REASON = "equal to the embedding, which the head uses"
+UNUSED_REASON = "the head is tied to the embedding, as you chose"
 
 _TOWER = "vision_tower."
+_ROOTS = ("model.", "language_model.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +56,7 @@ class UpstreamCheckpoint:
         """
         config = source.json("config.json")
         if config is None:
-            raise CheckpointError(f"{source.name}: has no config.json")
+            raise CheckpointError(f"{source.label}: has no config.json")
         if "fastvlm_format" in config:
             ModelConfig.from_dict(config)
             layout = OURS
@@ -91,57 +97,126 @@ class UpstreamCheckpoint:
             shape,
             channels_last=self.layout.channels_last,
             companions=tuple(tensors[companion] for companion in self.match.packed.get(key, ())),
-            quantization=self.quantization.for_layer(key.removesuffix(".weight")),
+            quantization=self._quantization(key.removesuffix(".weight"), target.removesuffix(".weight")),
             factor=factor,
         )
+
+    def _quantization(self, *paths: str) -> LayerQuantization | None:
+        """What the config says of the layer that is called `paths`; None if only its tensors can tell.
+
+        Programs name layers from different roots. Where a config lists layers, but not this one, its default may be
+        meant for others.
+        """
+        overrides = {_without_roots(path): layer for path, layer in self.quantization.overrides.items()}
+        for path in map(_without_roots, paths):
+            if path in overrides:
+                return overrides[path]
+        return None if overrides else self.quantization.default
 
     def vision_config(self) -> VisionConfig:
         """The architecture of its tower, unscaled."""
         depths = tuple(self._count(f"{_TOWER}stages.{stage}.blocks.") for stage in range(5))
-        vision: VisionConfig = upstream_config.vision_config(self.config, self._shape, depths)
+        vision: VisionConfig = upstream_config.vision_config(self.config, self._rows, depths)
         return vision
 
-    def text_config(self) -> TextConfig:
-        """The architecture of its decoder; the head is tied if it is absent or equals the embedding."""
+    def text_config(self, tie: bool | None = None) -> TextConfig:
+        """The architecture of its decoder.
+
+        Args:
+            tie: Whether the head is tied to the embedding. By default it is if the checkpoint has no head or one that
+                equals the embedding.
+
+        Raises:
+            CheckpointError: If it has a head of its own, but its config says that the head is tied.
+            ConversionError: If the head is not to be tied, but there is none.
+        """
         layers = self._count("language_model.model.layers.")
-        text: TextConfig = upstream_config.text_config(self.config, self._shape, layers)
-        shape = (text.vocab_size, text.hidden_size)
-        if LM_HEAD in self.match.targets:
-            embedding = self.weight(f"{EMBEDDING}.weight", shape)
-            return replace(text, tie_word_embeddings=self.weight(LM_HEAD, shape).equals(embedding))
-        return replace(text, tie_word_embeddings=True)
+        text: TextConfig = upstream_config.text_config(self.config, self._rows, layers)
+        said = upstream_config.tied(self.config)
+        if LM_HEAD not in self.match.targets:
+            if tie is False:
+                raise ConversionError(f"{self.source.label}: has no head; it can only be tied to the embedding")
+            return text
+        if self._head_is_embedding:
+            return text
+        if tie is None and said:
+            raise CheckpointError(
+                f"{self.source.label}: config.json says tie_word_embeddings, but {self.match.targets[LM_HEAD]} differs "
+                "from the embedding; convert it with --tie-word-embeddings, which drops that head, or with "
+                "--no-tie-word-embeddings, which uses it"
+            )
+        return replace(text, tie_word_embeddings=bool(tie))
+
+    @cached_property
+    def _head_is_embedding(self) -> bool:
+        """Whether the head holds the values of the embedding."""
+        shape = self._rows(f"{EMBEDDING}.weight"), self._rows("language_model.model.norm.weight")
+        equal: bool = self.weight(LM_HEAD, shape).equals(self.weight(f"{EMBEDDING}.weight", shape))
+        return equal
 
     def dropped(self, text: TextConfig) -> dict[str, str]:
         """The reason for every tensor that is not used."""
+        dropped: dict[str, str] = dict(self.match.dropped)
         head = self.match.targets.get(LM_HEAD)
-        return {**self.match.dropped, **({head: TIED_REASON} if head and text.tie_word_embeddings else {})}
+        if head is not None and text.tie_word_embeddings:
+            reason = TIED_REASON if self._head_is_embedding else UNUSED_REASON
+            dropped |= dict.fromkeys((head, *self.match.packed.get(head, ())), reason)
+        return dropped
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Its tokenizer, each of whose tokens has a row of the embedding.
+
+        Raises:
+            CheckpointError: If it has none, or one that is damaged.
+        """
+        tokenizer = Tokenizer(self.source.folder, self._rows(f"{EMBEDDING}.weight"))
+        tokenizer.check_ids()
+        return tokenizer
 
     def end_tokens(self) -> tuple[int, ...]:
         """The tokens that end an answer: ChatML's, and those that the configs name; without a tokenizer only these.
 
         Raises:
             CheckpointError: If it has no tokenizer.
+            ConfigError: If a config names something else than ids.
         """
-        ends: set[Any] = set()
-        if not self.source.headers_only:
-            tokenizer = Tokenizer(self.source.folder)
-            ends = {tokenizer.token_id(content) for content in (IM_END, END_OF_TEXT)}
+        ends = (
+            set() if self.source.headers_only else {self.tokenizer.token_id(token) for token in (IM_END, END_OF_TEXT)}
+        )
         for values in (self.config, self.source.json("generation_config.json") or {}):
             named = values.get("eos_token_id")
-            ends.update(named if isinstance(named, list) else [] if named is None else [named])
-        return tuple(sorted(ends))
+            for token in named if isinstance(named, list) else [] if named is None else [named]:
+                ends.add(integer(token, "eos_token_id", least=0))
+        rows = self._rows(f"{EMBEDDING}.weight")
+        return tuple(sorted(token for token in ends if token < rows))
 
     @property
     def public_name(self) -> str:
         """The repository, or the name of a folder or archive without its path, which may be private."""
         source = self.source
-        return source.name if source.revision else Path(source.name).expanduser().resolve().name
+        return source.name if source.revision else printable(Path(os.path.expanduser(source.name)).resolve().name)
 
-    def _shape(self, target: str) -> Shape:
-        """The shape of the tensor for a target, as it is stored."""
-        return self.source.tensors[self.match.targets[target]].shape
+    def _rows(self, target: str) -> int:
+        """The first dimension of the tensor for a target.
+
+        Raises:
+            CheckpointError: If it is a single number.
+        """
+        tensor = self.source.tensors[self.match.targets[target]]
+        if not tensor.shape:
+            raise CheckpointError(f"{tensor.file.label}: tensor {printable(tensor.name)} is a single number")
+        rows: int = tensor.shape[0]
+        return rows
 
     def _count(self, prefix: str) -> int:
         """The number of blocks or layers behind `prefix`."""
         targets = self.match.targets
         return len({target[len(prefix) :].partition(".")[0] for target in targets if target.startswith(prefix)})
+
+
+def _without_roots(path: str) -> str:
+    """A layer's path without the names of the modules that programs wrap a decoder in."""
+    while path.startswith(_ROOTS):
+        path = path.partition(".")[2]
+    return path

@@ -3,14 +3,22 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from fastvlm_mlx.checkpoint.safetensors import Tensor
-from fastvlm_mlx.config import LayerQuantization
+from fastvlm_mlx.config import QUANTIZATION_MODES, LayerQuantization
 from fastvlm_mlx.convert.arrays import Array, Shape, dequantize, float32, to_mlx
 from fastvlm_mlx.errors import CheckpointError
+from fastvlm_mlx.formatting import printable
+from fastvlm_mlx.schema import shown
 
+_COPIED_BYTES = 2**24
+"""Bytes of a packed tensor that are copied at a time."""
+_NOT_A_NUMBER = {"mxfp4": (0xFF,), "mxfp8": (0xFF,), "nvfp4": (0x7F, 0xFF)}
+"""The scales that stand for NaN, in the modes whose scales are bytes."""
 _CHUNK_ELEMENTS = 2**20
 """Elements handled at a time: 4 MB in float32, which a processor's cache holds."""
 _SAMPLES, _SAMPLED_ROWS = 4, 4
@@ -78,6 +86,22 @@ class Weight:
         parts = {"weight": self.tensor, "scales": self.packing.scales, "biases": self.packing.biases}
         return {name: part for name, part in parts.items() if part is not None}
 
+    def stored(self, part: str) -> Iterator[npt.NDArray[Any]]:
+        """The rows of a part of a quantized tensor as they are stored, a few at a time.
+
+        Raises:
+            CheckpointError: If the file is truncated or a scale or bias is not finite.
+        """
+        assert self.packing is not None
+        tensor = self.packed[part]
+        broken = _NOT_A_NUMBER.get(self.packing.mode, ())
+        step = max(1, _COPIED_BYTES * tensor.shape[0] // tensor.nbytes)
+        for first in range(0, tensor.shape[0], step):
+            rows = tensor.read(first, min(step, tensor.shape[0] - first))
+            if part != "weight" and (not np.isfinite(float32(rows, tensor.dtype)).all() or np.isin(rows, broken).any()):
+                raise CheckpointError(f"{_label(tensor)} holds NaN or infinite values")
+            yield rows
+
     def equals(self, other: "Weight") -> bool:
         """Whether both hold the same values; compares a few rows at a time, up to the first difference.
 
@@ -120,7 +144,7 @@ class Weight:
         if self.transpose:
             values = np.moveaxis(values, 1, -1)
         if not np.isfinite(values).all():
-            raise CheckpointError(f"{self.tensor.file.label}: tensor {self.tensor.name} holds NaN or infinite values")
+            raise CheckpointError(f"{_label(self.tensor)} holds NaN or infinite values")
         if self.factor != 1:
             values = values * np.float32(self.factor)
         return np.ascontiguousarray(values.reshape(count, *self.shape[1:]))
@@ -142,17 +166,17 @@ def weight(
         shape: The shape needed: channels last, (O, I) for a linear layer, (C,) for a vector.
         channels_last: Whether the source's convolutions are channels last.
         companions: A quantized tensor's scales and, where it has them, biases.
-        quantization: How it is quantized, by the source's config.
+        quantization: How it is quantized, by the source's config; None if that does not say.
         factor: A power of two that its values are multiplied by.
 
     Raises:
         CheckpointError: If the tensor has another shape or dtype, or the quantization does not fit.
     """
     if companions:
-        packing = _packing(tensor, shape, companions, quantization or LayerQuantization())
+        packing = _packing(tensor, shape, companions, quantization)
         return Weight(tensor=tensor, shape=shape, transpose=False, packing=packing, factor=factor)
     if tensor.dtype not in ("F32", "F16", "BF16"):
-        raise CheckpointError(f"{tensor.file.label}: tensor {tensor.name} is {tensor.dtype}; expected F32, F16 or BF16")
+        raise CheckpointError(f"{_label(tensor)} is {tensor.dtype}; expected F32, F16 or BF16")
     transpose = len(tensor.shape) == 4 and not channels_last
     stored = (tensor.shape[0], *tensor.shape[2:], tensor.shape[1]) if transpose else tensor.shape
     if len(shape) == 1 and len(stored) > 1:
@@ -163,44 +187,55 @@ def weight(
         fits = stored == shape
     if not fits:
         expected = (shape[0], shape[3], shape[1], shape[2]) if transpose and len(shape) == 4 else shape
-        raise CheckpointError(
-            f"{tensor.file.label}: tensor {tensor.name} has shape {list(tensor.shape)}, expected {list(expected)}"
-        )
+        raise CheckpointError(f"{_label(tensor)} has shape {list(tensor.shape)}, expected {list(expected)}")
     return Weight(tensor=tensor, shape=shape, transpose=transpose, factor=factor)
 
 
-def _packing(tensor: Tensor, shape: Shape, companions: tuple[Tensor, ...], expected: LayerQuantization) -> Packing:
-    """The quantization of a tensor: the shapes decide, and the config has to agree."""
+def _label(tensor: Tensor) -> str:
+    return f"{tensor.file.label}: tensor {printable(tensor.name)}"
+
+
+def _packing(
+    tensor: Tensor, shape: Shape, companions: tuple[Tensor, ...], expected: LayerQuantization | None
+) -> Packing:
+    """The quantization of a tensor: shapes and dtypes decide, and what the config says of it has to agree."""
     scales, biases = companions[0], companions[1] if len(companions) > 1 else None
     rows, columns = shape[0], shape[-1]
     groups = scales.shape[-1] if scales.shape else 0
+    cannot_hold = (
+        f"{_label(tensor)} ({tensor.dtype} {list(tensor.shape)}, scales {scales.dtype} {list(scales.shape)}) is "
+        f"quantized in no way that MLX knows; it cannot hold {list(shape)}"
+    )
     fits = (
         len(shape) == 2
         and tensor.dtype == "U32"
         and tensor.shape[:1] == scales.shape[:1] == (rows,)
         and len(tensor.shape) == len(scales.shape) == 2
-        and (biases is None or biases.shape == scales.shape)
+        and (biases is None or (biases.shape, biases.dtype) == (scales.shape, scales.dtype))
         and groups > 0
         and columns % groups == 0
         and tensor.shape[1] * 32 % columns == 0
     )
     if not fits:
-        raise CheckpointError(
-            f"{tensor.file.label}: quantized tensor {tensor.name} ({tensor.dtype} {list(tensor.shape)}, scales "
-            f"{list(scales.shape)}) cannot hold {list(shape)}"
-        )
+        raise CheckpointError(cannot_hold)
+    if biases is None and expected is not None and expected.mode == "affine":
+        raise CheckpointError(f"{_label(tensor)} has no biases for mode 'affine'")
     group_size, bits = columns // groups, tensor.shape[1] * 32 // columns
-    for key, value, said in (("group_size", group_size, expected.group_size), ("bits", bits, expected.bits)):
-        if said is not None and said != value:
-            raise CheckpointError(
-                f"{tensor.file.label}: tensor {tensor.name} is quantized with {key} {value}, config.json says {said}"
-            )
-    if (biases is None) == (expected.mode == "affine"):
-        state = "no" if biases is None else "unexpected"
-        raise CheckpointError(
-            f"{tensor.file.label}: tensor {tensor.name} has {state} biases for mode {expected.mode!r}"
-        )
-    return Packing(scales=scales, biases=biases, group_size=group_size, bits=bits, mode=expected.mode)
+    modes = [
+        mode
+        for mode, (supported, sizes) in QUANTIZATION_MODES.items()
+        if bits in supported and group_size in sizes and (mode == "affine") == (biases is not None)
+    ]
+    if not modes or scales.dtype not in (("U8",) if biases is None else ("F32", "F16", "BF16")):
+        raise CheckpointError(cannot_hold)
+    actual = LayerQuantization(group_size=group_size, bits=bits, mode=modes[0])
+    if expected is not None:
+        for key, value in actual.to_dict().items():
+            if (said := getattr(expected, key)) not in (None, value):
+                raise CheckpointError(
+                    f"{_label(tensor)} is quantized with {key} {value}, config.json says {shown(said)}"
+                )
+    return Packing(scales=scales, biases=biases, group_size=group_size, bits=bits, mode=modes[0])
 
 
 def _dequantize(tensor: Tensor, packing: Packing, first: int, count: int) -> Array:

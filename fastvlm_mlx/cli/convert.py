@@ -62,6 +62,10 @@ def convert(
     dequantize: Annotated[
         bool, typer.Option("--dequantize", "-d", help="Dequantize a quantized source instead of keeping it as it is.")
     ] = False,
+    tie_word_embeddings: Annotated[
+        bool | None,
+        typer.Option(help="Use the embedding as the head, or the head, where config.json and weights contradict."),
+    ] = None,
     output: OutputFormat = Format.fastvlm,
     upload_repo: UploadRepo = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Read only headers and print the plan.")] = False,
@@ -95,6 +99,7 @@ def convert(
             revision=revision,
             vision_from=vision_from,
             dequantize=dequantize,
+            tie_word_embeddings=tie_word_embeddings,
             calibration=calibration or (),
             gates=gates or (),
         )
@@ -118,6 +123,7 @@ def convert(
             revision=revision,
             vision_from=vision_from,
             dequantize=dequantize,
+            tie_word_embeddings=tie_word_embeddings,
             calibration=calibration or (),
             gates=gates or (),
             notify=note,

@@ -18,7 +18,7 @@ from fastvlm_mlx.checkpoint.load import load_model
 from fastvlm_mlx.config import LayerQuantization, ModelConfig, QuantizationConfig
 from fastvlm_mlx.convert import convert_checkpoint, plan
 from fastvlm_mlx.convert.write.shards import Stored, cast, shards
-from fastvlm_mlx.errors import ConversionError
+from fastvlm_mlx.errors import CheckpointError, ConversionError
 from fastvlm_mlx.inputs.processor import FastVLMProcessor
 from fastvlm_mlx.model.fastvlm import FastVLM
 from fastvlm_mlx.resolve import load
@@ -101,16 +101,43 @@ def test_a_head_that_equals_the_embedding_is_dropped_whatever_the_config_says(tm
     assert "language_model.lm_head.weight" not in tensors(tmp_path / "out")
 
 
-def test_a_head_that_differs_in_its_last_value_is_kept_whatever_the_config_says(tmp_path: Path) -> None:
+def with_a_head(source: Path, target: Path, said: bool | None) -> Path:
+    """A copy whose head differs from the embedding in its last value, and whose config says whether they are tied."""
+
     def add_head(values: Tensors) -> None:
         values["lm_head.weight"] = values["model.embed_tokens.weight"].copy()
         values["lm_head.weight"][-1, -1] += 1
 
-    source = changed(SOURCES["apple"], tmp_path / "source", edit=add_head, config={"tie_word_embeddings": True})
+    return changed(source, target, edit=add_head, config={"tie_word_embeddings": said})
+
+
+@pytest.mark.parametrize("said", [False, None])
+def test_a_head_that_differs_in_its_last_value_is_kept(said: bool | None, tmp_path: Path) -> None:
+    source = with_a_head(SOURCES["apple"], tmp_path / "source", said)
     done = convert_checkpoint(source, tmp_path / "out", dtype="float32")
     assert not done.config.text_config.tie_word_embeddings
     written, stored = tensors(tmp_path / "out"), tensors(source)
     np.testing.assert_array_equal(written["language_model.lm_head.weight"], stored["lm_head.weight"])
+
+
+def test_a_head_that_the_config_contradicts_is_refused_until_an_option_decides(tmp_path: Path) -> None:
+    source = with_a_head(SOURCES["apple"], tmp_path / "source", said=True)
+    message = (
+        r"says tie_word_embeddings, but lm_head\.weight differs .*--tie-word-embeddings, .*--no-tie-word-embeddings"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        plan(source)
+    kept, dropped = (plan(source, tie_word_embeddings=tie) for tie in (False, True))
+    assert not kept.config.text_config.tie_word_embeddings
+    assert dropped.config.text_config.tie_word_embeddings
+    assert [tensor.reason for tensor in dropped.dropped if tensor.name == "lm_head.weight"] == [
+        "the head is tied to the embedding, as you chose"
+    ]
+
+
+def test_a_head_that_is_not_there_cannot_be_used(tmp_path: Path) -> None:
+    with pytest.raises(ConversionError, match="has no head; it can only be tied to the embedding"):
+        plan(SOURCES["apple"], tie_word_embeddings=False)
 
 
 @pytest.fixture
