@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 from fastvlm_mlx.errors import PromptError
 from fastvlm_mlx.formatting import printable
-from fastvlm_mlx.inputs.images import DECODER_ERRORS
+from fastvlm_mlx.inputs.formats import DECODER_ERRORS
 
 FIELDS = MappingProxyType(
     {

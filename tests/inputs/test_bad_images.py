@@ -39,7 +39,7 @@ BAD_FILES = {
     "pdf": (b"%PDF-1.7\n%....", "not an image in a known format"),
     "eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image in a known format"),
     "svg": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "not an image in a known format"),
-    "heic": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC is not supported; save it as JPEG"),
+    "heic": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "damaged or of an unknown kind of HEIF .*; save it as JPEG"),
     "pickle": (b"\x80\x04\x95\x10", "not an image in a known format"),
     "png signature": (encoded()[:8], "not an image in a known format|damaged"),
     "half png": (encoded()[:1500], "damaged, incomplete or of an unknown kind .*export it again"),
