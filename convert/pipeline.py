@@ -18,6 +18,7 @@ from fastvlm_mlx.convert.quantize.scheme import Quantization
 from fastvlm_mlx.convert.request import planned_request
 from fastvlm_mlx.convert.scratch import scratch_folder
 from fastvlm_mlx.convert.write.destination import check_alone, vacant
+from fastvlm_mlx.errors import ConversionError
 
 Step = Callable[..., Plan | QuantizationReport | None]
 """Called with a source, a destination and `progress=`."""
@@ -133,4 +134,6 @@ def planned_steps(
         steps.append(partial(export_mlx_vlm, gates=gates))
     if converted is None or dtype != converted.dtype or dequantize or tie_word_embeddings is not None or not steps:
         steps.insert(0, partial(convert_checkpoint, **options, calibration_images=images, notify=notify))
+    elif images and quantization is None:
+        raise ConversionError("calibration images would change nothing: nothing is to be converted or quantized")
     return steps

@@ -28,6 +28,7 @@ from fastvlm_mlx.cli.options import (
 )
 from fastvlm_mlx.cli.terminal import ByteProgress, LiveLine, note, show, warn_of_slow_blas
 from fastvlm_mlx.cli.usage import Command, is_given
+from fastvlm_mlx.errors import ConfigError
 from fastvlm_mlx.formatting import as_blocks, as_markdown, as_text
 
 if TYPE_CHECKING:
@@ -315,13 +316,19 @@ def _measure(
     medians = as_markdown(table(report), left=2) if outputs.markdown else text(report, _width())
     show(medians, err=outputs.stdout_taken)
     contents = {outputs.json: json.dumps(report.to_dict(), indent=1) + "\n", outputs.csv: as_csv(report)}
-    for file, content in contents.items():
-        if file == _STDOUT:
-            typer.echo(content, nl=False)
-        elif file:
-            write_output(file, content.encode())
-    if outputs.plot:
-        plot(report, outputs.plot)
+    failures = []
+    for file in filter(None, (outputs.json, outputs.csv, outputs.plot)):
+        try:
+            if file == _STDOUT:
+                typer.echo(contents[file], nl=False)
+            elif file == outputs.plot:
+                plot(report, file)
+            else:
+                write_output(file, contents[file].encode())
+        except ConfigError as err:  # what can be written is not lost with what cannot
+            failures.append(str(err))
+    if failures:
+        raise ConfigError("; ".join(failures))
 
 
 def _distinct(candidates: "Iterable[Candidate]") -> "Iterator[Candidate]":

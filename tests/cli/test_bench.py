@@ -115,12 +115,30 @@ def test_the_table_is_printed_whatever_becomes_of_the_report(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("os.replace", full)
-    result = invoke("-m", "demo", "--json", str(tmp_path / "x.json"))
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", full)
+        result = invoke("-m", "demo", "--json", str(tmp_path / "x.json"))
     assert result.exit_code == 1
     assert "1000" in result.stdout
     assert result.stderr == f"error: {tmp_path / 'x.json'}: cannot be written (No space left on device)\n"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_one_report_that_cannot_be_written_does_not_take_the_others_with_it(
+    tmp_path: Path, measured: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace = os.replace
+
+    def refusing(source: Path, target: str) -> None:
+        if target.endswith(".json"):
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr("os.replace", refusing)
+    result = invoke("-m", "demo", "--json", str(tmp_path / "x.json"), "--csv", str(tmp_path / "x.csv"))
+    assert result.exit_code == 1
+    assert result.stderr == f"error: {tmp_path / 'x.json'}: cannot be written (No space left on device)\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["x.csv"]
 
 
 def test_a_report_may_go_to_stdout_and_the_table_then_goes_to_stderr(

@@ -16,8 +16,8 @@ from fastvlm_mlx.convert.pipeline import convert_and_quantize
 from fastvlm_mlx.convert.quantize.scheme import Quantization
 from fastvlm_mlx.convert.write.files import REPORTS, folder_bytes
 from fastvlm_mlx.convert.write.shards import ShardWriter
-from fastvlm_mlx.errors import GateError
-from tests.checkpoints import SOURCES, tensors
+from fastvlm_mlx.errors import ConversionError, GateError
+from tests.checkpoints import APPLE, SOURCES, tensors
 from tests.conftest import Converted
 
 
@@ -126,6 +126,16 @@ def test_the_report_card_and_gates_of_an_export_are_about_the_export(
         )
     assert raised.value.report.size_ratio == theirs.size_ratio
     assert not (tmp_path / "no").exists()
+
+
+def test_calibration_images_for_an_export_alone_are_refused(
+    converted: Converted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastvlm_mlx.convert.request.check_readable", lambda vision: None)
+    with pytest.raises(ConversionError, match="calibration images would change nothing: nothing is to be converted"):
+        convert_and_quantize(
+            converted("apple", "float16"), tmp_path / "out", mlx_vlm=True, calibration=[APPLE / "images"]
+        )
 
 
 @pytest.mark.parametrize("arguments", [[], ["--dry-run"]])
