@@ -13,11 +13,18 @@ from pathlib import Path
 
 from fastvlm_mlx.backend import device
 from fastvlm_mlx.cache import entry, origin, use
-from fastvlm_mlx.checkpoint.folder import is_complete, is_converted
+from fastvlm_mlx.checkpoint.folder import all_finite, is_complete, is_converted
 from fastvlm_mlx.checkpoint.load import check_dtype, load_model, read_parameters
 from fastvlm_mlx.checkpoint.released import Location, parse_name
 from fastvlm_mlx.config import ModelConfig
-from fastvlm_mlx.errors import CheckpointError, ConfigError, ConversionError, FastVLMError
+from fastvlm_mlx.errors import (
+    CheckpointError,
+    ConfigError,
+    ConversionError,
+    FastVLMError,
+    ImageError,
+    PromptError,
+)
 from fastvlm_mlx.inputs.processor import FastVLMProcessor
 from fastvlm_mlx.machine import CACHE_VARIABLE
 from fastvlm_mlx.model.fastvlm import FastVLM
@@ -106,7 +113,7 @@ def remake(
     """
     location = parse_name(name)
     folder = entry(location, revision)
-    if location.path is not None and (is_converted(location.path) or not folder.exists()):
+    if (location.path is not None and is_converted(location.path)) or not folder.exists():
         raise error
     unusable = folder.stat().st_ino
     _convert_once(
@@ -116,9 +123,17 @@ def remake(
         notify or (lambda _: None),
         progress,
         reason=f"{error}; converting {location.name} again",
-        is_done=lambda folder: folder.stat().st_ino != unusable and is_complete(folder),
+        is_done=lambda folder: is_complete(folder) and folder.stat().st_ino != unusable,
     )
     return folder
+
+
+def is_damaged(name: str | Path, error: FastVLMError, *, revision: str | None = None) -> bool:
+    """Whether a question failed because a file of the checkpoint is unreadable or has weights that are no numbers."""
+    if isinstance(error, (ConfigError, ConversionError, ImageError, PromptError)):
+        return False
+    folder = find(name, revision=revision)
+    return isinstance(error, CheckpointError) or (folder is not None and not all_finite(folder))
 
 
 def _convert_once(

@@ -13,6 +13,7 @@ from fastvlm_mlx.errors import CheckpointError, FastVLMError
 from fastvlm_mlx.formatting import names, printable
 from fastvlm_mlx.machine import descriptor_zero_taken
 from fastvlm_mlx.schema import read_object
+from fastvlm_mlx.streams import turn
 
 
 def format_version(folder: Path) -> Any:
@@ -107,3 +108,14 @@ def read_files(files: Iterable[TensorFile], stream: mx.Stream | None = None) -> 
 def read_weights(folder: Path) -> dict[str, mx.array]:
     """Every tensor of a converted folder; see `checked_files` and `read_files`."""
     return read_files(checked_files(folder))
+
+
+def all_finite(folder: Path) -> bool:
+    """Whether no weight of a converted folder is NaN or infinite; reads all of them.
+
+    Raises:
+        CheckpointError: If a file cannot be read.
+    """
+    with turn():
+        floating = [value for value in read_weights(folder).values() if mx.issubdtype(value.dtype, mx.floating)]
+        return all(mx.isfinite(value).all().item() for value in floating)

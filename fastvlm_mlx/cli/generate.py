@@ -10,13 +10,13 @@ import typer
 from fastvlm_mlx.cli.options import DEFAULT_MODEL, DEFAULT_PROMPT, LoadDType, Model, Resolution, Revision, refuse
 from fastvlm_mlx.cli.terminal import ByteProgress, LiveLine, note, show_answer, show_json, warn_of_slow_blas
 from fastvlm_mlx.cli.usage import is_given, usage_errors
-from fastvlm_mlx.errors import ImageError, PromptError
+from fastvlm_mlx.errors import FastVLMError, ImageError, PromptError
 from fastvlm_mlx.formatting import printable, readable_bytes
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from fastvlm_mlx import GenerationResult
+    from fastvlm_mlx import FastVLM, FastVLMProcessor, GenerationResult
 
 
 def generate(
@@ -102,24 +102,25 @@ def generate(
 
     from fastvlm_mlx import load, stream_generate
     from fastvlm_mlx.inputs.images import load_image
-    from fastvlm_mlx.resolve import find
+    from fastvlm_mlx.resolve import find, is_damaged, remake
 
-    with LiveLine() as line:
-        with ThreadPoolExecutor() as pool:  # images are decoded while weights are read
-            loading = [pool.submit(_load_image, load_image, source, prompt) for source in sources]
+    with LiveLine() as line, ThreadPoolExecutor() as pool:  # images are decoded while weights are read
+        loading = [pool.submit(_load_image, load_image, source, prompt) for source in sources]
 
-            def announce(message: str) -> None:
-                """Notes a slow step, such as a download, once every image is known to be one."""
-                for image in loading:
-                    image.result()
-                note(message)
+        def announce(message: str) -> None:
+            """Notes a slow step, such as a download, once every image is known to be one."""
+            for image in loading:
+                image.result()
+            note(message)
 
-            if find(model, revision=revision) is None:  # the Hub will be asked
-                for image in loading:
-                    image.result()
+        if find(model, revision=revision) is None:  # the Hub will be asked
+            for image in loading:
+                image.result()
+
+        def loaded() -> "tuple[FastVLM, FastVLMProcessor]":
             line.wait_for(f"loading {model}")
             with ByteProgress() as progress:
-                network, processor = load(
+                return load(
                     model,
                     dtype=dtype.value if dtype else None,
                     revision=revision,
@@ -127,27 +128,39 @@ def generate(
                     progress=progress,
                     lazy=True,
                 )
-            loaded = [image.result() for image in loading]
-        warn_of_slow_blas()
-        line.wait_for("looking at the image" if len(loaded) == 1 else "looking at the images" if loaded else "reading")
-        stream = stream_generate(
-            network,
-            processor,
-            image=loaded or None,
-            prompt=question,
-            system=system,
-            resolution=resolution,
-            config=config,
-            free_tower=True,
-        )
+
+        def ask(network: "FastVLM", processor: "FastVLMProcessor") -> None:
+            """Writes the answer, piece by piece."""
+            shown = [image.result() for image in loading]
+            warn_of_slow_blas()
+            line.wait_for(_activity(len(shown)))
+            for piece in stream_generate(
+                network,
+                processor,
+                image=shown or None,
+                prompt=question,
+                system=system,
+                resolution=resolution,
+                config=config,
+                free_tower=True,
+            ):
+                pieces.append(piece)
+                if as_json:
+                    line.show(f"answering: {piece.generated_tokens} tokens")
+                else:
+                    line.clear()
+                    show_answer(piece.text)
+
         pieces: list[GenerationResult] = []
-        for piece in stream:
-            pieces.append(piece)
-            if as_json:
-                line.show(f"answering: {piece.generated_tokens} tokens")
-            else:
-                line.clear()
-                show_answer(piece.text)
+        network, processor = loaded()
+        try:
+            ask(network, processor)
+        except FastVLMError as error:
+            if pieces or not is_damaged(model, error, revision=revision):
+                raise
+            with ByteProgress() as progress:
+                remake(model, error, revision=revision, notify=announce, progress=progress)
+            ask(*loaded())
     text = "".join(piece.text for piece in pieces)
     last = pieces[-1]
     if as_json:
@@ -169,6 +182,11 @@ def generate(
             note(f"the answer was cut after {last.generated_tokens} tokens; {more}")
     if verbose:
         _summarize(last)
+
+
+def _activity(images: int) -> str:
+    """What the model does before it answers."""
+    return "looking at the image" if images == 1 else "looking at the images" if images else "reading"
 
 
 def _read_stdin(images: list[str], prompt: str) -> tuple[list[str | bytes], str]:

@@ -1,9 +1,10 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from typer.testing import CliRunner, Result
 
 import fastvlm_mlx
 from fastvlm_mlx import convert
+from fastvlm_mlx.checkpoint.safetensors import TensorFile, read_header
 from fastvlm_mlx.cli import app
 from fastvlm_mlx.engine.options import GenerationConfig
 from fastvlm_mlx.errors import ImageError
@@ -273,6 +275,44 @@ def test_a_mistyped_picture_costs_neither_a_download_nor_a_conversion(
         assert result.exit_code == 1
         assert result.stderr.startswith(f"error: {path}: {reason}")
     assert not (tmp_path / "cache").exists()
+
+
+def no_numbers(folder: Path) -> None:
+    """Writes NaN into a matrix that every answer needs, and changes nothing else."""
+    file = TensorFile.whole(folder / "model.safetensors")
+    tensor = next(t for t in read_header(file) if t.name == "language_model.model.layers.0.mlp.down_proj.weight")
+    with file.path.open("r+b") as weights:
+        weights.seek(tensor.start)
+        weights.write(np.full(tensor.nbytes // 2, np.nan, np.float16).tobytes())
+
+
+def half_a_tokenizer(folder: Path) -> None:
+    """Damages the middle of a tokenizer, where only building it shows that."""
+    with (folder / "tokenizer.json").open("r+b") as file:
+        file.seek(2000)
+        file.write(bytes(100))
+
+
+@pytest.mark.parametrize("damage", [no_numbers, half_a_tokenizer])
+def test_damage_in_the_cache_that_only_a_question_shows_is_made_good_once(
+    damage: Callable[[Path], None], tmp_path: Path
+) -> None:
+    arguments = ("generate", PICTURE, "--model", str(APPLE / "reparam"), "--max-tokens", "4")
+    answer = invoke(*arguments).stdout
+    (folder,) = (tmp_path / "cache").glob("reparam-*")
+    own = tmp_path / "own"
+    shutil.copytree(folder, own)
+    damage(folder)
+    result = invoke(*arguments)
+    assert (result.exit_code, result.stdout) == (0, answer)
+    assert f"; converting {APPLE / 'reparam'} again\n" in result.stderr
+    assert "converting" not in invoke(*arguments).stderr
+    damage(own)  # a folder of the user's own is never written to
+    before = {path: path.stat().st_mtime_ns for path in own.iterdir()}
+    result = invoke("generate", PICTURE, "--model", str(own), "--max-tokens", "4")
+    assert result.exit_code == 1
+    assert "converting" not in result.stderr
+    assert {path: path.stat().st_mtime_ns for path in own.iterdir()} == before
 
 
 def test_an_unknown_model_is_an_error_that_lists_what_there_is() -> None:
