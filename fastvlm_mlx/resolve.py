@@ -7,7 +7,7 @@ commit it was converted from, and asks the Hub once a day whether the branch sti
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -52,6 +52,22 @@ def find(name: str | Path, *, revision: str | None = None) -> Path | None:
         return location.path
     folder = entry(location, revision)
     return folder if is_complete(folder) else None
+
+
+def check_names(names: Sequence[tuple[str | Path, str | None]]) -> None:
+    """Checks the names and revisions of several checkpoints, before the first one costs a download.
+
+    Raises:
+        CheckpointError: If one is neither on disk nor on the Hub.
+    """
+    locations = [(parse_name(name), revision) for name, revision in names]
+    for location, revision in locations:
+        location.check_revision(revision)
+    for (name, revision), (location, _) in zip(names, locations, strict=True):
+        if location.path is None and len(names) > 1 and find(name, revision=revision) is None:
+            from fastvlm_mlx.convert.source.hub import check
+
+            check(location.name, revision)
 
 
 def resolve(

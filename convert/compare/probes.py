@@ -100,12 +100,15 @@ def image_files(paths: Iterable[Path]) -> list[Path]:
 
     Raises:
         ConversionError: If one does not exist, or a folder holds no image.
+        ImageError: If a file that is named is no image.
     """
     files = []
     for path in paths:
         if not path.exists():
             raise ConversionError(f"{path}: no such image or folder of calibration images")
         images = [path]
+        if path.is_file():
+            load_image(path)  # a mistake is found before any work
         if path.is_dir():
             images = sorted(
                 file for file in path.iterdir() if file.suffix.lower() in _SUFFIXES and not file.name.startswith(".")

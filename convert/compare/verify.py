@@ -24,6 +24,7 @@ from fastvlm_mlx.convert.compare.weights import ConvertedWeights, WeightError, e
 from fastvlm_mlx.convert.conversion import convert_checkpoint
 from fastvlm_mlx.convert.progress import Notify
 from fastvlm_mlx.convert.scratch import scratch_folder
+from fastvlm_mlx.convert.source.hub import check
 from fastvlm_mlx.errors import ConversionError
 from fastvlm_mlx.inputs.processor import FastVLMProcessor
 
@@ -181,7 +182,9 @@ def verify(
     """
     notify = notify or (lambda _: None)
     conditions = [Gate.parse(text, GATE_METRICS) for text in gates]
-    parse_name(against)  # a mistake in it costs no conversion of the other one
+    for location in (parse_name(converted), parse_name(against)):  # a mistake in one costs no download of the other
+        if location.path is None:
+            check(location.name, None)
     with _converted(converted, notify) as checked, _converted(against, notify) as folder:
         configs = ModelConfig.from_path(checked), ModelConfig.from_path(folder)
         shapes = [(each.text_config, each.vision_config.embed_dims, each.vision_config.depths) for each in configs]

@@ -95,6 +95,18 @@ def look_up(repository: str, revision: str | None) -> Repository:
     return found
 
 
+def check(repository: str, revision: str | None) -> None:
+    """Checks that a repository is a checkpoint, on the Hub or, if that cannot be reached, in its cache.
+
+    Raises:
+        CheckpointError: If it is not, or is nowhere to be found.
+    """
+    try:
+        look_up(repository, revision)
+    except NoAnswerError as err:
+        without_hub(repository, revision, err)
+
+
 def download(
     repository: str, revision: str | None, *, notify: Notify | None = None, progress: Progress | None = None
 ) -> Path:

@@ -18,13 +18,17 @@ def vacant(destination: str | Path) -> Path:
     """The path of a folder to write.
 
     Raises:
-        ConversionError: If something is there already.
+        ConversionError: If something is there already, or no folder can be made there.
     """
     target = Path(os.path.expanduser(destination))
     if target.is_dir():
         remove_leftovers(target)
     if os.path.lexists(target) and not (target.is_dir() and not contents(target)):
         raise ConversionError(f"{target}: exists already; remove it or choose another destination")
+    above = next(parent for parent in (target, *target.absolute().parents) if os.path.lexists(parent))
+    if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):
+        reason = "cannot be written to" if above.is_dir() else "is not a folder"
+        raise ConversionError(f"{target}: {above} {reason}; choose another destination")
     return target
 
 

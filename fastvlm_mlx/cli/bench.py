@@ -198,7 +198,7 @@ def bench(
     candidates = (
         (Candidate.random(size.value, dtype=dtype_name) for size in random_weights)
         if random_weights
-        else (_load(name, revision, dtype_name) for name in names)
+        else _load_each(names, revision, dtype_name)
     )
     outputs = Outputs(json_file, csv_file, plot, markdown)
     _measure(
@@ -214,6 +214,15 @@ def bench(
     )
 
 
+def _load_each(names: list[str], revision: str | None, dtype: str | None) -> Iterator["Candidate"]:
+    """The models one after the other; a mistake in a name costs no download of another one."""
+    from fastvlm_mlx.resolve import check_names
+
+    check_names([(name, revision) for name in names])
+    for name in names:
+        yield _load(name, revision, dtype)
+
+
 def _load(name: str, revision: str | None, dtype: str | None) -> "Candidate":
     from fastvlm_mlx.bench.candidate import Candidate
 
@@ -226,10 +235,8 @@ def _print_costs(
     sizes: list[str], models: list[str], revision: str | None, resolutions: list[int], markdown: bool
 ) -> None:
     from fastvlm_mlx.bench.costs import chips, cost_table, costs, roofline_table
-    from fastvlm_mlx.checkpoint.folder import read_weights
     from fastvlm_mlx.checkpoint.released import full_size
-    from fastvlm_mlx.config import ModelConfig
-    from fastvlm_mlx.resolve import resolve
+    from fastvlm_mlx.cli.info import from_headers
 
     formatted = partial(as_markdown, left=2) if markdown else partial(as_blocks, left=2, width=_width())
     peaks, sources = chips()
@@ -237,9 +244,8 @@ def _print_costs(
         if sizes:
             parts = costs(full_size(name), resolutions)
         else:
-            with ByteProgress() as progress:
-                folder = resolve(name, revision=revision, notify=note, progress=progress)
-            parts = costs(ModelConfig.from_path(folder), resolutions, read_weights(folder))
+            config, tensors, _ = from_headers(name, revision)
+            parts = costs(config, resolutions, tensors)
         show(f"{name}\n\n{formatted(cost_table(parts))}\n\n{formatted(roofline_table(parts, peaks))}\n")
     show(
         "Lower bounds from published peaks, not measurements: each kernel takes as long as its arithmetic or its "

@@ -68,6 +68,7 @@ def evaluate(
     from fastvlm_mlx.jobs.metrics import METRICS
     from fastvlm_mlx.jobs.questions import check_images, read_questions
     from fastvlm_mlx.outputs import check_output, json_line, write_output
+    from fastvlm_mlx.resolve import check_names
 
     if metric not in METRICS:
         raise typer.BadParameter(f"{metric!r} is not one of {', '.join(METRICS)}", param_hint="--metric")
@@ -77,6 +78,7 @@ def evaluate(
         check_output(output)
     questions = read_questions(data)
     check_images(data, questions)
+    check_names([(model, revision), *([(baseline, None)] if baseline else [])])
     settings = _Settings(metric, limit, resolution, max_tokens, dtype, fresh)
     warn_of_slow_blas()
     report = _score(model, revision, questions, settings)

@@ -1,14 +1,20 @@
 """`fastvlm info`: shows this machine, or what a checkpoint holds and needs."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fastvlm_mlx.cli.options import MODEL_HELP, Revision, complete_model, refuse
 from fastvlm_mlx.cli.terminal import show, show_json
 from fastvlm_mlx.formatting import readable_bytes
+
+if TYPE_CHECKING:
+    from fastvlm_mlx.checkpoint.describe import Stored
+    from fastvlm_mlx.config import ModelConfig
+    from fastvlm_mlx.convert.plan import Plan
 
 RESOLUTIONS = (256, 512, 768, 1024, 1536)
 """What the table of a checkpoint has rows for beside the model's own resolution, in pixels per side."""
@@ -67,25 +73,32 @@ def _machine_lines(record: dict[str, Any]) -> Iterator[str]:
         yield f"             {name}, {readable_bytes(size)}"
 
 
-def _checkpoint(name: str, revision: str | None) -> dict[str, Any]:
-    from fastvlm_mlx.checkpoint.describe import parts, question_memory, tensors
+def from_headers(name: str, revision: str | None) -> "tuple[ModelConfig, Mapping[str, Stored], Path | Plan]":
+    """The config and the tensors of a checkpoint without its weights; its folder, or the plan of its conversion."""
+    from fastvlm_mlx.checkpoint.describe import tensors
     from fastvlm_mlx.config import ModelConfig
     from fastvlm_mlx.convert import plan
     from fastvlm_mlx.resolve import find
 
     folder = find(name, revision=revision)
     if folder is not None:
-        config, weights, unconverted = ModelConfig.from_path(folder), tensors(folder), None
-    else:
-        planned = plan(name, revision=revision)
-        config = planned.config
-        weights = {path: stored for shard in planned.shards for path, stored in shard.tensors.items()}
-        unconverted = {"layout": planned.layout, "source_bytes": planned.source_bytes, "bytes": planned.output_bytes}
+        return ModelConfig.from_path(folder), tensors(folder), folder
+    planned: Plan = plan(name, revision=revision)
+    stored = {path: tensor for shard in planned.shards for path, tensor in shard.tensors.items()}
+    return planned.config, stored, planned
+
+
+def _checkpoint(name: str, revision: str | None) -> dict[str, Any]:
+    from fastvlm_mlx.checkpoint.describe import parts, question_memory
+
+    config, weights, found = from_headers(name, revision)
     own, patch_size = config.vision_config.image_size, config.vision_config.patch_size
     memory = {side: question_memory(config, weights, side) for side in dict.fromkeys((own, *RESOLUTIONS))}
     return {
-        "folder": None if folder is None else str(folder),
-        "unconverted": unconverted,
+        "folder": str(found) if isinstance(found, Path) else None,
+        "unconverted": None
+        if isinstance(found, Path)
+        else {"layout": found.layout, "source_bytes": found.source_bytes, "bytes": found.output_bytes},
         "source": config.source,
         "dtype": config.dtype,
         "quantization": config.quantization.to_dict() if config.quantization else None,

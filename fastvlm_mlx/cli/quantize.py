@@ -74,8 +74,9 @@ def quantize(
         refuse([*options.given, *(["--gate"] if gates else []), *(["--json"] if as_json else [])], "with --dequantize")
     from fastvlm_mlx.convert.compare.probes import image_files
     from fastvlm_mlx.convert.pipeline import convert_and_quantize
+    from fastvlm_mlx.convert.request import planned_request
     from fastvlm_mlx.convert.write.destination import vacant
-    from fastvlm_mlx.resolve import resolve
+    from fastvlm_mlx.resolve import find, resolve
 
     vacant(destination)
     images = image_files(calibration or ())
@@ -83,6 +84,16 @@ def quantize(
     check_upload(upload_repo)
     if options.takes_minutes:
         note(options.takes_minutes)
+    if find(source, revision=revision) is None:  # a request that is impossible costs no download
+        planned_request(
+            source,
+            quantization=quantization,
+            mlx_vlm=output is Format.mlx_vlm,
+            revision=revision,
+            dequantize=dequantize,
+            calibration=images,
+            gates=gates or (),
+        )
     with failed_report_shown(), ByteProgress() as progress:
         folder = resolve(source, revision=revision, notify=note, progress=progress)
         report = convert_and_quantize(
