@@ -157,6 +157,7 @@ def test_models_of_one_name_are_told_apart(monkeypatch: pytest.MonkeyPatch, tmp_
     unused: Any = None
     candidate = Candidate(name="int4", model=unused, processor=unused)
     monkeypatch.setattr(Candidate, "load", lambda *_, **__: candidate)
+    monkeypatch.setattr("fastvlm_mlx.resolve.check_names", lambda _: None)  # neither is on disk or on the Hub
     monkeypatch.setattr(bench, "measure", lambda candidate, **_: make_row(model=candidate.name))
     assert invoke("-m", "a/int4", "-m", "b/int4", "--json", str(tmp_path / "x.json")).exit_code == 0
     rows = json.loads((tmp_path / "x.json").read_text())["rows"]
