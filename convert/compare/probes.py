@@ -32,7 +32,7 @@ PROMPTS = (
     "What is in the middle of the image?",
 )
 
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2"}
 
 
 @dataclass(frozen=True)
