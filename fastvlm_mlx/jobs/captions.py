@@ -1,15 +1,14 @@
 """The text around captions: a prompt for each picture, and captions without their opening phrases."""
 
-import io
 import re
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from fastvlm_mlx.errors import PromptError
+from fastvlm_mlx.errors import ImageError, PromptError
 from fastvlm_mlx.formatting import printable
-from fastvlm_mlx.inputs.formats import DECODER_ERRORS
+from fastvlm_mlx.inputs.formats import DECODER_ERRORS, open_image, quiet
+from fastvlm_mlx.inputs.sources import Encoded
 
 FIELDS = MappingProxyType(
     {
@@ -121,16 +120,12 @@ def path_values(picture: str) -> dict[str, str]:
 
 def exif_values(data: bytes) -> dict[str, str]:
     """Returns the fields that the EXIF data of an encoded picture give: `date` and `camera`, if they are there."""
-    from PIL import Image
-
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about sizes and harmless metadata
-            with Image.open(io.BytesIO(data)) as image:
-                exif = image.getexif()
-                taken = exif.get_ifd(_EXIF).get(_TAKEN) or exif.get(_CHANGED)
-                make, model = (_one_line(str(exif.get(tag, ""))) for tag in (_MAKE, _MODEL))
-    except (*DECODER_ERRORS, Image.DecompressionBombError):
+        with quiet, open_image(Encoded(data, "")) as image:
+            exif = image.getexif()
+            taken = exif.get_ifd(_EXIF).get(_TAKEN) or exif.get(_CHANGED)
+            make, model = (_one_line(str(exif.get(tag, ""))) for tag in (_MAKE, _MODEL))
+    except (*DECODER_ERRORS, ImageError):
         return {}
     date = _DATE.match(str(taken))
     camera = model if make and model.casefold().startswith(make.split()[0].casefold()) else f"{make} {model}".strip()

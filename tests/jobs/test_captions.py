@@ -1,4 +1,5 @@
 import io
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -116,3 +117,8 @@ def test_exif_gives_date_and_camera() -> None:
     assert exif_values(encoded(changed="?", make="NIKON CORPORATION", model="NIKON D5")) == {"camera": "NIKON D5"}
     for damaged in (b"", b"no picture", data[:40], data.replace(b"Exif\0\0", b"Exif\0\0??")):
         assert exif_values(damaged) == {}
+
+
+def test_exif_of_an_iphones_picture_gives_date_and_camera() -> None:
+    data = (Path(__file__).parent.parent / "data" / "heic" / "camera.heic").read_bytes()
+    assert exif_values(data) == {"date": "2024-05-01", "camera": "Apple iPhone 15"}
