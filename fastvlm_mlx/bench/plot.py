@@ -14,6 +14,9 @@ PAPER = {896: ("0.5B", 0.166), 3584: ("7B", 0.641)}
 
 PAPER_PIXELS = 1024
 
+SUFFIXES = (".svg", ".png", ".pdf")
+"""The endings of files that plots are written to."""
+
 
 def check_plot(path: Path) -> None:
     """Raises if `plot` could not draw to `path`.
@@ -23,7 +26,7 @@ def check_plot(path: Path) -> None:
     """
     if find_spec("matplotlib") is None:
         raise ConfigError("plots need matplotlib: pip install 'fastvlm-mlx[plot]'")
-    if path.suffix not in (".svg", ".png", ".pdf"):
+    if path.suffix not in SUFFIXES:
         raise ConfigError(f"{path}: plots are written as .svg, .png or .pdf")
 
 

@@ -55,8 +55,9 @@ def fastvlm(
         sys.excepthook = _report_bug
 
 
-for command in (generate.generate, convert.convert, quantize.quantize, verify.verify):
+for command in (generate.generate, convert.convert, quantize.quantize):
     app.command(cls=Command)(command)
+app.command(cls=Command, short_help="Compare a checkpoint with its source.")(verify.verify)
 app.command("eval", cls=Command)(evaluate.evaluate)
 app.command(cls=Command)(info.info)
 app.command(cls=Command, short_help="Check this machine and a model.")(doctor.doctor)

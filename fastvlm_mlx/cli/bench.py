@@ -22,6 +22,7 @@ from fastvlm_mlx.cli.options import (
     Revision,
     choices,
     complete_model,
+    is_for_subcommand,
     parse_resolution,
     refuse,
     user_path,
@@ -165,9 +166,7 @@ def bench(
     tokens/s counts the tokens after the first. Every run shows a new image. The table holds medians in ms; --json keeps
     every sample and the conditions.
     """
-    if context.invoked_subcommand:
-        given = [option.opts[0] for option in context.command.params if is_given(context, str(option.name))]
-        refuse(given, f"before {context.invoked_subcommand}")
+    if is_for_subcommand(context):
         return
     if random_weights and models:
         raise typer.BadParameter("give models or random weights, not both", param_hint="--random-weights")
@@ -186,6 +185,11 @@ def bench(
         refuse(unused, "with --cost, which measures nothing")
     if cost and is_given(context, "resolutions") and "auto" in (resolutions or ()):
         raise typer.BadParameter("--cost needs pixels, not auto", param_hint="--resolution")
+    if plot:
+        from fastvlm_mlx.bench.plot import SUFFIXES
+
+        if plot.suffix not in SUFFIXES:
+            raise typer.BadParameter(f"ends in none of {', '.join(SUFFIXES)}", param_hint="--plot")
     names = list(models or [os.environ.get("FASTVLM_MODEL", DEFAULT_MODEL)])
     if cost:
         sides = [side for side in resolutions or () if side != "auto"] or [256, 512, 1024]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fastvlm_mlx.cli.options import is_for_subcommand, refuse
 from fastvlm_mlx.cli.terminal import note, show, show_json
 from fastvlm_mlx.cli.usage import CHECK_FAILED, Command
 from fastvlm_mlx.errors import CheckpointError
@@ -45,7 +46,7 @@ def cache(
     `fastvlm cache rm` removes from it. What the Hub's own cache holds of these models is shown, too; that folder
     belongs to huggingface_hub (`hf cache`), and nothing in it is removed here.
     """
-    if context.invoked_subcommand:
+    if is_for_subcommand(context):
         return
     from fastvlm_mlx.cache import hub_copies, items
     from fastvlm_mlx.machine import cache_folder
@@ -106,6 +107,7 @@ def rm(
     """
     if not (selected or everything or older_than is not None):
         raise typer.BadParameter("give names, --all or --older-than", param_hint="NAME")
+    refuse(["--all"] if selected and everything else [], "beside names")
     from fastvlm_mlx.cache import items, remove
 
     found = items()

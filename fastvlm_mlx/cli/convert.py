@@ -31,8 +31,9 @@ from fastvlm_mlx.cli.options import (
     choices,
     refuse,
 )
-from fastvlm_mlx.cli.output import check_upload, failed_report_shown, show_output, upload_output
+from fastvlm_mlx.cli.output import check_request, failed_report_shown, show_output, upload_output
 from fastvlm_mlx.cli.terminal import ByteProgress, note, show
+from fastvlm_mlx.cli.usage import usage_errors
 
 
 def convert(
@@ -86,8 +87,9 @@ def convert(
     )
     if not quantize and not options.given:
         refuse(["--gate"] if gates else [], "without -q or another --q option: nothing is quantized")
-    quantization = options.request(output) if quantize or options.given else None
-    check_upload(upload_repo)
+    with usage_errors():
+        quantization = options.request(output) if quantize or options.given else None
+    check_request(gates, upload_repo)
     if dry_run:
         from fastvlm_mlx.convert.request import planned_request  # without MLX
 

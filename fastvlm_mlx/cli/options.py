@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastvlm_mlx.cli.usage import CHECK_FAILED as CHECK_FAILED
-from fastvlm_mlx.cli.usage import usage_errors
+from fastvlm_mlx.cli.usage import is_given, usage_errors
 from fastvlm_mlx.errors import FastVLMError
 from fastvlm_mlx.machine import cache_folder
 
@@ -216,6 +216,19 @@ OutputFormat = Annotated[
 UploadRepo = Annotated[
     str | None, typer.Option("--upload-repo", metavar="OWNER/NAME", help="Push the result to the Hub.")
 ]
+
+
+def is_for_subcommand(context: typer.Context) -> bool:
+    """Whether a command of a group follows; options of the group itself would then change nothing.
+
+    Raises:
+        typer.BadParameter: If there are any.
+    """
+    if context.invoked_subcommand is None:
+        return False
+    given = [option.opts[0] for option in context.command.params if is_given(context, str(option.name))]
+    refuse(given, f"before {context.invoked_subcommand}")
+    return True
 
 
 def refuse(options: Sequence[str], reason: str) -> None:

@@ -1,12 +1,13 @@
 """Reports and uploads the checkpoint that `convert` or `quantize` has written."""
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastvlm_mlx.cli.terminal import note, show, show_json
+from fastvlm_mlx.cli.usage import usage_errors
 from fastvlm_mlx.errors import GateError
 from fastvlm_mlx.formatting import as_text, readable_bytes
 
@@ -48,12 +49,18 @@ def failed_report_shown() -> Iterator[None]:
         raise
 
 
-def check_upload(repository: str | None) -> None:
-    """Rejects an invalid repository name early, before any work."""
+def check_request(gates: Sequence[str] | None, repository: str | None) -> None:
+    """Refuses gates that cannot be read and a repository that cannot exist, before any work."""
+    from fastvlm_mlx.convert.compare.gates import Gate
+
+    with usage_errors("--gate"):
+        for gate in gates or ():
+            Gate.parse(gate)
     if repository is not None:
         from fastvlm_mlx.convert.write.upload import check_repository
 
-        check_repository(repository)
+        with usage_errors("--upload-repo"):
+            check_repository(repository)
 
 
 def upload_output(folder: Path, repository: str | None) -> None:

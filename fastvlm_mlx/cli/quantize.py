@@ -29,8 +29,9 @@ from fastvlm_mlx.cli.options import (
     UploadRepo,
     refuse,
 )
-from fastvlm_mlx.cli.output import check_upload, failed_report_shown, show_output, upload_output
+from fastvlm_mlx.cli.output import check_request, failed_report_shown, show_output, upload_output
 from fastvlm_mlx.cli.terminal import ByteProgress, note
+from fastvlm_mlx.cli.usage import usage_errors
 
 
 def quantize(
@@ -78,10 +79,11 @@ def quantize(
     from fastvlm_mlx.convert.write.destination import vacant
     from fastvlm_mlx.resolve import find, resolve
 
+    with usage_errors():
+        quantization = None if dequantize else options.request(output)
+    check_request(gates, upload_repo)
     vacant(destination)
     images = image_files(calibration or ())
-    quantization = None if dequantize else options.request(output)
-    check_upload(upload_repo)
     if options.takes_minutes:
         note(options.takes_minutes)
     if find(source, revision=revision) is None:  # a request that is impossible costs no download

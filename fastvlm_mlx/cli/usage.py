@@ -79,6 +79,9 @@ class Program(CommandGroup):
             code = 2
         except BrokenPipeError:  # the reader of a pipe has gone
             code = 1
+        except typer.Abort:  # the answer to a question was no
+            complain("nothing was done")
+            code = 1
         except OSError as error:
             if self.debug:
                 raise

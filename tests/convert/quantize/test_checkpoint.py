@@ -343,17 +343,17 @@ def empty_folder(path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "message", "code"),
     [
-        (lambda _: ["--q-bits", "7"], "bits in mode affine must be one of 2, 3, 4, 5, 6, 8, not 7"),
-        (lambda _: ["--gate", "beauty>=1"], "there is no metric 'beauty'; there are visual_cosine, kl, top1"),
-        (lambda _: ["--gate", "top1=1"], "gate 'top1=1' cannot be read; write for instance 'top1>=0.95'"),
-        (lambda path: ["--calibration", path / "none"], "no such image or folder of calibration images"),
-        (lambda path: ["--calibration", empty_folder(path / "e")], "holds no image to calibrate on (.bmp, .gif"),
-        (lambda _: ["--dequantize"], "is not quantized; there is nothing to dequantize"),
-        (lambda _: ["--upload-repo", "nowhere"], "'nowhere' cannot be uploaded to; write it as owner/name"),
-        (lambda _: ["--format", "mlx-vlm", "--q-vision", "8"], "mlx-vlm's readers need tower and projector in"),
-        (lambda _: [f"--q-{part}=none" for part in PARTS], "no layer of this checkpoint can be quantized like this"),
+        (lambda _: ["--q-bits", "7"], "bits in mode affine must be one of 2, 3, 4, 5, 6, 8, not 7", 2),
+        (lambda _: ["--gate", "beauty>=1"], "there is no metric 'beauty'; there are visual_cosine, kl, top1", 2),
+        (lambda _: ["--gate", "top1=1"], "gate 'top1=1' cannot be read; write for instance 'top1>=0.95'", 2),
+        (lambda path: ["--calibration", path / "none"], "no such image or folder of calibration images", 1),
+        (lambda path: ["--calibration", empty_folder(path / "e")], "holds no image to calibrate on (.bmp, .gif", 1),
+        (lambda _: ["--dequantize"], "is not quantized; there is nothing to dequantize", 1),
+        (lambda _: ["--upload-repo", "nowhere"], "'nowhere' cannot be uploaded to; write it as owner/name", 2),
+        (lambda _: ["--format", "mlx-vlm", "--q-vision", "8"], "mlx-vlm's readers need tower and projector in", 1),
+        (lambda _: [f"--q-{part}=none" for part in PARTS], "no layer of this checkpoint can be quantized like this", 1),
     ],
 )
 def test_bad_input_is_an_error_before_any_work(
@@ -362,14 +362,17 @@ def test_bad_input_is_an_error_before_any_work(
     monkeypatch: pytest.MonkeyPatch,
     arguments: Callable[[Path], list[object]],
     message: str,
+    code: int,
 ) -> None:
+    """With exit code 2 where the options alone are wrong, whatever the source."""
+
     def work(*_: object, **__: object) -> None:
         raise AssertionError("work has started")
 
     monkeypatch.setattr("fastvlm_mlx.convert.pipeline.quantize_checkpoint", work)
     monkeypatch.setattr("fastvlm_mlx.convert.pipeline.convert_checkpoint", work)
     result = invoke("quantize", exact, tmp_path / "out", *arguments(tmp_path))
-    assert result.exit_code == 1, result.output
+    assert result.exit_code == code, result.output
     assert message in result.stderr
     assert not (tmp_path / "out").exists()
 
