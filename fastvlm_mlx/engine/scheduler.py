@@ -169,8 +169,9 @@ class Scheduler:
         """The visual tokens (N, D) of the images that no prefix holds, each once."""
         unseen: dict[int, dict[bytes, NDArray[Any]]] = {}
         for prompt in prompts:
-            pixels = prompt.row.pixel_values[prompt.seen :]
-            unseen.setdefault(prompt.row.resolution, {}).update(zip(prompt.images, pixels, strict=True))
+            if prompt.images:
+                pixels = prompt.row.pixel_values[prompt.seen :]
+                unseen.setdefault(prompt.row.resolution, {}).update(zip(prompt.images, pixels, strict=True))
         visual_tokens: dict[bytes, mx.array] = {}
         for resolution, images in unseen.items():
             for keys in _powers_of_two(list(images), max(1, TOWER_PIXELS // resolution**2)):

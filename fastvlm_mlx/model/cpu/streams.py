@@ -9,7 +9,7 @@ from fastvlm_mlx.backend import mx
 from fastvlm_mlx.streams import worker_streams
 
 Parts = list[mx.array]
-"""A feature map (C, H, W) as parts (C/P, H, W), one for each of P streams."""
+"""A feature map (C, B, H, W) as parts (C/P, B, H, W), one for each of P streams."""
 
 
 class Streams:

@@ -2,13 +2,15 @@
 
 It differs from `FastViTHD.__call__` in two ways, each for a measured reason:
 
-- Channels first, (C, H, W). A depthwise convolution is then a sum of k batched matrix products, one per kernel row,
+- Channels first, (C, B, H, W). A depthwise convolution is then a sum of k batched matrix products, one per kernel row,
   with banded matrices: T outputs of a row need S = (T - 1)·stride + k inputs, and an (S, T) matrix with the kernel's
   row along its diagonal maps one to the other. MLX's own depthwise convolution is a scalar loop here, tens of times
   slower.
 - A CPU stream of MLX is one thread. The channels of depthwise convolutions, the heads of attention and the hidden units
-  of ConvFFNs are independent, so a feature map is kept as parts (C/P, H, W), one per stream, which only meet where a
+  of ConvFFNs are independent, so a feature map is kept as parts (C/P, B, H, W), one per stream, which only meet where a
   linear reads all channels.
+
+The images of a batch share each read of the weights, which takes longer than their arithmetic at 256 px.
 """
 
 import functools
@@ -54,14 +56,14 @@ def band_matrices(rows: mx.array, tile: int, stride: int = 1) -> mx.array:
 
 
 def windows_of(x: mx.array, kernel_size: int, tile: int, stride: int = 1) -> mx.array:
-    """The windows (stride, C, n, S) of a padded (C, H, W), row after row, the rows sorted by their remainder."""
+    """The windows (stride, C, B, n, S) of a padded (C, B, H, W), row after row, the rows sorted by their remainder."""
     pad = kernel_size // 2
-    tiles, window = x.shape[2] // stride // tile, (tile - 1) * stride + kernel_size
-    x = mx.pad(x, [(0, 0), (pad, pad), (pad, pad)])
-    channels, height, width = x.shape
-    shape = (stride, channels, height // stride, tiles, window)
-    strides = (width, height * width, stride * width, tile * stride, 1)
-    return mx.as_strided(x, shape, strides).reshape(stride, channels, -1, window)
+    tiles, window = x.shape[3] // stride // tile, (tile - 1) * stride + kernel_size
+    x = mx.pad(x, [(0, 0), (0, 0), (pad, pad), (pad, pad)])
+    channels, images, height, width = x.shape
+    shape = (stride, channels, images, height // stride, tiles, window)
+    strides = (width, images * height * width, height * width, stride * width, tile * stride, 1)
+    return mx.as_strided(x, shape, strides).reshape(stride, channels, images, -1, window)
 
 
 class BandedConv:
@@ -69,26 +71,26 @@ class BandedConv:
 
     def __init__(self, weight: mx.array, bias: mx.array | None, stride: int = 1) -> None:
         self.kernel = weight[..., 0]
-        self.bias = None if bias is None else bias[:, None, None]
+        self.bias = None if bias is None else bias[:, None, None, None]
         self.stride = stride
         self._bands: dict[int, Parts] = {}
 
     def _bands_for(self, tile: int) -> Parts:
         if tile not in self._bands:
             rows = range(self.kernel.shape[1])
-            self._bands[tile] = [band_matrices(self.kernel[:, row], tile, self.stride) for row in rows]
+            self._bands[tile] = [band_matrices(self.kernel[:, row], tile, self.stride)[:, None] for row in rows]
         return self._bands[tile]
 
     def __call__(self, windows: mx.array, height: int, width: int) -> mx.array:
-        """(C, height, width) from `windows_of` the input."""
+        """(C, B, height, width) from `windows_of` the input."""
         tile = (windows.shape[-1] - self.kernel.shape[1]) // self.stride + 1
         tiles, y = width // tile, self.bias
         for row, band in enumerate(self._bands_for(tile)):
             start = row // self.stride * tiles
-            part = windows[row % self.stride, :, start : start + height * tiles]
+            part = windows[row % self.stride, :, :, start : start + height * tiles]
             y = part @ band if y is None else mx.addmm(y, part, band)
         assert y is not None
-        return y.reshape(-1, height, width)
+        return y.reshape(*y.shape[:2], height, width)
 
 
 class CPUDepthwiseConv:
@@ -102,7 +104,7 @@ class CPUDepthwiseConv:
 
     def __call__(self, x: Parts) -> Parts:
         def run(conv: BandedConv, part: mx.array) -> mx.array:
-            height, width = (side // conv.stride for side in part.shape[1:])
+            height, width = (side // conv.stride for side in part.shape[2:])
             return conv(windows_of(part, conv.kernel.shape[1], _tile(width), conv.stride), height, width)
 
         return self._streams.each(run, self._convs, x)
@@ -122,7 +124,7 @@ class CPUDoublingDepthwiseConv:
 
         def run(convs: tuple[BandedConv, ...], part: mx.array) -> Parts:
             stride, kernel_size = convs[0].stride, convs[0].kernel.shape[1]
-            height, width = (side // stride for side in part.shape[1:])
+            height, width = (side // stride for side in part.shape[2:])
             windows = windows_of(part, kernel_size, _tile(width), stride)
             return [then(conv(windows, height, width)) for conv in convs]
 
@@ -131,7 +133,7 @@ class CPUDoublingDepthwiseConv:
 
 
 def _whole(x: Parts) -> mx.array:
-    """(C, H·W) of all channels."""
+    """(C, B·H·W) of all channels."""
     return mx.concatenate([part.reshape(part.shape[0], -1) for part in x])
 
 
@@ -163,7 +165,7 @@ class CPUConvFFN:
         self._streams, self._scale = streams, ffn.hidden_scale
         self._conv = CPUDepthwiseConv(ffn.conv, streams)
         self._fc1, self._bias1 = streams.split(ffn.fc1.weight), streams.split(ffn.fc1.bias[:, None])
-        self._fc2, self._bias2 = streams.split(ffn.fc2.weight.T), streams.split(ffn.fc2.bias[:, None, None])
+        self._fc2, self._bias2 = streams.split(ffn.fc2.weight.T), streams.split(ffn.fc2.bias[:, None, None, None])
 
     def __call__(self, x: Parts) -> Parts:
         whole, size = _whole(self._conv(x)), x[0].shape[1:]
@@ -185,17 +187,18 @@ class CPUAttention:
         self._streams, self._norm, self._head_dim = streams, norm, attention.head_dim
         self._qkv = [streams.split(weight) for weight in mx.split(attention.qkv.weight, 3)]
         self._proj = streams.split(attention.proj.weight)
-        self._bias = streams.split(attention.proj.bias[:, None, None])
+        self._bias = streams.split(attention.proj.bias[:, None, None, None])
 
     def __call__(self, x: Parts) -> Parts:
         normed: mx.array = self._norm(_whole(x).T).T
         size = x[0].shape[1:]
 
         def heads(*qkv: mx.array) -> mx.array:
-            q, k, v = ((weight @ normed).reshape(-1, self._head_dim, normed.shape[1]) for weight in qkv)
-            scores = k.swapaxes(1, 2) @ (q * self._head_dim**-0.5)  # keys down, queries across
-            weights = exp_below(scores, scores.max(axis=1, keepdims=True))
-            return ((v @ weights) / weights.sum(axis=1, keepdims=True)).reshape(-1, normed.shape[1])
+            q, k, v = (self._by_head(weight @ normed, size[0]) for weight in qkv)
+            scores = k.swapaxes(2, 3) @ (q * self._head_dim**-0.5)  # keys down, queries across
+            weights = exp_below(scores, scores.max(axis=2, keepdims=True))
+            attended = (v @ weights) / weights.sum(axis=2, keepdims=True)
+            return attended.swapaxes(1, 2).reshape(-1, normed.shape[1])
 
         attended = mx.concatenate(self._streams.each(heads, *self._qkv))
 
@@ -205,9 +208,13 @@ class CPUAttention:
 
         return self._streams.each(project, x, self._proj, self._bias)
 
+    def _by_head(self, x: mx.array, images: int) -> mx.array:
+        """(heads, B, head_dim, H·W) of (C, B·H·W)."""
+        return x.reshape(-1, self._head_dim, images, x.shape[1] // images).swapaxes(1, 2)
+
 
 class CPUStem:
-    """The three layers before stage 0: an image (H, W, 3) to parts (C/P, H/4, W/4)."""
+    """The three layers before stage 0: images (B, H, W, 3) to parts (C/P, B, H/4, W/4)."""
 
     def __init__(self, tower: FastViTHD, streams: Streams) -> None:
         first, second, third = tower.stem
@@ -217,14 +224,15 @@ class CPUStem:
         self._second = CPUDepthwiseConv(second, streams)
         self._third = LinearGELU(third, tower.stem_scales[2], streams)
 
-    def __call__(self, image: mx.array) -> Parts:
-        height, width = image.shape[0] // 2, image.shape[1] // 2
-        image = mx.pad(image, [(1, 1), (1, 1), (0, 0)])
-        row = image.shape[1] * 3
-        patches = mx.as_strided(image, (3, 9, height, width), (row, 1, 2 * row, 6)).reshape(27, -1)
+    def __call__(self, images: mx.array) -> Parts:
+        count, height, width = images.shape[0], images.shape[1] // 2, images.shape[2] // 2
+        images = mx.pad(images, [(0, 0), (1, 1), (1, 1), (0, 0)])
+        row, whole = images.shape[2] * 3, images.shape[1] * images.shape[2] * 3
+        shape, strides = (3, 9, count, height, width), (row, 1, whole, 2 * row, 6)
+        patches = mx.as_strided(images, shape, strides).reshape(27, -1)
 
         def run(weight: mx.array, bias: mx.array) -> mx.array:
-            return gelu(mx.addmm(bias, weight, patches), self._scales[0]).reshape(-1, height, width)
+            return gelu(mx.addmm(bias, weight, patches), self._scales[0]).reshape(-1, count, height, width)
 
         x = self._second(self._streams.each(run, self._first, self._bias))
         return self._third(self._streams.each(lambda part: gelu(part, self._scales[1]), x))
@@ -243,15 +251,15 @@ class CPUPatchEmbed:
 
 
 class CPUConvExp:
-    """`ConvExp` on parts: to features (H, W, C)."""
+    """`ConvExp` on parts: to features (B, H, W, C)."""
 
     def __init__(self, conv_exp: ConvExp, streams: Streams) -> None:
         self._conv = CPUDoublingDepthwiseConv(conv_exp.conv, streams)
         self._se, self._scale = conv_exp.se, conv_exp.scale
 
     def __call__(self, x: Parts) -> mx.array:
-        y = mx.concatenate(self._conv(x, lambda part: part)).transpose(1, 2, 0)[None]
-        return gelu(y * self._se(y), self._scale)[0]
+        y = mx.concatenate(self._conv(x, lambda part: part)).transpose(1, 2, 3, 0)
+        return gelu(y * self._se(y), self._scale)
 
 
 def _stage_layers(stage: Stage, streams: Streams) -> list[Callable[[Parts], Parts]]:
@@ -300,41 +308,33 @@ class CPUTower:
         self._conv_exp = CPUConvExp(tower.conv_exp, streams)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return mx.stack([self._forward(image) for image in x])
-
-    def _forward(self, image: mx.array) -> mx.array:
-        x = self._stem(image)
+        parts = self._stem(x)
         for stage in self._stages:
-            x = _through(stage, x)
-        return self._conv_exp(x)
+            parts = _through(stage, parts)
+        return self._conv_exp(parts)
 
     def segments(self) -> dict[str, Callable[[mx.array], mx.array]]:
         """What `FastViTHD.segments` returns, in the form for the CPU."""
         streams = self._streams
 
-        def parts(image: mx.array) -> Parts:
-            return streams.split(mx.contiguous(image.transpose(2, 0, 1)))
+        def parts(x: mx.array) -> Parts:
+            return streams.split(mx.contiguous(x.transpose(3, 0, 1, 2)))
 
         def whole(x: Parts) -> mx.array:
-            return mx.concatenate(x).transpose(1, 2, 0)
+            return mx.concatenate(x).transpose(1, 2, 3, 0)
 
-        def run_stage(layers: list[Callable[[Parts], Parts]], image: mx.array) -> mx.array:
-            return whole(_through(layers, parts(image)))
+        def run_stage(layers: list[Callable[[Parts], Parts]], x: mx.array) -> mx.array:
+            return whole(_through(layers, parts(x)))
 
         stages = {f"stages.{index}": functools.partial(run_stage, layers) for index, layers in enumerate(self._stages)}
-        runs: dict[str, Callable[[mx.array], mx.array]] = {
-            "stem": lambda image: whole(self._stem(image)),
+        return {
+            "stem": lambda x: whole(self._stem(x)),
             **stages,
-            "conv_exp": lambda image: self._conv_exp(parts(image)),
+            "conv_exp": lambda x: self._conv_exp(parts(x)),
         }
-        return {name: functools.partial(_each_image, run) for name, run in runs.items()}
 
 
 def _through(layers: list[Callable[[Parts], Parts]], x: Parts) -> Parts:
     for layer in layers:
         x = layer(x)
     return x
-
-
-def _each_image(run: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
-    return mx.stack([run(image) for image in x])
