@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastvlm_mlx.cli.options import DEFAULT_MODEL, DEFAULT_PROMPT, LoadDType, Model, Resolution, Revision, refuse
+from fastvlm_mlx.cli.options import (
+    DEFAULT_MODEL,
+    DEFAULT_PROMPT,
+    Background,
+    LoadDType,
+    Model,
+    Resolution,
+    Revision,
+    refuse,
+)
 from fastvlm_mlx.cli.terminal import ByteProgress, LiveLine, note, show_answer, show_json, warn_of_slow_blas
 from fastvlm_mlx.cli.usage import is_given, usage_errors
 from fastvlm_mlx.errors import FastVLMError, ImageError, PromptError
@@ -66,6 +75,7 @@ def generate(
         list[str] | None, typer.Option(metavar="TEXT", help="Ends the answer before this text; may be repeated.")
     ] = None,
     resolution: Resolution = None,
+    background: Background = None,
     dtype: LoadDType = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming text.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Token counts, speed and memory on stderr.")] = False,
@@ -99,13 +109,15 @@ def generate(
     sources, question = _read_stdin(images or [], DEFAULT_PROMPT if prompt is None else prompt)
 
     from concurrent.futures import ThreadPoolExecutor
+    from functools import partial
 
     from fastvlm_mlx import load, stream_generate
     from fastvlm_mlx.inputs.images import load_image
     from fastvlm_mlx.resolve import find, is_damaged, remake
 
+    read = partial(load_image, background=background, notify=_note_transparency)
     with LiveLine() as line, ThreadPoolExecutor() as pool:  # images are decoded while weights are read
-        loading = [pool.submit(_load_image, load_image, source, prompt) for source in sources]
+        loading = [pool.submit(_load_image, read, source, prompt) for source in sources]
 
         def announce(message: str) -> None:
             """Notes a slow step, such as a download, once every image is known to be one."""
@@ -228,6 +240,10 @@ def _load_image(load_image: "Callable[[str | bytes], Image]", source: str | byte
         if missing and prompt is None and isinstance(source, str) and {" ", "?"} & set(source):
             raise ImageError(f"{err}; if it is the question, put --prompt before it") from err
         raise
+
+
+def _note_transparency(name: str) -> None:
+    note(f"{name}: shows the colours stored in its transparent pixels; --background white shows white there")
 
 
 def _shortened(name: str) -> str:

@@ -78,6 +78,15 @@ def parse_resolution(text: str) -> int | str:
         return check_resolution(int(text))
 
 
+def parse_background(text: str) -> str:
+    """A colour's name or code."""
+    from fastvlm_mlx.inputs.samples import parse_colour
+
+    with usage_errors():
+        parse_colour(text)
+    return text
+
+
 class DType(str, Enum):
     """The floating-point types that weights are stored in."""
 
@@ -104,6 +113,14 @@ Resolution = Annotated[
         metavar="N|auto",
         envvar="FASTVLM_RESOLUTION",
         help="Pixels per side, a multiple of 64, or auto: as few as keep the details. [default: the model's own]",
+    ),
+]
+Background = Annotated[
+    str | None,
+    typer.Option(
+        metavar="COLOUR",
+        parser=parse_background,
+        help="Show this colour, such as white, through transparent pixels. [default: what is stored in them]",
     ),
 ]
 LoadDType = Annotated[DType | None, typer.Option(metavar=choices(DType), help="Load the weights as this type.")]

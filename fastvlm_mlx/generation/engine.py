@@ -138,7 +138,12 @@ def _prepare(processor: FastVLMProcessor, worker: _Worker, handle: Handle, start
             worker.end(handle, None)
             return
         inputs = processor.prepare(
-            request.image, request.prompt, resolution=request.resolution, system=request.system, allow=request.allow
+            request.image,
+            request.prompt,
+            resolution=request.resolution,
+            system=request.system,
+            background=request.background,
+            allow=request.allow,
         )
         answer = Answer(inputs, request.config, start=start, preprocess=time.perf_counter() - began)
         row = Row(

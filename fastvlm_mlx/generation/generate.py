@@ -32,6 +32,7 @@ def stream_generate(
     prompt: Prompt = DEFAULT_PROMPT,
     system: str | None = None,
     resolution: Resolution = None,
+    background: str | None = None,
     allow: Allow | None = None,
     config: GenerationConfig | None = None,
     prefix_cache: PrefixCache | None = None,
@@ -46,10 +47,13 @@ def stream_generate(
     Args:
         model: From `load`.
         processor: From `load`.
-        image: A path, URL, `data:` URL, bytes, PIL image or array (H, W, 3), or a list of these.
+        image: A path, URL, `data:` URL, bytes, PIL image or array (H, W, 3), or a list of these. Its EXIF orientation
+            counts, also that of a PIL image that was edited.
         prompt: A question, or a conversation as messages in the OpenAI shape.
         system: Replaces the default system text.
         resolution: Side in pixels that images are resized to: a multiple of 64, `auto`, or None for the model's own.
+        background: Colour under transparent pixels, such as `white`; by default they show what is stored in them, often
+            black.
         allow: What images may refer to. By default `image` may refer to anything; a string in messages must be a
             `data:` URL or a URL of a host on the public internet.
         config: How to choose tokens, and where to stop.
@@ -66,7 +70,7 @@ def stream_generate(
     start = time.perf_counter()
     check_process()
     config = GenerationConfig.of(config, dict(options))
-    inputs = processor.prepare(image, prompt, resolution=resolution, system=system, allow=allow)
+    inputs = processor.prepare(image, prompt, resolution=resolution, system=system, background=background, allow=allow)
     prepared = time.perf_counter()
     decoder = RowDecoder(
         model,
@@ -98,6 +102,7 @@ def generate(
     prompt: Prompt = DEFAULT_PROMPT,
     system: str | None = None,
     resolution: Resolution = None,
+    background: str | None = None,
     allow: Allow | None = None,
     config: GenerationConfig | None = None,
     prefix_cache: PrefixCache | None = None,
@@ -113,6 +118,7 @@ def generate(
             prompt=prompt,
             system=system,
             resolution=resolution,
+            background=background,
             allow=allow,
             config=config,
             prefix_cache=prefix_cache,

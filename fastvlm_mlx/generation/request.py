@@ -24,6 +24,7 @@ class Request:
     prompt: Prompt = DEFAULT_PROMPT
     system: str | None = None
     resolution: Resolution = None
+    background: str | None = None
     allow: Allow | None = None
     config: GenerationConfig = field(default_factory=GenerationConfig)
 

@@ -58,7 +58,7 @@ def load_image(
         allow: What `source` may refer to.
         timeout: Seconds for fetching a URL.
         copy: Whether to copy a PIL image that is RGB and upright already. If not, it is returned itself.
-        notify: Called with a line if transparent pixels show the colours stored in them.
+        notify: Called with the image's name if transparent pixels show the colours stored in them.
 
     Raises:
         ImageError: If the source is not allowed, cannot be read or is not an image.

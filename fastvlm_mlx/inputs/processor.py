@@ -61,6 +61,7 @@ class FastVLMProcessor:
         *,
         resolution: Resolution = None,
         system: str | None = None,
+        background: str | None = None,
         allow: Allow | None = None,
     ) -> dict[str, NDArray[Any]]:
         """The arrays that `FastVLM.generate` and `FastVLM.embed` take as keywords.
@@ -75,6 +76,7 @@ class FastVLMProcessor:
             prompts: A prompt (a string, or messages), or a list of prompts.
             resolution: In pixels, the same for all images.
             system: Replaces the default system text.
+            background: Colour under transparent pixels; see `load_image`.
             allow: What images may refer to; see `conversation` for the default.
 
         Raises:
@@ -85,7 +87,8 @@ class FastVLMProcessor:
         conversations = [
             conversation(prompt, sources, system, allow=allow) for prompt, sources in _pairs(images, prompts)
         ]
-        pixel_values = self._preprocess([image for turns in conversations for image in _images(turns)], resolution)
+        references = [image for turns in conversations for image in _images(turns)]
+        pixel_values = self._preprocess(references, resolution, background)
         rows = [self.encode_turns(turns) for turns in conversations]
         for row in rows:
             self.check_length(row, pixel_values.shape[1])
@@ -107,6 +110,7 @@ class FastVLMProcessor:
         *,
         resolution: Resolution = None,
         system: str | None = None,
+        background: str | None = None,
         allow: Allow | None = None,
     ) -> Inputs:
         """The inputs of one prompt, without waiting for the tokenizer.
@@ -115,10 +119,16 @@ class FastVLMProcessor:
         `input_ids` are used.
         """
         turns = conversation(prompt, _as_list(images), system, allow=allow)
-        return Inputs(processor=self, turns=turns, pixel_values=self._preprocess(_images(turns), resolution))
+        pixel_values = self._preprocess(_images(turns), resolution, background)
+        return Inputs(processor=self, turns=turns, pixel_values=pixel_values)
 
     def prepare_images(
-        self, images: Sequence[ImageSource], resolution: Resolution = None, *, allow: Allow = Allow.ALL
+        self,
+        images: Sequence[ImageSource],
+        resolution: Resolution = None,
+        *,
+        background: str | None = None,
+        allow: Allow = Allow.ALL,
     ) -> NDArray[np.uint8]:
         """Pixel values (images, R, R, 3).
 
@@ -126,10 +136,15 @@ class FastVLMProcessor:
             ImageError: If an image is not allowed or cannot be read.
             ConfigError: If the model cannot run at `resolution`.
         """
-        return self._preprocess([ImageReference(source=image, allow=allow) for image in images], resolution)
+        references = [ImageReference(source=image, allow=allow) for image in images]
+        return self._preprocess(references, resolution, background)
 
-    def _preprocess(self, references: Sequence[ImageReference], resolution: Resolution) -> NDArray[np.uint8]:
-        images = [load_image(image.source, allow=image.allow, copy=False) for image in references]
+    def _preprocess(
+        self, references: Sequence[ImageReference], resolution: Resolution, background: str | None
+    ) -> NDArray[np.uint8]:
+        images = [
+            load_image(image.source, background=background, allow=image.allow, copy=False) for image in references
+        ]
         side = choose_resolution(images, resolution, self.image_size)
         if not images:
             return np.zeros((0, side, side, 3), dtype=np.uint8)

@@ -57,7 +57,7 @@ def to_rgb(
         image: As it was opened, or made.
         name: In messages.
         background: The colour that transparent pixels show. By default they show what is stored in them.
-        notify: Called with a line if that happens.
+        notify: Called with the name if that happens.
 
     Raises:
         ImageError: If the image is too large or damaged, or its samples are of a kind that is not read rightly.
@@ -76,7 +76,7 @@ def to_rgb(
             if opacity is not None and colour is not None:
                 rgb = _on_ground(rgb, opacity, colour)
             elif opacity is not None and notify is not None:
-                notify(f"{name}: has transparent pixels; what is stored in them is shown, unless a background is given")
+                notify(name)
             return _upright(rgb, image)
     except DECODER_ERRORS as err:
         raise ImageError(

@@ -22,6 +22,7 @@ from fastvlm_mlx.engine.options import GenerationConfig
 from fastvlm_mlx.errors import ImageError
 from fastvlm_mlx.generation.result import GenerationResult, Timings
 from fastvlm_mlx.inputs import images
+from fastvlm_mlx.inputs.images import load_image
 from tests.checkpoints import APPLE, GOLDEN, changed
 from tests.pictures import stored_with
 
@@ -83,7 +84,7 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> FakeRuntime:
     fake = FakeRuntime()
     monkeypatch.setattr(fastvlm_mlx, "load", fake.load)
     monkeypatch.setattr(fastvlm_mlx, "stream_generate", fake.stream_generate)
-    monkeypatch.setattr(images, "load_image", lambda source: source)
+    monkeypatch.setattr(images, "load_image", lambda source, **_: source)
     return fake
 
 
@@ -93,6 +94,40 @@ def test_the_answer_goes_to_stdout_and_nothing_else(runtime: FakeRuntime) -> Non
     assert runtime.loaded["name"] == "apple/FastVLM-0.5B"
     assert runtime.asked["prompt"] == "Describe the image."
     assert runtime.asked["image"] == [PICTURE]
+
+
+@pytest.fixture
+def logo(tmp_path: Path) -> str:
+    """A picture of black on transparent black."""
+    image = Image.new("RGBA", (20, 10))
+    image.paste((0, 0, 0, 255), (5, 2, 15, 8))
+    image.save(tmp_path / "logo.png")
+    return str(tmp_path / "logo.png")
+
+
+def test_a_transparent_image_is_noted_in_one_line(runtime: FakeRuntime, logo: str, monkeypatch: Any) -> None:
+    monkeypatch.setattr(images, "load_image", load_image)
+    result = invoke("generate", logo)
+    assert (result.exit_code, result.stdout) == (0, "A grey square.\n")
+    assert result.stderr == (
+        f"{logo}: shows the colours stored in its transparent pixels; --background white shows white there\n"
+    )
+    assert np.asarray(runtime.asked["image"][0]).max() == 0
+
+
+def test_a_background_shows_through_transparent_pixels(runtime: FakeRuntime, logo: str, monkeypatch: Any) -> None:
+    monkeypatch.setattr(images, "load_image", load_image)
+    result = invoke("generate", logo, "--background", "#ff8000")
+    assert (result.exit_code, result.stderr) == (0, "")
+    image = runtime.asked["image"][0]
+    assert (image.getpixel((0, 0)), image.getpixel((9, 5))) == ((255, 128, 0), (0, 0, 0))
+
+
+def test_a_background_that_is_no_colour_is_wrong_usage(runtime: FakeRuntime, logo: str) -> None:
+    result = invoke("generate", logo, "--background", "whit")
+    assert result.exit_code == 2
+    assert "--background" in result.stderr
+    assert "background must be a colour such as white or #f0f0f0, not 'whit'" in result.stderr
 
 
 def test_an_answer_that_ends_its_line_gets_no_second_newline(runtime: FakeRuntime) -> None:

@@ -4,12 +4,15 @@ import threading
 
 import pytest
 from mlx.utils import tree_flatten
+from PIL import Image
 
 from fastvlm_mlx.backend import device, mx
 from fastvlm_mlx.engine.options import GenerationConfig
 from fastvlm_mlx.engine.prefix_cache import PrefixCache
 from fastvlm_mlx.errors import ConfigError, FastVLMError, ImageError, PromptError
+from fastvlm_mlx.generation.engine import Engine
 from fastvlm_mlx.generation.generate import generate, stream_generate
+from fastvlm_mlx.generation.request import Request
 from fastvlm_mlx.inputs.sources import Allow
 from fastvlm_mlx.resolve import load
 from tests.checkpoints import APPLE
@@ -75,6 +78,17 @@ def test_a_question_without_an_image_is_answered(loaded):
     result = generate(*loaded, prompt="Hello.", max_tokens=3)
     assert result.visual_tokens == 0
     assert result.generated_tokens == 3
+
+
+def test_a_background_changes_what_is_seen_of_a_transparent_image(loaded):
+    image = Image.new("RGBA", (64, 64))
+    white = generate(*loaded, image=Image.new("RGB", (64, 64), "white"), max_tokens=5)
+    assert generate(*loaded, image=image, background="white", max_tokens=5).token_ids == white.token_ids
+    request = Request(image=image, background="white", config=GenerationConfig(max_tokens=5))
+    with Engine(*loaded) as engine:
+        assert engine.submit(request).result(60).token_ids == white.token_ids
+    with pytest.raises(ConfigError, match="background must be a colour such as white or #f0f0f0, not 'whit'"):
+        generate(*loaded, image=image, background="whit", max_tokens=5)
 
 
 def test_a_conversation_goes_on(loaded):

@@ -171,6 +171,18 @@ def test_arrays_and_pictures_are_single_images(processor):
         np.testing.assert_array_equal(processor(source, "Hi")["pixel_values"], expected)
 
 
+def test_a_background_shows_through_every_image(processor):
+    image = Image.new("RGBA", (128, 128), (9, 9, 9, 0))
+    parts = [{"type": "image", "image": image}, {"type": "text", "text": "Hi"}]
+    for prompt, images in (("Hi", image), ([{"role": "user", "content": parts}], None)):
+        for options, level in (({}, 9), ({"background": "white"}, 255)):
+            called = processor(images, prompt, **options)["pixel_values"]
+            prepared = processor.prepare(images, prompt, **options).pixel_values
+            assert (called == level).all()
+            assert (prepared == level).all()
+    assert (processor.prepare_images([image], background="white") == 255).all()
+
+
 def test_resolution_is_the_models_unless_asked(processor):
     assert processor(PHOTOS[0], "Hi")["pixel_values"].shape[1] == 128
     assert processor(PHOTOS[0], "Hi", resolution=192)["pixel_values"].shape[1] == 192
