@@ -18,7 +18,7 @@ from fastvlm_mlx.cli.options import (
     user_path,
 )
 from fastvlm_mlx.cli.terminal import ByteProgress, LiveLine, note, show, show_json, warn_of_slow_blas
-from fastvlm_mlx.formatting import as_text, printable
+from fastvlm_mlx.formatting import as_text, names, printable
 
 if TYPE_CHECKING:
     from fastvlm_mlx.inputs.images import Resolution as Pixels
@@ -81,15 +81,16 @@ def evaluate(
     check_names([(model, revision), *([(baseline, None)] if baseline else [])])
     settings = _Settings(metric, limit, resolution, max_tokens, dtype, fresh)
     warn_of_slow_blas()
-    report = _score(model, revision, questions, settings)
-    other = _score(baseline, None, questions, settings) if baseline else None
+    folder = _resolve(model, revision)
+    baseline_folder = _resolve(baseline, None) if baseline else None  # before the first question to the other
+    report = _score(model, folder, questions, settings)
+    other = _score(baseline, baseline_folder, questions, settings) if baseline and baseline_folder else None
     if output:
         records = list(report.records(questions))
         for record, answer in zip(records, other.answers if other else (), strict=False):
             record |= {"baseline_prediction": answer.prediction, "baseline_score": answer.score}
         write_output(output, b"".join(map(json_line, records)))
-    for answer in report.failed:
-        note(f"{printable(data)}:{answer.line}: {answer.error}")
+    _note_failures(printable(data), report)
     if as_json:
         show_json(_record(model, data, report, baseline, other))
     else:
@@ -111,19 +112,23 @@ class _Settings:
     fresh: bool
 
 
-def _score(
-    name: str, revision: str | None, questions: "list[Question | BadRow]", settings: _Settings
-) -> "EvaluationReport":
+def _resolve(name: str, revision: str | None) -> Path:
+    from fastvlm_mlx.resolve import resolve
+
+    with ByteProgress() as progress:
+        return resolve(name, revision=revision, notify=note, progress=progress)
+
+
+def _score(name: str, folder: Path, questions: "list[Question | BadRow]", settings: _Settings) -> "EvaluationReport":
     from fastvlm_mlx.errors import CheckpointError
     from fastvlm_mlx.jobs.evaluate import evaluate, prediction_settings
     from fastvlm_mlx.jobs.fingerprints import checkpoint_files, checkpoint_fingerprint, versions
     from fastvlm_mlx.jobs.predictions import Predictions
     from fastvlm_mlx.machine import cache_folder
-    from fastvlm_mlx.resolve import load, resolve
+    from fastvlm_mlx.resolve import load
 
     with LiveLine() as line, ByteProgress() as progress:
         line.wait_for(f"loading {name}")
-        folder = resolve(name, revision=revision, notify=note, progress=progress)
         files = checkpoint_files(folder)
         before = versions(files)
         network, processor = load(folder, dtype=settings.dtype.value if settings.dtype else None)
@@ -146,6 +151,15 @@ def _score(
     if report.kept:
         note(f"{name}: {report.kept} of {len(report.answers)} answers are from an earlier run; --fresh asks again")
     return report
+
+
+def _note_failures(data: str, report: "EvaluationReport") -> None:
+    """Names the rows that failed, those with the same error together."""
+    lines: dict[str, list[str]] = {}
+    for answer in report.failed:
+        lines.setdefault(str(answer.error), []).append(str(answer.line))
+    for error, numbers in lines.items():
+        note(f"{data}:{numbers[0]}: {error}" if len(numbers) == 1 else f"{data}: lines {names(numbers)}: {error}")
 
 
 def _record(

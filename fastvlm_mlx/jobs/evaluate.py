@@ -9,7 +9,7 @@ from typing import Any
 from fastvlm_mlx import __version__
 from fastvlm_mlx.backend import device
 from fastvlm_mlx.engine.options import GenerationConfig
-from fastvlm_mlx.errors import ConfigError, FastVLMError
+from fastvlm_mlx.errors import CheckpointError, ConfigError, FastVLMError
 from fastvlm_mlx.generation.engine import Engine
 from fastvlm_mlx.generation.request import Request
 from fastvlm_mlx.inputs.images import Resolution
@@ -24,6 +24,7 @@ from fastvlm_mlx.model.fastvlm import FastVLM
 Progress = Callable[[int, int], None]
 """Called with the number of answered questions and of all questions."""
 
+_LIBRARIES = ("mlx", "pillow", "pi-heif", "tokenizers")
 ANSWER_TOKENS = 64
 """Default length of the longest answer."""
 
@@ -43,7 +44,7 @@ def prediction_settings(
         "checkpoint": checkpoint,
         "dtype": str(model.dtype),
         "device": device(),
-        "versions": {"fastvlm-mlx": __version__} | {name: version(name) for name in ("mlx", "pillow", "tokenizers")},
+        "versions": {"fastvlm-mlx": __version__} | {name: version(name) for name in _LIBRARIES},
         "resolution": resolution,
         "max_tokens": max_tokens,
     }
@@ -80,7 +81,8 @@ def evaluate(
         progress: Called at the beginning, after each question that was asked, and at the end.
 
     Raises:
-        ConfigError: If the metric is unknown or there are no questions.
+        ConfigError: If the metric is unknown, there are no questions, or the model cannot run at the resolution.
+        CheckpointError: If the model's files are damaged.
     """
     if metric not in METRICS:
         raise ConfigError(f"unknown metric {metric!r}; there are {', '.join(METRICS)}")
@@ -122,6 +124,8 @@ def evaluate(
             number, row, image = asked.pop(handle.request)
             try:
                 prediction = Prediction.of(handle.result())
+            except (ConfigError, CheckpointError):
+                raise  # no other row would fare better
             except FastVLMError as err:
                 answers[number] = _failed(row, err)
             else:

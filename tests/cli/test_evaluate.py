@@ -174,6 +174,15 @@ def test_a_wrong_file_of_questions_is_one_message(model: str, questions: Questio
     assert result.stderr.startswith(f"error: {data}: ")
 
 
+def test_what_is_wrong_with_all_rows_is_said_once(model: str, questions: Questions) -> None:
+    result = run("-m", model, "--data", questions(row()), "--baseline", "./missing")
+    assert (result.exit_code, result.stderr.count("\n"), "missing" in result.stderr) == (1, 1, True)
+    data = questions(row(), *[row(image="missing.png")] * 7)
+    result = run("-m", model, "--data", data)
+    assert f"{data}: lines 2, 3, 4, 5, 6 and 2 more: " in result.stderr
+    assert result.stderr.count("missing.png") == 1
+
+
 def test_failed_rows_are_named_and_end_with_3(model: str, questions: Questions) -> None:
     data = questions(row(), row(image="missing.png"), "{broken")
     result = run("-m", model, "--data", data)

@@ -15,9 +15,10 @@ from fastvlm_mlx.jobs.evaluate import evaluate, prediction_settings
 from fastvlm_mlx.jobs.fingerprints import fingerprint
 from fastvlm_mlx.jobs.metrics import METRICS
 from fastvlm_mlx.jobs.predictions import Predictions
-from fastvlm_mlx.jobs.questions import read_questions
+from fastvlm_mlx.jobs.questions import Question, read_questions
 from fastvlm_mlx.jobs.scores import EvaluationReport
 from fastvlm_mlx.model.fastvlm import FastVLM
+from tests.checkpoints import APPLE
 
 
 def write(folder: Path, *rows: object) -> Path:
@@ -97,6 +98,14 @@ def test_report_counts_failed_rows_and_names_their_lines(tmp_path: Path, request
     assert data["failed"][1] == {"line": 4, "error": f"{tmp_path / 'bad.png'}: no such file"}
     assert [cells[0] for cells in report.table()] == ["thing", "other", "malformed", "all"]
     assert report.table()[-1][:3] == ("all", "4", "25.0")
+
+
+def test_a_setting_that_fits_no_row_ends_the_evaluation(
+    loaded: tuple[FastVLM, FastVLMProcessor], tmp_path: Path
+) -> None:
+    rows = [Question(line=1, image=APPLE / "images" / "tiny.png", question="What?", answers=("cat",))]
+    with pytest.raises(ConfigError, match="resolution must be a multiple of 64"):
+        evaluate(*loaded, rows, resolution=100)
 
 
 def test_unknown_metric_is_an_error_that_lists_the_known(tmp_path: Path) -> None:
