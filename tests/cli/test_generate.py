@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from safetensors.numpy import load_file
 from typer.testing import CliRunner, Result
 
 import fastvlm_mlx
-from fastvlm_mlx import convert
+from fastvlm_mlx import backend, convert
 from fastvlm_mlx.checkpoint.safetensors import TensorFile, read_header
 from fastvlm_mlx.cli import app
 from fastvlm_mlx.engine.options import GenerationConfig
@@ -39,6 +40,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in [name for name in os.environ if name.startswith("FASTVLM_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("FASTVLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(backend, "blas", lambda: backend.BLAS(name="fast"))  # or each answer comes with a note
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +208,73 @@ def test_an_image_is_read_from_stdin(runtime: FakeRuntime) -> None:
 def test_a_prompt_is_read_from_stdin(runtime: FakeRuntime) -> None:
     assert invoke("generate", PICTURE, "-p", "-", stdin="What is this, 猫?\n").exit_code == 0
     assert runtime.asked["prompt"] == "What is this, 猫?"
+
+
+def test_a_prompt_from_stdin_loses_the_mark_that_windows_puts_before_it(runtime: FakeRuntime) -> None:
+    assert invoke("generate", PICTURE, "-p", "-", stdin=b"\xef\xbb\xbfCount the shapes.\r\n").exit_code == 0
+    assert runtime.asked["prompt"] == "Count the shapes."
+
+
+@pytest.mark.parametrize(
+    ("stdin", "message"),
+    [
+        (b"caf\xe9", "stdin: byte 0xe9 at 3 is not UTF-8; the prompt has to be text in UTF-8"),
+        ("Wie viele?".encode("utf-16"), "stdin: byte 0xff at 0 is not UTF-8"),
+        (b"", "stdin was empty; pipe an image or a prompt into it"),
+    ],
+)
+def test_a_prompt_from_stdin_has_to_be_text(runtime: FakeRuntime, stdin: bytes, message: str) -> None:
+    result = invoke("generate", PICTURE, "-p", "-", stdin=stdin)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith(f"error: {message}")
+    assert not runtime.loaded
+
+
+def test_a_question_in_the_place_of_an_image_is_told_where_it_belongs(tmp_path: Path) -> None:
+    hint = "; if it is the question, put --prompt before it\n"
+    for question in ("What is it?", "Why?", "Count the shapes"):
+        result = invoke("generate", PICTURE, question, "-m", "demo")
+        assert (result.exit_code, result.stderr) == (1, f"error: {question}: no such file{hint}")
+    assert "--prompt" not in invoke("generate", "holiday.jpg", "-m", "demo").stderr
+    assert "--prompt" not in invoke("generate", "my photo.jpg", "-p", "What is it?", "-m", "demo").stderr
+
+
+@pytest.mark.parametrize(("tokens", "hint"), [("3", "--max-tokens allows more"), ("5", "the context is full")])
+def test_an_answer_that_was_cut_says_so(
+    runtime: FakeRuntime, monkeypatch: pytest.MonkeyPatch, tokens: str, hint: str
+) -> None:
+    def cut(*arguments: Any, **options: Any) -> Iterator[GenerationResult]:
+        for piece in runtime.stream_generate(*arguments, **options):
+            yield replace(piece, finish_reason="length" if piece.finish_reason else None)
+
+    monkeypatch.setattr(fastvlm_mlx, "stream_generate", cut)
+    result = invoke("generate", PICTURE, "-n", tokens)
+    assert (result.stdout, result.stderr) == ("A grey square.\n", f"the answer was cut after 3 tokens; {hint}\n")
+    assert invoke("generate", PICTURE, "-n", tokens, "--json").stderr == ""  # the record has it as finish_reason
+
+
+def test_a_data_url_is_not_repeated_in_the_record(runtime: FakeRuntime) -> None:
+    record = json.loads(invoke("generate", "data:image/png;base64," + "A" * 5000, "--json").stdout)
+    assert record["images"] == ["data:image/png;base64,… (5000 characters)"]
+
+
+def test_a_slow_blas_is_noted_once(runtime: FakeRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "device", lambda: "cpu")
+    monkeypatch.setattr(backend, "blas", lambda: backend.BLAS(name="reference", hint="apt install something"))
+    result = invoke("generate", PICTURE)
+    note = "slow: MLX computes with its own BLAS, about 20 times slower than OpenBLAS; apt install something\n"
+    assert (result.stdout, result.stderr) == ("A grey square.\n", note)
+    monkeypatch.setattr(backend, "device", lambda: "gpu")
+    assert invoke("generate", PICTURE).stderr == ""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a BLAS is chosen on Linux only")
+def test_a_blas_that_cannot_be_loaded_is_an_error() -> None:
+    environment = {**os.environ, "FASTVLM_BLAS": "/nonexistent.so"}
+    done = subprocess.run([*COMMAND, "info"], capture_output=True, text=True, check=False, env=environment)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: FASTVLM_BLAS=/nonexistent.so cannot be loaded (")
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_prompt_without_images_is_plain_text(runtime: FakeRuntime) -> None:

@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from fastvlm_mlx.convert import convert_checkpoint
+from fastvlm_mlx.convert import convert_checkpoint, pipeline
+from fastvlm_mlx.convert.quantize import checkpoint
+from fastvlm_mlx.convert.quantize.scheme import Quantization
 from fastvlm_mlx.convert.scratch import scratch_folder
+from fastvlm_mlx.convert.write import destination
 from fastvlm_mlx.convert.write.destination import check_alone, partial_folder, vacant
 from fastvlm_mlx.errors import ConversionError
 from tests.checkpoints import SOURCES
@@ -114,6 +117,46 @@ def test_an_empty_folder_that_cannot_be_replaced_is_filled(
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in real.iterdir()}
     assert not [path for path in real.iterdir() if path.name.startswith(".")]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+
+
+def test_the_steps_on_the_way_to_a_folder_are_on_its_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that exists may be a mount point, and what is above it a disk without room or permission."""
+    mount = tmp_path / "mount"
+    mount.mkdir()
+    places: list[Path] = []
+
+    @contextmanager
+    def noted(parent: Path, name: str) -> Iterator[Path]:
+        places.append(parent)
+        with scratch_folder(parent, name) as folder:
+            yield folder
+
+    monkeypatch.setattr(pipeline, "scratch_folder", noted)
+    monkeypatch.setattr(destination, "scratch_folder", noted)
+    pipeline.convert_and_quantize(SOURCES["apple"], mount, quantization=Quantization(preset="int8"))
+    *steps, last = places
+    assert {steps[0], last} == {mount}
+    assert {path.name for path in mount.iterdir()} >= {"config.json", "model.safetensors", "quantization_report.json"}
+    assert not [path for path in mount.iterdir() if path.name.startswith(".")]
+
+
+def test_what_quantizing_needs_is_the_size_of_its_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = tmp_path / "exact"
+    convert_checkpoint(SOURCES["apple"], exact, dtype="float32")
+    before = (exact / "model.safetensors").stat().st_size
+    asked: list[int] = []
+
+    @contextmanager
+    def noted(target: Path, needed: int) -> Iterator[Path]:
+        asked.append(needed)
+        with partial_folder(target, needed) as folder:
+            yield folder
+
+    monkeypatch.setattr(checkpoint, "partial_folder", noted)
+    checkpoint.quantize_checkpoint(exact, tmp_path / "int4", quantization=Quantization(preset="int4"))
+    after = (tmp_path / "int4" / "model.safetensors").stat().st_size
+    assert asked[0] < before
+    assert 0.9 * after < asked[0] <= after  # the file has a header, too
 
 
 def test_what_appears_in_an_empty_folder_meanwhile_is_kept(tmp_path: Path) -> None:
