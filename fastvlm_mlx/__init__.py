@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from fastvlm_mlx.errors import ImageError as ImageError
     from fastvlm_mlx.errors import PromptError as PromptError
     from fastvlm_mlx.errors import QueueFullError as QueueFullError
+    from fastvlm_mlx.generation.choose import Choice as Choice
+    from fastvlm_mlx.generation.choose import choose as choose
     from fastvlm_mlx.generation.engine import Engine as Engine
     from fastvlm_mlx.generation.generate import generate as generate
     from fastvlm_mlx.generation.generate import stream_generate as stream_generate
@@ -38,6 +40,8 @@ _HOME = {
     "GenerationResult": "generation.result",
     "PrefixCache": "engine.prefix_cache",
     "Timings": "generation.result",
+    "Choice": "generation.choose",
+    "choose": "generation.choose",
     "Engine": "generation.engine",
     "Handle": "generation.request",
     "Request": "generation.request",
@@ -56,6 +60,7 @@ _HOME = {
 __all__ = [
     "Allow",
     "CheckpointError",
+    "Choice",
     "ConfigError",
     "ConversionError",
     "Engine",
@@ -72,6 +77,7 @@ __all__ = [
     "Request",
     "Timings",
     "__version__",
+    "choose",
     "generate",
     "load",
     "stream_generate",

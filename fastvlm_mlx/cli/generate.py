@@ -17,15 +17,15 @@ from fastvlm_mlx.cli.options import (
     Revision,
     refuse,
 )
-from fastvlm_mlx.cli.terminal import ByteProgress, LiveLine, note, show_answer, show_json, warn_of_slow_blas
+from fastvlm_mlx.cli.terminal import ByteProgress, LiveLine, note, show, show_answer, show_json, warn_of_slow_blas
 from fastvlm_mlx.cli.usage import is_given, usage_errors
 from fastvlm_mlx.errors import FastVLMError, ImageError, PromptError
-from fastvlm_mlx.formatting import printable, readable_bytes
+from fastvlm_mlx.formatting import as_text, printable, readable_bytes
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from fastvlm_mlx import FastVLM, FastVLMProcessor, GenerationResult
+    from fastvlm_mlx import Choice, FastVLM, FastVLMProcessor, GenerationResult
 
 
 def generate(
@@ -74,6 +74,10 @@ def generate(
     stop: Annotated[
         list[str] | None, typer.Option(metavar="TEXT", help="Ends the answer before this text; may be repeated.")
     ] = None,
+    choice: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="Give the probability of this answer and of the other choices instead."),
+    ] = None,
     resolution: Resolution = None,
     background: Background = None,
     dtype: LoadDType = None,
@@ -83,13 +87,23 @@ def generate(
     """Answer a question about images.
 
     The answer streams to stdout. Several images make one question about all of them; without images, --prompt is
-    answered as plain text.
+    answered as plain text. With --choice yes --choice no, nothing is generated: the choices are listed, the most
+    probable first.
     """
     if not images and prompt is None:
         raise typer.BadParameter("give an image, or a question with --prompt", param_hint="IMAGE")
     if not images:
         refuse(["--resolution"] if is_given(context, "resolution") else [], "without an image")
-    if not temperature:
+    if choice:
+        from fastvlm_mlx.generation.choose import check_choices
+
+        options = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop")
+        names = {"temperature": "--temp"}
+        given = [name for name in options if is_given(context, name)]
+        refuse([names.get(name, f"--{name.replace('_', '-')}") for name in given], "with --choice")
+        with usage_errors():
+            check_choices(choice)
+    elif not temperature:
         sampling = {"--top-p": top_p < 1, "--top-k": top_k > 0, "--min-p": min_p > 0, "--seed": seed is not None}
         refuse([option for option, given in sampling.items() if given], "at temperature 0; give --temp, too")
 
@@ -111,7 +125,7 @@ def generate(
     from concurrent.futures import ThreadPoolExecutor
     from functools import partial
 
-    from fastvlm_mlx import load, stream_generate
+    from fastvlm_mlx import choose, load, stream_generate
     from fastvlm_mlx.inputs.images import load_image
     from fastvlm_mlx.resolve import find, is_damaged, remake
 
@@ -146,6 +160,19 @@ def generate(
             shown = [image.result() for image in loading]
             warn_of_slow_blas()
             line.wait_for(_activity(len(shown)))
+            if choice:
+                chosen.extend(
+                    choose(
+                        network,
+                        processor,
+                        choice,
+                        image=shown or None,
+                        prompt=question,
+                        system=system,
+                        resolution=resolution,
+                    )
+                )
+                return
             for piece in stream_generate(
                 network,
                 processor,
@@ -164,6 +191,7 @@ def generate(
                     show_answer(piece.text)
 
         pieces: list[GenerationResult] = []
+        chosen: list[Choice] = []
         network, processor = loaded()
         try:
             ask(network, processor)
@@ -173,14 +201,20 @@ def generate(
             with ByteProgress() as progress:
                 remake(model, error, revision=revision, notify=announce, progress=progress)
             ask(*loaded())
+    asked = {
+        "model": model,
+        "images": ["<stdin>" if name == "-" else _shortened(name) for name in images or []],
+        "prompt": question,
+    }
+    if choice:
+        _show_choices(chosen, asked if as_json else None)
+        return
     text = "".join(piece.text for piece in pieces)
     last = pieces[-1]
     if as_json:
         show_json(
             {
-                "model": model,
-                "images": ["<stdin>" if name == "-" else _shortened(name) for name in images or []],
-                "prompt": question,
+                **asked,
                 "text": text,
                 "token_ids": [token for piece in pieces for token in piece.token_ids],
                 **_statistics(last),
@@ -194,6 +228,16 @@ def generate(
             note(f"the answer was cut after {last.generated_tokens} tokens; {more}")
     if verbose:
         _summarize(last)
+
+
+def _show_choices(choices: "list[Choice]", asked: dict[str, Any] | None) -> None:
+    """Writes the choices, the most probable first: as JSON behind what was asked, or as a table."""
+    ranked = sorted(choices, key=lambda choice: -choice.probability)
+    if asked is not None:
+        show_json({**asked, "choices": [asdict(choice) for choice in ranked]})
+        return
+    rows = [(choice.text, f"{choice.probability:.1%}", f"{choice.corrected:.1%}") for choice in ranked]
+    show(as_text([("choice", "probability", "length-corrected"), *rows]))
 
 
 def _activity(images: int) -> str:

@@ -46,7 +46,7 @@ def generate_rows(
     Raises:
         ConfigError: If the configs and rows differ in number, a value is out of range, or there are stop strings.
         PromptError: If a prompt does not fit the context, or for the reasons of `FastVLM.embed`.
-        FastVLMError: If the logits of a row are NaN or infinite.
+        CheckpointError: If the logits of a row are NaN or infinite.
     """
     check_process()
     prompts = model.rows(input_ids, attention_mask)
@@ -57,6 +57,8 @@ def generate_rows(
     if any(each.stop for each in configs):
         raise ConfigError("stop strings are about text, and this returns token ids; use fastvlm_mlx.generate")
     pixels = _pixels(pixel_values)
+    if pixels.ndim != 4:
+        raise ConfigError(f"pixel_values must be (images, R, R, 3), not {pixels.shape}")
     images = [int((prompt == IMAGE_TOKEN).sum()) for prompt in prompts]
     if sum(images) != len(pixels):
         raise PromptError(f"the prompt has {sum(images)} place(s) for an image but {len(pixels)} image(s) were given")

@@ -1,14 +1,15 @@
 """One prompt and its answer, at the lowest latency: a decode loop that submits step n+1 before it reads step n."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastvlm_mlx.backend import mx
 from fastvlm_mlx.config import IMAGE_TOKEN
+from fastvlm_mlx.engine.choices import score
 from fastvlm_mlx.engine.options import GenerationConfig
-from fastvlm_mlx.engine.prefix_cache import PrefixCache, PrefixKey, prefix_key
+from fastvlm_mlx.engine.prefix_cache import PrefixCache, PrefixKey, check_prefix_cache, prefix_key
 from fastvlm_mlx.engine.sampling import Sampler, read_tokens, sample
 from fastvlm_mlx.model.fastvlm import FastVLM
 from fastvlm_mlx.model.kv_cache import KVCache
@@ -49,6 +50,7 @@ class RowDecoder:
         self._free_tower = free_tower
         self._visual_tokens: mx.array | None = None
         self.reused = 0
+        check_prefix_cache(prefix_cache)
         if prefix_cache is not None:
             prefix_cache.bind(model)
         if len(pixel_values) and (prefix_cache is None or len(prefix_cache) == 0):
@@ -67,7 +69,7 @@ class RowDecoder:
             max_tokens: At least 1.
 
         Raises:
-            FastVLMError: If the logits are NaN or infinite.
+            CheckpointError: If the logits are NaN or infinite.
         """
         decoder = self._model.language_model
         with turn():
@@ -88,6 +90,22 @@ class RowDecoder:
             waiting = submitted
         if waiting is not None:
             yield from read_tokens(waiting)
+
+    def score(self, input_ids: list[int], choices: Sequence[Sequence[int]]) -> list[float]:
+        """The logarithm of the probability of each choice as the answer; see `fastvlm_mlx.engine.choices.score`.
+
+        Args:
+            input_ids: As in `tokens`.
+            choices: The token ids of each, its end token included.
+
+        Raises:
+            CheckpointError: If the logits are NaN or infinite.
+        """
+        with turn():
+            logits, cache, keep = self._prefill(input_ids)
+            scores = score(self._model, logits, cache, choices)
+        keep()
+        return scores
 
     def _prefill(self, input_ids: list[int]) -> tuple[mx.array, list[KVCache], Callable[[], None]]:
         """Logits (1, V), the filled cache, and what keeps the prompt for later ones, to be called once it is read."""

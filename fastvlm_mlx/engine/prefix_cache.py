@@ -39,6 +39,16 @@ def _digest(pixels: npt.NDArray[Any]) -> bytes:
     return described.digest()
 
 
+def check_prefix_cache(value: object) -> None:
+    """Checks an argument.
+
+    Raises:
+        ConfigError: If it is neither a `PrefixCache` nor None.
+    """
+    if not isinstance(value, PrefixCache | None):
+        raise ConfigError(f"prefix_cache must be a PrefixCache or None, not {type(value).__name__}")
+
+
 class PrefixCache:
     """The keys and values of recent prompts of one model; the least recently used go first.
 
@@ -50,9 +60,14 @@ class PrefixCache:
 
     Attributes:
         max_bytes: The most that all entries may hold together.
+
+    Raises:
+        ConfigError: If `max_bytes` is not a number of bytes.
     """
 
     def __init__(self, max_bytes: int = DEFAULT_BYTES) -> None:
+        if not isinstance(max_bytes, int) or max_bytes < 0:
+            raise ConfigError(f"max_bytes must be a number of bytes, not {max_bytes!r:.60}")
         self.max_bytes = max_bytes
         self._entries: OrderedDict[PrefixKey, tuple[PrefixKey, list[KVCache], int]] = OrderedDict()
         self._by_pictures: dict[PrefixKey, dict[PrefixKey, None]] = {}

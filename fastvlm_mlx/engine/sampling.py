@@ -7,7 +7,7 @@ import numpy as np
 
 from fastvlm_mlx.backend import mx
 from fastvlm_mlx.engine.options import GenerationConfig
-from fastvlm_mlx.errors import FastVLMError
+from fastvlm_mlx.errors import CheckpointError
 from fastvlm_mlx.streams import read
 
 NO_TOKEN = -1
@@ -110,13 +110,22 @@ def read_tokens(tokens: mx.array) -> list[int]:
     """Waits for token ids (B,) from `sample`.
 
     Raises:
-        FastVLMError: If the logits of a row are NaN or infinite.
+        CheckpointError: If the logits of a row are NaN or infinite.
     """
     ids: list[int] = read(tokens).tolist()
-    if NO_TOKEN in ids:
-        raise FastVLMError(
+    check_numbers(NO_TOKEN not in ids)
+    return ids
+
+
+def check_numbers(are_numbers: bool) -> None:
+    """Checks what a model has computed.
+
+    Raises:
+        CheckpointError: If it is NaN or infinite.
+    """
+    if not are_numbers:
+        raise CheckpointError(
             "the model gives no numbers (its logits are NaN or infinite): its weights are damaged, or their values "
             "leave the range of the type it computes in; try dtype='float32', compare the checkpoint with its source "
             "(fastvlm verify), and check this machine (fastvlm doctor)"
         )
-    return ids

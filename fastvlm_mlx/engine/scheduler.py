@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fastvlm_mlx.backend import mx
 from fastvlm_mlx.config import IMAGE_TOKEN
-from fastvlm_mlx.engine.prefix_cache import PrefixCache, PrefixKey
+from fastvlm_mlx.engine.prefix_cache import PrefixCache, PrefixKey, check_prefix_cache
 from fastvlm_mlx.engine.row import Row
 from fastvlm_mlx.engine.sampling import Sampler, read_tokens, sample
 from fastvlm_mlx.errors import ConfigError, FastVLMError
@@ -54,6 +54,7 @@ class Scheduler:
         self.max_rows = max_rows
         self._model = model
         self._prefix_cache = prefix_cache
+        check_prefix_cache(prefix_cache)
         if prefix_cache is not None:
             prefix_cache.bind(model)
         self._waiting: deque[Row] = deque()

@@ -538,3 +538,29 @@ def test_an_unforeseen_error_shows_no_traceback_unless_asked() -> None:
         command, capture_output=True, text=True, check=False, env={**os.environ, "FASTVLM_DEBUG": "1"}
     )
     assert "Traceback" in loud.stderr
+
+
+def test_choices_are_listed_with_the_most_probable_first() -> None:
+    sample = str(DEMO / "sample-1.png")
+    asked = ("generate", sample, "-m", "demo", "-p", "Is there a cross?", "--choice", "no", "--choice", "yes")
+    lines = invoke(*asked).stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["choice", "yes", "no"]
+    assert lines[1].split()[1:] == ["100.0%", "99.8%"]
+    record = json.loads(invoke(*asked, "--json").stdout)
+    assert [choice["text"] for choice in record["choices"]] == ["yes", "no"]
+    assert set(record["choices"][0]) == {"text", "probability", "corrected", "logprob", "tokens"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--choice", "yes"), "at least two choices"),
+        (("--choice", "yes", "--choice", "yes"), "yes is given twice"),
+        (("--choice", "yes", "--choice", "no", "--temp", "1"), "--temp: would change nothing with --choice"),
+        (("--choice", "yes", "--choice", "no", "-n", "5"), "--max-tokens: would change nothing with --choice"),
+    ],
+)
+def test_choices_that_mean_nothing_are_wrong_usage(options: tuple[str, ...], message: str) -> None:
+    result = invoke("generate", PICTURE, "-m", "demo", *options)
+    assert result.exit_code == 2
+    assert message in result.stderr
