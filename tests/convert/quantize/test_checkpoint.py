@@ -349,7 +349,7 @@ def empty_folder(path: Path) -> Path:
         (lambda _: ["--gate", "beauty>=1"], "there is no metric 'beauty'; there are visual_cosine, kl, top1", 2),
         (lambda _: ["--gate", "top1=1"], "gate 'top1=1' cannot be read; write for instance 'top1>=0.95'", 2),
         (lambda path: ["--calibration", path / "none"], "no such image or folder of calibration images", 1),
-        (lambda path: ["--calibration", empty_folder(path / "e")], "holds no image to calibrate on (.bmp, .gif", 1),
+        (lambda path: ["--calibration", empty_folder(path / "e")], "holds no image to calibrate on (.avif, .bmp", 1),
         (lambda _: ["--dequantize"], "is not quantized; there is nothing to dequantize", 1),
         (lambda _: ["--upload-repo", "nowhere"], "'nowhere' cannot be uploaded to; write it as owner/name", 2),
         (lambda _: ["--format", "mlx-vlm", "--q-vision", "8"], "mlx-vlm's readers need tower and projector in", 1),
