@@ -188,3 +188,17 @@ def test_memory_holds_no_texts(tmp_path: Path) -> None:
         assert len(journal) == 5000
     tracemalloc.stop()
     assert held < 400 * 5000  # fingerprint, two numbers and an entry of a dict
+
+
+def test_without_locks_it_works_and_takes_nothing_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refused)
+    path = written(tmp_path / "journal.jsonl", "a")
+    with Journal(path) as first, Journal(path) as second:
+        first.add("b", {})
+        second.add("c", {})
+        first.add("d", {})
+        assert [record["fingerprint"] for record in first] == ["a", "b", "d"]
+    assert found(path) == (["a", "b", "c", "d"], [])
