@@ -1,16 +1,14 @@
 """Finds the pictures that files, folders, patterns and lists name, for work on many of them."""
 
-import fnmatch
-import functools
-import glob
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from fastvlm_mlx.errors import ConfigError
 from fastvlm_mlx.formatting import printable
+from fastvlm_mlx.jobs.patterns import Matcher, any_of, expand, is_pattern, split_recursive
 
 PICTURES = frozenset(
     "jpg jpeg jpe jfif png gif bmp dib ppm pgm pbm pnm webp tif tiff ico tga jp2 j2k jpx qoi avif heic heif hif".split()
@@ -132,33 +130,42 @@ class _Entry(NamedTuple):
 
 
 class _Search:
-    """Collects pictures, each file and each folder once."""
+    """Collects pictures, each file once."""
 
     def __init__(self, include: Sequence[str], exclude: Sequence[str]) -> None:
         self.pictures = Pictures()
-        self._include = _matcher(include)
-        self._exclude = _matcher(exclude)
-        self._files: set[str] = set()
-        self._folders: set[tuple[int, int]] = set()
+        self._include = any_of(include) if include else None
+        self._exclude = any_of(exclude) if exclude else None
+        self._known: set[str] = set()
+        self._folders: dict[str, str] = {}
 
     def add(self, name: str) -> None:
         """Adds what a name on the command line or in a list stands for."""
         if name.lower().startswith(_URLS):
-            if name not in self._files:
-                self._files.add(name)
+            if name not in self._known:
+                self._known.add(name)
                 self.pictures.found.append(Picture(name, "", read_only=True))
             return
         if name.startswith("~") and not os.path.lexists(name):
             name = os.path.expanduser(name)
         if os.path.lexists(name):
             self._add_path(name)
-            return
-        pattern = glob.has_magic(name)
-        matches = sorted(glob.iglob(name, recursive=True), key=natural_key) if pattern else []
-        for match in matches:
-            self._add_path(match)
-        if not matches:
-            self._cannot_read(name, "no file matches this pattern" if pattern else "no such file")
+        elif not is_pattern(name):
+            self._cannot_read(name, "no such file")
+        elif not self._add_matches(name):
+            self._cannot_read(name, "no file matches this pattern")
+
+    def _add_matches(self, pattern: str) -> bool:
+        """Adds what matches a pattern; returns whether anything does."""
+        recursive = split_recursive(pattern)
+        if recursive is None:
+            matches = sorted(expand(pattern), key=natural_key)
+            for match in matches:
+                self._add_path(match)
+            return bool(matches)
+        base, matches_below = recursive
+        roots = sorted(expand(base), key=natural_key) if is_pattern(base) else [base]
+        return any([self._walk(root, matches_below) for root in roots if os.path.isdir(root)])
 
     def _add_path(self, path: str) -> None:
         if os.path.isdir(path):
@@ -168,34 +175,42 @@ class _Search:
         stem, extension = os.path.splitext(path)
         beside = (f"{stem}.{other}" for other in _LIVE for other in (other, other.upper()))
         live = next(filter(os.path.exists, beside), "") if extension[1:].lower() in _FILMS else ""
-        self._look_at(_Entry(name, path, False, os.path.isfile(path), os.path.basename(live)), folder, in_library(path))
+        self._look_at(_Entry(name, path, False, os.path.isfile(path), os.path.basename(live)), folder)
 
-    def _walk(self, root: str) -> None:
-        """Searches a folder, of any depth. Folders behind links come last: they may be elsewhere in it."""
+    def _walk(self, root: str, matches: Matcher | None = None) -> bool:
+        """Searches a folder of any depth for what matches; returns whether anything does.
+
+        Each folder is searched once. Those behind links come last, because they may be elsewhere in it.
+        """
         links: list[str] = []
-        levels = [iter(self._entries(root, links))]
-        read_only = _is_inside_library(root)
+        searched: set[tuple[int, int]] = set()
+        levels = [iter(self._entries(root, links, searched))]
+        found = False
         while levels:
             entry = next(levels[-1], None)
             if entry is None:
                 levels.pop()
                 if not levels and links:
-                    read_only = _is_inside_library(links[0])
-                    levels.append(iter(self._entries(links.pop(0), links)))
-            elif not entry.is_folder:
-                self._look_at(entry, root, read_only or _LIBRARY in entry.path.lower())
-            elif not self._exclude(entry.path, root):
-                levels.append(iter(self._entries(entry.path, links)))
+                    levels.append(iter(self._entries(links.pop(0), links, searched)))
+                continue
+            below = os.path.relpath(entry.path, root) if matches or self._exclude else ""
+            if entry.is_folder:
+                if not (self._exclude and self._exclude(below)):
+                    levels.append(iter(self._entries(entry.path, links, searched)))
+            elif matches is None or matches(below):
+                found = True
+                self._look_at(entry, root)
+        return found
 
-    def _entries(self, folder: str, links: list[str]) -> list[_Entry]:
+    def _entries(self, folder: str, links: list[str], searched: set[tuple[int, int]]) -> list[_Entry]:
         """What is in a folder, in natural order, but folders behind links, which are appended to `links`."""
         entries = []
         try:
             status = os.stat(folder)
-            if (status.st_dev, status.st_ino) in self._folders:
-                self.pictures.skipped.append(Skipped(folder, "another name of a folder that was searched"))
+            if (status.st_dev, status.st_ino) in searched:
+                self._skip(folder, "another name of a folder that was searched")
                 return []
-            self._folders.add((status.st_dev, status.st_ino))
+            searched.add((status.st_dev, status.st_ino))
             with os.scandir(folder) as scan:
                 for entry in scan:
                     if entry.name.startswith(".") or entry.name in _GENERATED:
@@ -212,33 +227,39 @@ class _Search:
             entries = [entry for entry in entries if entry.name in _ORIGINALS]
         return sorted(_with_films(entries), key=lambda entry: natural_key(entry.name))
 
-    def _look_at(self, entry: _Entry, root: str, read_only: bool) -> None:
+    def _look_at(self, entry: _Entry, root: str) -> None:
         """Adds a file to the pictures, or to what is skipped."""
-        path = os.path.abspath(entry.path)
-        if path in self._files or self._exclude(entry.path, root) or not self._include(entry.path, root, True):
+        if self._include or self._exclude:
+            below = os.path.relpath(entry.path, root or ".")
+            if (self._exclude and self._exclude(below)) or (self._include and not self._include(below)):
+                return
+        folder = os.path.dirname(entry.path)
+        if folder not in self._folders:
+            self._folders[folder] = os.path.realpath(folder)
+        place = f"{self._folders[folder]}/{entry.name}"
+        if place in self._known:
             return
-        self._files.add(path)
+        self._known.add(place)
         extension = _split(entry.name)[1]
         if entry.live:
-            self.pictures.skipped.append(Skipped(entry.path, f"film of the Live Photo {printable(entry.live, 60)}"))
+            self._skip(entry.path, f"film of the Live Photo {printable(entry.live, 60)}")
+        elif not entry.is_file and not os.path.exists(entry.path):
+            self._cannot_read(entry.path, "a link to nothing")
         elif not entry.is_file:
-            broken = not os.path.exists(entry.path)
-            place = self.pictures.unreadable if broken else self.pictures.skipped
-            place.append(Skipped(entry.path, "a link to nothing" if broken else "neither a file nor a folder"))
+            self._skip(entry.path, "neither a file nor a folder")
         elif extension in RAW:
-            self.pictures.skipped.append(Skipped(entry.path, "a camera's raw file; develop it to JPEG first"))
-        elif extension in PICTURES:
-            self.pictures.found.append(Picture(entry.path, root, read_only))
+            self._skip(entry.path, "a camera's raw file; develop it to JPEG first")
         else:
             try:
-                is_picture = _is_picture(entry.path)
+                if extension in PICTURES or _is_picture(entry.path):
+                    self.pictures.found.append(Picture(entry.path, root, read_only=_LIBRARY in place.lower()))
+                else:
+                    self._skip(entry.path, "not a picture")
             except OSError as err:
                 self._cannot_read(entry.path, err.strerror or str(err))
-                return
-            if is_picture:
-                self.pictures.found.append(Picture(entry.path, root, read_only))
-            else:
-                self.pictures.skipped.append(Skipped(entry.path, "not a picture"))
+
+    def _skip(self, path: str, reason: str) -> None:
+        self.pictures.skipped.append(Skipped(path, reason))
 
     def _cannot_read(self, path: str, reason: str) -> None:
         self.pictures.unreadable.append(Skipped(path, reason))
@@ -246,12 +267,7 @@ class _Search:
 
 def in_library(path: str) -> bool:
     """Whether a path is in a library of Apple's Photos, where nothing may be written."""
-    return _LIBRARY in path.lower() or _is_inside_library(os.path.dirname(path))
-
-
-@functools.lru_cache(maxsize=1024)
-def _is_inside_library(folder: str) -> bool:
-    return _LIBRARY in os.path.realpath(folder).lower()
+    return _LIBRARY in path.lower() or _LIBRARY in os.path.realpath(os.path.dirname(path)).lower()
 
 
 def _kind(entry: "os.DirEntry[str]") -> tuple[bool, bool]:
@@ -286,15 +302,3 @@ def _is_picture(path: str) -> bool:
     """Whether a file begins like a picture."""
     with open(path, "rb", buffering=0) as file:
         return _MAGIC.match(file.read(32)) is not None
-
-
-def _matcher(patterns: Sequence[str]) -> Callable[..., bool]:
-    """Whether the name of a path, or the path below a root, matches a pattern; without patterns, `otherwise`."""
-    if not patterns:
-        return lambda path, root, otherwise=False: otherwise
-    expression = re.compile("|".join(map(fnmatch.translate, patterns)), re.IGNORECASE)
-
-    def matches(path: str, root: str, otherwise: bool = False) -> bool:
-        return bool(expression.match(os.path.basename(path)) or expression.match(os.path.relpath(path, root or ".")))
-
-    return matches

@@ -155,9 +155,18 @@ def test_patterns_and_names_that_look_like_them(make: Make, monkeypatch: pytest.
     folder = make("a1.jpg", "a10.jpg", "a2.jpg", "b[1].jpg", "deep/er/c.jpg", "note.txt")
     monkeypatch.chdir(folder)
     assert names(find_pictures(["a*.jpg"])) == ["a1.jpg", "a2.jpg", "a10.jpg"]
-    assert [picture.path for picture in find_pictures(["**/c.jpg"]).found] == ["deep/er/c.jpg"]
-    assert names(find_pictures(["b[1].jpg"])) == ["b[1].jpg"]
+    for pattern in ("**/c.jpg", "**/e?/*.jpg", "**/er", "d*/**", "deep/**/er/**/c.jpg", f"{folder}/**/[ch]*.jpg"):
+        assert [os.path.basename(name) for name in names(find_pictures([pattern]))] == ["c.jpg"], pattern
     assert names(find_pictures(["d*"])) == ["er/c.jpg"]
+    (folder / "deep" / "up").symlink_to(folder)
+    (folder / "deep" / "er" / "up").symlink_to(folder)
+    assert names(find_pictures(["**/*.jpg"])) == ["a1.jpg", "a2.jpg", "a10.jpg", "b[1].jpg", "deep/er/c.jpg"]
+    assert len(find_pictures(["**/a1.jpg", "**/a2.jpg", ".", str(folder / "deep" / "up")]).found) == 5
+    assert find_pictures(["**/*.gif", "no/**"]).unreadable == [
+        ("**/*.gif", "no file matches this pattern"),
+        ("no/**", "no file matches this pattern"),
+    ]
+    assert names(find_pictures(["b[1].jpg"])) == ["b[1].jpg"]
     pictures = find_pictures(["*.gif", "missing.jpg", "note.txt"])
     assert pictures.unreadable == [("*.gif", "no file matches this pattern"), ("missing.jpg", "no such file")]
     assert pictures.skipped == [("note.txt", "not a picture")]
