@@ -71,8 +71,8 @@ def _refused(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as err:
-        if err.filename not in (None, path, str(path), _partial(path), str(_partial(path))):  # of what is written there
-            raise
+        if err.filename not in (None, path, str(path)) and str(err.filename) != str(_partial(path)):
+            raise  # of what is written there
         raise ConfigError(f"{printable(path)}: cannot be written ({err.strerror or err})") from err
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import struct
 import warnings
 import zlib
@@ -65,8 +66,11 @@ _OTHER_FILES = {
 }
 
 
+_PILLOW_LOG = logging.getLogger("PIL")
+
+
 class _Quiet:
-    """Ignores warnings while any thread is inside.
+    """Ignores warnings while any thread is inside, and keeps Pillow's log from stderr.
 
     `warnings.catch_warnings` alone is for one thread: where two overlap, the second restores what the first had set.
     """
@@ -77,6 +81,8 @@ class _Quiet:
     def __enter__(self) -> None:
         with self._lock:
             if not self._inside:
+                if not _PILLOW_LOG.handlers:  # Python writes the errors of a log without handlers to stderr
+                    _PILLOW_LOG.addHandler(logging.NullHandler())
                 self._caught = warnings.catch_warnings()
                 self._caught.__enter__()
                 warnings.simplefilter("ignore")

@@ -62,8 +62,9 @@ def read_questions(path: Path) -> list[Question | BadRow]:
     try:
         with path.open("rb") as file:
             rows = [_parse(path.parent, number, line) for number, line in _lines(file) if line.strip()]
-    except OSError as err:
-        raise ConfigError(f"{printable(path)}: cannot be read as a question file: {err.strerror or err}") from err
+    except (OSError, ValueError) as err:  # a name with NUL or half a character
+        reason = getattr(err, "strerror", None) or err
+        raise ConfigError(f"{printable(path)}: cannot be read as a question file: {reason}") from err
     if not rows:
         raise ConfigError(f"{printable(path)}: the question file is empty; expected one JSON object per line")
     bad = [row for row in rows if isinstance(row, BadRow)]

@@ -85,6 +85,11 @@ def test_a_report_that_cannot_be_written_is_refused_before_the_measurement(
     assert measured == []
 
 
+def test_a_path_without_a_name_is_no_file_for_a_report(measured: list[str]) -> None:
+    result = invoke("-m", "demo", "--json", "/")
+    assert (result.exit_code, result.stderr, measured) == (1, "error: /: cannot be written (Is a directory)\n", [])
+
+
 def test_a_report_stays_until_there_is_a_new_one(
     tmp_path: Path, measured: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -105,7 +105,7 @@ def _pack(random: Random, folder: Path, path: Path) -> None:
     kinds = (zipfile.ZIP_STORED,) * 6 + (zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
     with zipfile.ZipFile(path, "w") as packed:
         for file in sorted(folder.iterdir()):
-            if file.is_file():
+            if file.is_file() and file.name.isprintable():  # an archive's names are Unicode
                 kind = random.choice(kinds) if file.stat().st_size < 50_000 else random.choice(kinds[:7])
                 packed.write(file, f"{root}{file.name}", kind, compresslevel=1)
         for _ in range(random.choice((0, 0, 0, 1, 2))):

@@ -97,16 +97,22 @@ def look_at(source: Any, **options: Any) -> None:
     width, height = image.size
     if image.mode != "RGB" or not width or not height:
         raise Wrong(f"picture: {image.mode}, {image.size}")
-    if isinstance(source, bytes):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            size = Image.open(io.BytesIO(source)).size
-        if image.size not in (size, size[::-1]):
-            raise Wrong(f"picture: its header says {size}, the result has {image.size}")
+    if isinstance(source, bytes) and (size := _stated_size(source)) not in (image.size, image.size[::-1], None):
+        raise Wrong(f"picture: its header says {size}, the result has {image.size}")
     if max(width, height) <= 20_000:
         pixels = preprocess(image, 64)
         if pixels.shape != (64, 64, 3) or pixels.dtype != np.uint8:
             raise Wrong(f"picture: prepared as {pixels.dtype} {pixels.shape}")
+
+
+def _stated_size(data: bytes) -> tuple[int, int] | None:
+    """The size in the header of a file; None if Pillow refuses the file itself."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return Image.open(io.BytesIO(data)).size
+        except (OSError, ValueError):
+            return None
 
 
 __all__ = [
