@@ -28,6 +28,10 @@ class ConversionError(FastVLMError):
     """A conversion or quantization that cannot be carried out."""
 
 
+class RangeError(ConversionError):
+    """A weight that is too large for the type that a conversion stores."""
+
+
 class GateError(ConversionError):
     """A quantization that does not meet a condition set for it.
 

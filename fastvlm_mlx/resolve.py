@@ -24,6 +24,7 @@ from fastvlm_mlx.errors import (
     FastVLMError,
     ImageError,
     PromptError,
+    RangeError,
 )
 from fastvlm_mlx.inputs.processor import FastVLMProcessor
 from fastvlm_mlx.machine import CACHE_VARIABLE
@@ -201,23 +202,27 @@ def _convert_once(
                     commit = download(location.name, revision, notify=tell, progress=progress).name
                 if not (waiting or reason):
                     tell(f"converting {source} once, into {folder}")
-                _convert(source, folder, commit, progress)
+                try:
+                    _convert(source, folder, "float16", commit, progress)
+                except RangeError as err:
+                    tell(f"{err.args[0].partition(';')[0]}; converting to float32 instead")
+                    _convert(source, folder, "float32", commit, progress)
             use(folder, origin(location, revision))
     except FastVLMError:
         if not is_done(folder):  # otherwise another process has made it, without a lock
             raise
 
 
-def _convert(source: str | Path, folder: Path, revision: str | None, progress: Progress | None) -> None:
+def _convert(source: str | Path, folder: Path, dtype: str, revision: str | None, progress: Progress | None) -> None:
     """Converts a checkpoint into the cache; what is there already is replaced when the conversion is complete."""
     from fastvlm_mlx.convert import convert_checkpoint
     from fastvlm_mlx.convert.scratch import scratch_folder
 
     if not folder.exists():
-        convert_checkpoint(source, folder, revision=revision, progress=progress)
+        convert_checkpoint(source, folder, dtype=dtype, revision=revision, progress=progress)
         return
     with scratch_folder(folder.parent, folder.name) as scratch:
-        convert_checkpoint(source, scratch / folder.name, revision=revision, progress=progress)
+        convert_checkpoint(source, scratch / folder.name, dtype=dtype, revision=revision, progress=progress)
         try:
             folder.rename(scratch / "replaced")
             (scratch / folder.name).rename(folder)

@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fastvlm_mlx.convert import scratch
@@ -149,6 +150,23 @@ def test_a_damaged_folder_in_the_cache_is_made_again(damage: Callable[[Path], An
     assert no_scratch(folder.parent)
     assert resolve(APPLE, notify=said.append) == folder
     assert len(said) == 1
+
+
+def test_what_does_not_fit_float16_is_converted_to_float32(tmp_path: Path) -> None:
+    def double(values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            values[name] = np.asarray(value * 2, value.dtype)
+
+    said: list[str] = []
+    source = changed(APPLE, tmp_path / "source", edit=double)
+    folder = resolve(source, notify=said.append)
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "float32"
+    assert said[1:] == [
+        "vision_tower.conv_exp.se.reduce.weight holds 6.77e+11, too large for float16; converting to float32 instead"
+    ]
+    assert no_scratch(folder.parent)
+    assert resolve(source, notify=said.append) == folder
+    assert len(said) == 2
 
 
 def test_damage_that_only_loading_shows_is_made_good_once(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from fastvlm_mlx.convert.fold.operations import BATCH_NORM_EPS, even_odd
 from fastvlm_mlx.convert.parts import by_part
 from fastvlm_mlx.convert.progress import Meter, Progress
 from fastvlm_mlx.convert.quantize.report import QuantizationReport
-from fastvlm_mlx.convert.source.layouts import LAYOUTS
+from fastvlm_mlx.convert.source.layouts import LAYOUTS, describe
 from fastvlm_mlx.convert.source.match import expand
 from fastvlm_mlx.convert.source.source import open_source
 from fastvlm_mlx.convert.write.card import Reader, card
@@ -125,7 +125,7 @@ def _resized_report(
 def _write_card(folder: Path, title: str, config: ModelConfig, report: str) -> None:
     """Writes the model card of an export."""
     parameters = by_part({name: math.prod(shape) for name, shape in parameter_shapes(config).items()})
-    layout = str(config.source.get("layout", ""))
+    layout = describe(str(config.source.get("layout", "")))
     text = card(config, parameters, layout, title, licences(folder), report, reader=MLX_VLM)
     (folder / "README.md").write_text(text, encoding="utf-8")
 

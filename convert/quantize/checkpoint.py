@@ -23,6 +23,7 @@ from fastvlm_mlx.convert.quantize.calibrated import compensate
 from fastvlm_mlx.convert.quantize.report import QuantizationReport, layers_report, part_reports
 from fastvlm_mlx.convert.quantize.rounding import rounded
 from fastvlm_mlx.convert.quantize.scheme import AUTO, BitAllocation, Quantization
+from fastvlm_mlx.convert.source.layouts import describe
 from fastvlm_mlx.convert.source.source import Source, open_source
 from fastvlm_mlx.convert.write.card import card
 from fastvlm_mlx.convert.write.destination import partial_folder, vacant
@@ -118,7 +119,7 @@ def quantize_checkpoint(
         report.check_gates()
         write_json(out / REPORT_FILE, report.to_dict())
         parameters = by_part({name: tensor.size for name, tensor in opened.tensors.items()})
-        layout = str(config.source.get("layout", ""))
+        layout = describe(str(config.source.get("layout", "")))
         text = card(quantized, parameters, layout, target.name, licences(out), report.markdown())
         (out / "README.md").write_text(text, encoding="utf-8")
     return report

@@ -313,3 +313,8 @@ LAYOUTS = (
     OURS,
 )
 """Every layout; if the markers of two match, the earlier one counts."""
+
+
+def describe(name: str) -> str:
+    """The layout that a config names, in a user's words."""
+    return next((layout.description for layout in LAYOUTS if layout.name == name), name)

@@ -54,16 +54,22 @@ FASTVLM = Reader(
     tags=("fastvlm-mlx",),
     form=": the vision tower is folded into its inference form",
     usage="""\
+With fastvlm-mlx installed (`uv tool install .` in a clone of it):
+
 ```bash
-fastvlm generate photo.jpg --model .
+fastvlm generate photo.jpg --model PATH
 ```
 
 ```python
 from fastvlm_mlx import load, generate
-model, processor = load(".")
+model, processor = load("PATH")
 print(generate(model, processor, image="photo.jpg", prompt="Describe the image.").text)
-```""",
+```
+
+PATH is this folder or the id of its repository on the Hub.""",
 )
+
+_PATH_LINE = "PATH is this folder or the id of its repository on the Hub."
 
 
 def card(
@@ -126,3 +132,9 @@ def card(
         digest=source.get("sha256") or "not recorded",
         licence=terms,
     )
+
+
+def for_repository(text: str, repository: str) -> str:
+    """The text of a model card that names its repository where it said `PATH`."""
+    text = text.replace(f"{_PATH_LINE}\n\n", "")
+    return text.replace("--model PATH", f"--model {repository}").replace('load("PATH")', f'load("{repository}")')

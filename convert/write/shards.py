@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from fastvlm_mlx.checkpoint.safetensors import ITEM_BYTES
 from fastvlm_mlx.convert.arrays import DTYPES, Array, Shape
-from fastvlm_mlx.errors import ConversionError
+from fastvlm_mlx.errors import RangeError
 
 SHARD_BYTES = 5 * 10**9
 """The largest shard, as in the Hub's tools."""
@@ -94,7 +94,7 @@ class ShardWriter:
             advance: Called with the bytes of each chunk.
 
         Raises:
-            ConversionError: If a value does not fit the dtype.
+            RangeError: If a value does not fit the dtype.
         """
         file, dtype = self._next(name)
         for chunk in rows:
@@ -146,12 +146,12 @@ def cast(values: Array, dtype: str, name: str) -> npt.NDArray[Any]:
     """Values rounded to nearest even, bfloat16 as the uint16 of its bits; `dtype` is safetensors' name.
 
     Raises:
-        ConversionError: If a value becomes infinite.
+        RangeError: If a value becomes infinite.
     """
     largest = max(values.max(), -values.min())
     if largest >= _OVERFLOW[dtype]:
         public = next(name for name, stored in DTYPES.items() if stored == dtype)
-        raise ConversionError(f"{name} holds {largest:.4g}, too large for {public}; convert with another --dtype")
+        raise RangeError(f"{name} holds {largest:.4g}, too large for {public}; convert with another --dtype")
     stored: npt.NDArray[Any]
     if dtype == "BF16":
         bits = values.view(np.uint32)

@@ -57,10 +57,12 @@ def check_request(gates: Sequence[str] | None, repository: str | None) -> None:
         for gate in gates or ():
             Gate.parse(gate)
     if repository is not None:
-        from fastvlm_mlx.convert.write.upload import check_repository
+        from fastvlm_mlx.convert.write.upload import check_repository, is_logged_in
 
         with usage_errors("--upload-repo"):
             check_repository(repository)
+        if not is_logged_in():
+            note("not logged in to the Hub, so the upload at the end will fail; log in with `hf auth login`")
 
 
 def upload_output(folder: Path, repository: str | None) -> None:

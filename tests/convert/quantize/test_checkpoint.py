@@ -429,5 +429,7 @@ def test_a_failed_upload_leaves_the_folder(tmp_path: Path, monkeypatch: pytest.M
             raise OSError("no network")
 
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    with pytest.raises(ConversionError, match=r"me/model: the upload failed \(no network\); .* is complete"):
+    with pytest.raises(
+        ConversionError, match=r"me/model: the upload failed \(no network\); the folder .* is complete: "
+    ):
         hub.upload(tmp_path, "me/model")
