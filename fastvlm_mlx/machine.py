@@ -45,8 +45,11 @@ def cache_folder() -> Path:
     shared = os.environ.get("XDG_CACHE_HOME", "")
     if not os.path.isabs(shared):  # its specification says to ignore it then
         shared = "~/.cache"
+    chosen = Path(os.environ.get(CACHE_VARIABLE) or Path(shared, "fastvlm-mlx"))
     try:
-        return Path(os.environ.get(CACHE_VARIABLE) or Path(shared, "fastvlm-mlx")).expanduser()
+        if chosen.parts[0] == "~" and not os.path.isabs(os.environ.get("HOME", "/")):
+            raise RuntimeError("HOME is empty or relative")
+        return chosen.expanduser()
     except RuntimeError as err:
         raise CheckpointError(f"there is no home folder; set {CACHE_VARIABLE} to a folder for models") from err
 

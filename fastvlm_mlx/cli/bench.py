@@ -190,7 +190,7 @@ def bench(
 
         if plot.suffix not in SUFFIXES:
             raise typer.BadParameter(f"ends in none of {', '.join(SUFFIXES)}", param_hint="--plot")
-    names = list(models or [os.environ.get("FASTVLM_MODEL", DEFAULT_MODEL)])
+    names = list(models or [os.environ.get("FASTVLM_MODEL") or DEFAULT_MODEL])
     if cost:
         sides = [side for side in resolutions or () if side != "auto"] or [256, 512, 1024]
         _print_costs([size.value for size in random_weights or ()], names, revision, sides, markdown)

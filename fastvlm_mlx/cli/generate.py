@@ -185,7 +185,7 @@ def generate(
             ):
                 pieces.append(piece)
                 if as_json:
-                    line.show(f"answering: {piece.generated_tokens} tokens")
+                    line.show(f"answering: token {piece.generated_tokens}")
                 else:
                     line.clear()
                     show_answer(piece.text)
@@ -264,11 +264,15 @@ def _stdin() -> bytes:
     """All of stdin.
 
     Raises:
-        PromptError: If there is nothing.
+        PromptError: If there is nothing, or it cannot be read.
     """
-    if data := sys.stdin.buffer.read():
-        return data
-    raise PromptError("stdin was empty; pipe an image or a prompt into it")
+    try:
+        data = sys.stdin.buffer.read()
+    except OSError as err:
+        raise PromptError(f"stdin: cannot be read ({err.strerror or err})") from err
+    if not data:
+        raise PromptError("stdin was empty; pipe an image or a prompt into it")
+    return data
 
 
 def _load_image(load_image: "Callable[[str | bytes], Image]", source: str | bytes, prompt: str | None) -> "Image":

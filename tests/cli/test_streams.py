@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fastvlm_mlx.cli import terminal
+from fastvlm_mlx.errors import CheckpointError
 from fastvlm_mlx.machine import cache_folder
 from tests.checkpoints import APPLE
 
@@ -91,6 +92,15 @@ def test_a_relative_cache_folder_of_the_desktop_counts_as_unset(monkeypatch: pyt
     assert cache_folder() == Path("/cache/fastvlm-mlx")
     monkeypatch.setenv("FASTVLM_CACHE", "models")
     assert cache_folder() == Path("models")
+
+
+@pytest.mark.parametrize("home", ["", "home"])
+def test_without_a_home_folder_the_message_names_the_variable(home: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("FASTVLM_CACHE", raising=False)
+    monkeypatch.setenv("HOME", home)
+    with pytest.raises(CheckpointError, match="there is no home folder; set FASTVLM_CACHE to a folder for models"):
+        cache_folder()
 
 
 def test_a_note_is_one_line_that_moves_no_cursor(capsys: pytest.CaptureFixture[str]) -> None:
