@@ -24,6 +24,11 @@ def names(items: Collection[str], most: int = 5) -> str:
     return f"{shown} and {len(items) - most} more" if len(items) > most else shown or "nothing"
 
 
+def counted(count: int, noun: str) -> str:
+    """A number of things: `1 image`, `3 images`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def printable(text: object, length: int = 200) -> str:
     """Formats a name for a message: one line of at most `length` characters.
 

@@ -100,7 +100,7 @@ class Quantization:
         if self.target_bpw is not None:
             self._check_target()
             if chosen := [part for part, bits in self.parts.items() if bits]:
-                raise ConversionError(f"preset auto chooses the bits of {chosen[0]}; only none can be asked for there")
+                raise ConversionError(f"preset auto chooses the bits of {chosen[0]}; only none is possible there")
         if self.bits is not None:
             _one_of(f"bits in mode {self.mode}", self.bits, bits)
         if self.group_size is not None:
@@ -189,7 +189,7 @@ class Quantization:
         for path, shape in shapes.items():
             scheme = self.for_layer(_numbered(path, depths), depth)
             if scheme is None:
-                kept[path] = "not asked for"
+                kept[path] = "not requested"
             elif shape[-1] % scheme.group_size:
                 kept[path] = f"{shape[-1]} inputs, which groups of {scheme.group_size} do not divide"
             else:
@@ -290,4 +290,5 @@ def _natural(path: str) -> list[tuple[int, str]]:
 def _one_of(what: str, value: Any, possible: Any) -> None:
     """Raises if `value` is not possible."""
     if value not in possible:
-        raise ConversionError(f"{what} must be one of {', '.join(map(str, possible))}, not {value!r}")
+        choices = f"one of {', '.join(map(str, possible))}" if len(possible) > 1 else str(*possible)
+        raise ConversionError(f"{what} must be {choices}, not {value!r}")

@@ -18,7 +18,7 @@ _MARK = 32
 
 
 class Images:
-    """Encoded images by number, each different: synthetic photographs, or marked copies of one image.
+    """Encoded images by number, each different: synthetic photographs, or copies of one image.
 
     Args:
         source: The encoded image to copy, None for synthetic ones; JPEG, PNG and WebP keep their format, others

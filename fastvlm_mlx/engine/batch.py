@@ -61,7 +61,7 @@ def generate_rows(
         raise ConfigError(f"pixel_values must be (images, R, R, 3), not {pixels.shape}")
     images = [int((prompt == IMAGE_TOKEN).sum()) for prompt in prompts]
     if sum(images) != len(pixels):
-        raise PromptError(f"the prompt has {sum(images)} place(s) for an image but {len(pixels)} image(s) were given")
+        raise PromptError(f"images given: {len(pixels)}, places for them in the prompt: {sum(images)}; they must agree")
     visual_tokens = (pixels.shape[1] // model.config.vision_config.patch_size) ** 2
     rows = []
     for number, (prompt, each) in enumerate(zip(prompts, configs, strict=True)):

@@ -13,6 +13,7 @@ import numpy as np
 
 from fastvlm_mlx.config import IMAGE_TOKEN, ModelConfig
 from fastvlm_mlx.errors import PromptError
+from fastvlm_mlx.formatting import counted
 from fastvlm_mlx.inputs.images import Resolution, choose_resolution, load_image, preprocess
 from fastvlm_mlx.inputs.prompts import CHAT_TEMPLATE, ImageReference, Mark, Prompt, Turn, conversation, render
 from fastvlm_mlx.inputs.sources import Allow, ImageSource
@@ -187,9 +188,15 @@ class FastVLMProcessor:
         positions, visual = self.positions(input_ids, resolution), self.num_visual_tokens(resolution)
         if positions >= self.context_length:
             images = input_ids.count(IMAGE_TOKEN)
+            text = len(input_ids) - images
+            smaller = range(self.patch_size, resolution, self.patch_size)
+            fitting = [side for side in smaller if images and self.positions(input_ids, side) < self.context_length]
+            advice = f"lower the resolution ({fitting[-1]} fits)" if fitting else "shorten it"
+            if images > 1:
+                advice += ", or show fewer images"
             raise PromptError(
-                f"the prompt takes {positions} positions ({images} image(s) of {visual} and {len(input_ids) - images} "
-                f"tokens) but the context has {self.context_length}; shorten it, or show fewer images"
+                f"the prompt takes {positions} positions ({counted(images, 'image')} of {visual} and "
+                f"{counted(text, 'token')}) but the context has {self.context_length}; {advice}"
             )
 
     def decode(self, token_ids: Iterable[int]) -> str:
@@ -306,8 +313,8 @@ def _pairs(images: Any, prompts: Any) -> list[tuple[Prompt, Sequence[ImageSource
     entries = [None] * len(prompts) if images is None else _as_list(images)
     if len(entries) != len(prompts):
         raise PromptError(
-            f"{len(entries)} image(s) for {len(prompts)} prompt(s); give as many, and a list of images where a prompt "
-            "has several"
+            f"{counted(len(entries), 'image')} for {counted(len(prompts), 'prompt')}; give as many, and a list of "
+            "images where a prompt has several"
         )
     return [(prompt, _as_list(entry)) for prompt, entry in zip(prompts, entries, strict=True)]
 

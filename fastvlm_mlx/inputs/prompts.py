@@ -8,6 +8,7 @@ from enum import Enum
 from typing import Any, TypeAlias
 
 from fastvlm_mlx.errors import PromptError
+from fastvlm_mlx.formatting import counted
 from fastvlm_mlx.inputs.sources import Allow, ImageSource
 
 Message: TypeAlias = Mapping[str, Any]
@@ -185,7 +186,7 @@ def _place(turns: list[Turn], images: Sequence[ImageReference]) -> list[Turn]:
     places = sum(image is None for turn in turns for image in turn.images)
     if places != len(images):
         raise PromptError(
-            f'{len(images)} image(s) for {places} {{"type": "image"}} part(s) in the messages; the numbers must agree'
+            f'{counted(len(images), "image")} for {places} {{"type": "image"}} in the messages; the numbers must agree'
         )
     supply = iter(images)
     return [

@@ -73,7 +73,7 @@ def evaluate(
         processor: From `load`.
         questions: From `read_questions`.
         metric: One of `METRICS`.
-        limit: Ask only a `sample` of this many rows.
+        limit: Ask a `sample` of at most this many rows.
         resolution: Side in pixels that images are resized to; None for the model's own.
         max_tokens: Longest answer.
         predictions: Where answers are kept, and where answers of earlier runs come from; with the

@@ -194,7 +194,7 @@ class FastVLM(nn.Module):
         images = 0 if shown is None else len(shown)  # type: ignore[arg-type]
         places = sum(int((row == IMAGE_TOKEN).sum()) for row in rows)
         if images != places:
-            raise PromptError(f"the prompt has {places} place(s) for an image but {images} image(s) were given")
+            raise PromptError(f"images given: {images}, places for them in the prompt: {places}; they must agree")
         if visual_tokens is None and pixel_values is not None:
             visual_tokens = self.encode_image(pixel_values)
         visual = iter(visual_tokens if visual_tokens is not None else ())

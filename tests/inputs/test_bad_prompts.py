@@ -52,7 +52,7 @@ def user(content: object) -> dict[str, object]:
         ([user("Hi"), {"role": "system", "content": "x"}, user("a")], "a system message can only be the first one"),
         ([{"role": "assistant", "content": [IMAGE]}, user("a")], r"\(assistant\): images can only be shown in user"),
         ([{"role": "system", "content": [IMAGE]}, user("a")], r"\(system\): images can only be shown in user"),
-        ([user([{"type": "image"}, {"type": "text", "text": "a"}])], r"0 image\(s\) for 1 .* must agree"),
+        ([user([{"type": "image"}, {"type": "text", "text": "a"}])], r"0 images for 1 .* must agree"),
     ],
 )
 def test_bad_prompt_is_refused(prompt, message):
@@ -61,7 +61,7 @@ def test_bad_prompt_is_refused(prompt, message):
 
 
 def test_an_image_without_a_place_is_refused():
-    with pytest.raises(PromptError, match=r'1 image\(s\) for 0 \{"type": "image"\} part\(s\) in the messages'):
+    with pytest.raises(PromptError, match=r'1 image for 0 \{"type": "image"\} in the messages'):
         conversation([user([IMAGE, {"type": "text", "text": "Hi"}])], ["a.png"])
 
 

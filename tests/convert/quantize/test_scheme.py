@@ -25,8 +25,8 @@ def config() -> ModelConfig:
         ({"mode": "int"}, "mode must be one of affine, mxfp4, mxfp8, nvfp4, not 'int'"),
         ({"preset": "int5"}, "preset must be one of int8, int4, mixed_4_6, mixed_4_8, auto, not 'int5'"),
         ({"bits": 7}, "bits in mode affine must be one of 2, 3, 4, 5, 6, 8, not 7"),
-        ({"bits": 8, "mode": "mxfp4"}, "bits in mode mxfp4 must be one of 4, not 8"),
-        ({"mode": "nvfp4", "group_size": 32}, "group size in mode nvfp4 must be one of 16, not 32"),
+        ({"bits": 8, "mode": "mxfp4"}, "bits in mode mxfp4 must be 4, not 8"),
+        ({"mode": "nvfp4", "group_size": 32}, "group size in mode nvfp4 must be 16, not 32"),
         ({"bits": 4, "group_size": 48}, "group size in mode affine must be one of 32, 64, 128, not 48"),
         ({"preset": "int4", "bits": 4}, "preset int4 sets the bits; leave either it or bits 4 out"),
         ({"preset": "int4", "mode": "mxfp4"}, "preset int4 is affine; leave it out for mode mxfp4"),
@@ -78,13 +78,13 @@ def test_what_a_group_does_not_divide_stays_in_floating_point(config: ModelConfi
     allocation = Quantization(bits=4, group_size=64, parts={"projector": 0}).allocate(config)
     narrow = "vision_tower.stages.2.blocks.0.conv_ffn.fc1"
     assert allocation.kept[narrow] == "32 inputs, which groups of 64 do not divide"
-    assert allocation.kept["mm_projector.2"] == "not asked for"
+    assert allocation.kept["mm_projector.2"] == "not requested"
     assert narrow not in allocation.layers
     assert not allocation.layers.keys() & allocation.kept.keys()
 
 
 def test_nothing_left_to_quantize(config: ModelConfig) -> None:
-    with pytest.raises(ConversionError, match="no layer of this checkpoint can be quantized like this: not asked for"):
+    with pytest.raises(ConversionError, match="no layer of this checkpoint can be quantized like this: not requested"):
         Quantization(bits=4, parts=dict.fromkeys(("decoder", "embed", "projector", "vision"), 0)).allocate(config)
 
 
