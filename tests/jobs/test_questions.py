@@ -96,7 +96,7 @@ def test_empty_or_unreadable_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read as a question file: Is a directory"):
         read_questions(tmp_path)
     for name in ("a\0b", "\ud800"):
-        with pytest.raises(ConfigError, match="cannot be read as a question file: .*(null byte|surrogates)"):
+        with pytest.raises(ConfigError, match=r"cannot be read as a question file: .*(null byte|surrogates)"):
             read_questions(tmp_path / name)
 
 
