@@ -167,7 +167,9 @@ class VisionConfig:
 
     def __post_init__(self) -> None:
         """Rejects an architecture that is not FastViTHD's."""
-        _check_sizes(self, "mlp_ratio", "head_dim", most=1024)
+        _check_sizes(self, "mlp_ratio", most=1024)
+        if self.head_dim != 32:
+            raise ConfigError(f"VisionConfig.head_dim must be 32, not {shown(self.head_dim)}")
         _check_sizes(self, "image_size", most=_LARGEST_IMAGE)
         number(self.layer_norm_eps, "VisionConfig.layer_norm_eps", *_EPSILONS)
         if len(self.embed_dims) != 5 or len(self.depths) != 5:
@@ -401,7 +403,7 @@ class ModelConfig:
         version = values.get("fastvlm_format")
         if version is None:
             raise ConfigError("not a converted FastVLM checkpoint: config.json has no fastvlm_format")
-        if isinstance(version, bool) or version != FORMAT_VERSION:
+        if type(version) is not int or version != FORMAT_VERSION:
             raise ConfigError(
                 f"fastvlm_format {shown(version)} was written by another version; this one reads {FORMAT_VERSION}"
             )
