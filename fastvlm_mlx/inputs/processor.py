@@ -53,7 +53,8 @@ class FastVLMProcessor:
             CheckpointError: If a file is missing or damaged.
             ConfigError: If it is not a converted checkpoint.
         """
-        return cls(Tokenizer(folder), ModelConfig.from_path(folder))
+        config = ModelConfig.from_path(folder)
+        return cls(Tokenizer(folder, config.text_config.vocab_size), config)
 
     def __call__(
         self,

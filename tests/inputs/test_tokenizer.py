@@ -97,7 +97,7 @@ def test_special_tokens_are_skipped_in_text(tokenizer):
 
 
 def test_ids_beyond_the_vocabulary_have_no_text(tokenizer):
-    assert tokenizer.decode([151_646, 151_935, 10**9]) == ""
+    assert tokenizer.decode([151_646, 151_935, 10**9, 10**30, -200]) == ""
 
 
 @pytest.mark.parametrize(
@@ -176,6 +176,81 @@ def test_damaged_file_is_refused_by_name(name, text, message, folder):
     (folder / name).write_text(text, encoding="utf-8")
     with pytest.raises(CheckpointError, match=message):
         build_tokenizer(folder)
+
+
+IDS = {
+    "shared": ({"a": 0, "b": 1, "c": 1}, "'b' and 'c' have the same id, 1"),
+    "all equal": ({"a": 0, "b": 0}, "'a' and 'b' have the same id, 0"),
+    "beyond the embedding": ({"a": 384}, "the tokenizer has id 384, the embedding 384 rows"),
+    "beyond 31 bits": ({"a": 2**31}, "the tokenizer has id 2147483648, the embedding 384 rows"),
+    "beyond 64 bits": ({"a": 10**30}, "the tokenizer has id 10{30}, the embedding 384 rows"),
+    "negative": ({"a": -1}, "must map tokens to whole numbers"),
+    "true": ({"a": True}, "must map tokens to whole numbers"),
+    "a fraction": ({"a": 1.5}, "must map tokens to whole numbers"),
+    "a list": ({"a": [1]}, "must map tokens to whole numbers"),
+}
+
+
+@pytest.mark.parametrize("case", IDS)
+def test_an_id_that_is_not_a_row_of_its_own_is_refused(case, folder):
+    vocab, message = IDS[case]
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    with pytest.raises(CheckpointError, match=rf"vocab\.json: {message}"):
+        build_tokenizer(folder, 384)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("added_tokens.json", {"<|x|>": 2**31}, "the id of an added token must be at most 383, not 2147483648"),
+        ("added_tokens.json", {"<|x|>": -1}, "the id of an added token must be an integer of at least 0, not -1"),
+        ("added_tokens.json", {"<|x|>": True}, "the id of an added token must be an integer of at least 0, not True"),
+        ("added_tokens.json", {"<|x|>": 367}, r"'<\|endoftext\|>' and '<\|x\|>' have the same id, 367"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"9" * 30: {"content": "x"}}}, "not '9999"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"370": {"content": 5}}}, "token 370 must be a text, not 5"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"370": 5}}, "token 370 must be an object, not 5"),
+    ],
+)
+def test_an_added_token_that_cannot_be_one_is_refused(name, values, message, folder):
+    (folder / name).write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=f"are malformed: .*{message}"):
+        build_tokenizer(folder, 384)
+
+
+def tokenizer_json(folder, vocab, merges=(), prefix=None):
+    values = json.loads((TINY / "tokenizer.json").read_text(encoding="utf-8"))
+    values["model"] |= {"vocab": vocab, "merges": list(merges), "continuing_subword_prefix": prefix}
+    values["added_tokens"] = []
+    (folder / "tokenizer.json").write_text(json.dumps(values), encoding="utf-8")
+
+
+def test_a_panic_of_the_library_is_an_error_like_others(folder):
+    tokenizer_json(
+        folder, {"a": 0, "b": 1, "ab": 2}, [["a", "b"]], prefix="####"
+    )  # longer than the token it is cut from
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: not a tokenizer \(range end index"):
+        build_tokenizer(folder)
+
+
+def test_more_tokens_than_rows_are_refused(folder):
+    tokenizer_json(folder, {"a": 0, "b": 1, "c": 2})
+    with pytest.raises(CheckpointError, match="the tokenizer has 3 tokens, the embedding 2 rows"):
+        build_tokenizer(folder, 2)
+
+
+def test_an_id_beyond_the_rows_is_refused_where_it_is_used(folder):
+    tokenizer_json(folder, {"a": 0, "b": 7})
+    tokenizer = Tokenizer(folder, 5)
+    assert tokenizer.encode("a") == [0]
+    for use in (lambda: tokenizer.encode("ab"), lambda: tokenizer.token_id("b"), lambda: tokenizer.save(folder)):
+        with pytest.raises(CheckpointError, match="the tokenizer has id 7, the embedding 5 rows"):
+            use()
+
+
+def test_two_tokens_of_one_id_are_not_saved(folder):
+    tokenizer_json(folder, {"a": 0, "b": 0})
+    with pytest.raises(CheckpointError, match=r"'[ab]' and '[ab]' have the same id, 0"):
+        Tokenizer(folder).save(folder)
 
 
 def test_a_file_in_another_encoding_is_refused(folder):
