@@ -132,5 +132,9 @@ def _check(folder: Path, weights: Mapping[str, mx.array], expected: Mapping[str,
             )
         floating = mx.issubdtype(parameter.dtype, mx.floating)
         if not (mx.issubdtype(stored.dtype, mx.floating) if floating else stored.dtype == parameter.dtype):
-            kind = "a floating-point type" if floating else parameter.dtype
-            raise CheckpointError(f"{label}: {name} is {stored.dtype}, expected {kind}; convert it again")
+            kind = "a floating-point type" if floating else _name(parameter.dtype)
+            raise CheckpointError(f"{label}: {name} is {_name(stored.dtype)}, expected {kind}; convert it again")
+
+
+def _name(dtype: mx.Dtype) -> str:
+    return str(dtype).removeprefix("mlx.core.")
