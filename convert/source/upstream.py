@@ -37,14 +37,14 @@ class UpstreamCheckpoint:
         config: Its config.json.
         layout: Its layout.
         match: The use of each of its tensors.
-        quantization: How its quantized layers are quantized, by the module paths of the source.
+        quantization: What its config says of its quantized layers, by the module paths of the source; None if nothing.
     """
 
     source: Source
     config: Mapping[str, Any]
     layout: Layout
     match: Match
-    quantization: QuantizationConfig
+    quantization: QuantizationConfig | None
 
     @classmethod
     def of(cls, source: Source) -> "UpstreamCheckpoint":
@@ -65,8 +65,7 @@ class UpstreamCheckpoint:
         upstream_config.check(config)
         matched = match(layout, source.tensors, source.name)
         entry = config.get("quantization") or config.get("quantization_config")
-        known = entry is not None and matched.packed
-        quantization = QuantizationConfig.from_dict(entry) if known else QuantizationConfig(default=LayerQuantization())
+        quantization = QuantizationConfig.from_dict(entry) if entry is not None and matched.packed else None
         return cls(source=source, config=config, layout=layout, match=matched, quantization=quantization)
 
     @property
@@ -107,6 +106,8 @@ class UpstreamCheckpoint:
         Programs name layers from different roots. Where a config lists layers, but not this one, its default may be
         meant for others.
         """
+        if self.quantization is None:
+            return None
         overrides = {_without_roots(path): layer for path, layer in self.quantization.overrides.items()}
         for path in map(_without_roots, paths):
             if path in overrides:

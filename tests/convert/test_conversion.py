@@ -5,6 +5,7 @@ import json
 import shutil
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -325,30 +326,89 @@ def test_a_weight_too_large_for_float16_is_named(tmp_path: Path) -> None:
     convert_checkpoint(source, tmp_path / "out", dtype="bfloat16")
 
 
-def test_a_layer_may_be_quantized_differently_from_the_rest(converted: dict[str, Path], tmp_path: Path) -> None:
-    source = changed(SOURCES["mlx-vlm-q8"], tmp_path / "source")
+UP_PROJ = "language_model.model.layers.0.mlp.up_proj"
+
+
+def requantized(target: Path, said: dict[str, object], **settings: Any) -> tuple[Path, mx.array]:
+    """A copy of an 8-bit checkpoint with one layer quantized otherwise, and the weights that it then stands for.
+
+    Args:
+        target: The folder of the copy.
+        said: Added to what config.json says of the quantization.
+        settings: Of `mx.quantize`.
+    """
+    source = changed(SOURCES["mlx-vlm-q8"], target)
     values = mx.load(str(source / "model.safetensors"))
-    name = "language_model.model.layers.0.mlp.up_proj"
-    exact = mx.load(str(SOURCES["mlx-vlm"] / "model.safetensors"))[f"{name}.weight"]
-    values[f"{name}.weight"], values[f"{name}.scales"], values[f"{name}.biases"] = mx.quantize(exact, 64, 4)
+    exact = mx.load(str(SOURCES["mlx-vlm"] / "model.safetensors"))[f"{UP_PROJ}.weight"]
+    parts = mx.quantize(exact, **settings)
+    del values[f"{UP_PROJ}.biases"]
+    values |= {f"{UP_PROJ}.{name}": part for name, part in zip(("weight", "scales", "biases"), parts, strict=False)}
     mx.save_safetensors(str(source / "model.safetensors"), values)
     config = json.loads((source / "config.json").read_text())
-    config["quantization"][name] = {"group_size": 64, "bits": 4}
+    config["quantization"] |= said
     (source / "config.json").write_text(json.dumps(config))
+    return source, mx.dequantize(*parts, **settings).astype(mx.float32)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        UP_PROJ,
+        f"model.{UP_PROJ}",
+        "model.language_model.layers.0.mlp.up_proj",
+        "model.layers.0.mlp.up_proj",
+        "layers.0.mlp.up_proj",
+        "model.layers.1.mlp.up_proj",
+    ],
+)
+def test_a_layer_may_be_quantized_differently_whatever_root_its_path_begins_with(path: str, tmp_path: Path) -> None:
+    """The last path is another layer's: where layers are listed, but not this one, its tensors decide."""
+    layer = {"group_size": 32 if "layers.1" in path else 64, "bits": 8 if "layers.1" in path else 4}
+    source, expected = requantized(tmp_path / "source", {path: layer}, group_size=64, bits=4)
     convert_checkpoint(source, tmp_path / "out", dtype="float32", dequantize=True)
-    expected = mx.dequantize(*(values[f"{name}.{part}"] for part in ("weight", "scales", "biases")), 64, 4)
-    np.testing.assert_array_equal(tensors(tmp_path / "out")[f"{name}.weight"], np.array(expected))
+    np.testing.assert_array_equal(tensors(tmp_path / "out")[f"{UP_PROJ}.weight"], np.array(expected))
+    kept = convert_checkpoint(source, tmp_path / "kept", dtype="float32").config.quantization
+    assert kept == QuantizationConfig(
+        default=LayerQuantization(group_size=32, bits=8),
+        overrides={UP_PROJ: LayerQuantization(group_size=64, bits=4)},
+    )
 
 
-def test_a_group_size_that_needs_no_biases_is_read_as_its_mode_says(tmp_path: Path) -> None:
-    source = changed(SOURCES["mlx-vlm"], tmp_path / "source", config={"quantization": {"mode": "mxfp4"}})
+def test_what_a_config_says_of_a_layer_has_to_agree_with_its_tensors(tmp_path: Path) -> None:
+    source, _ = requantized(
+        tmp_path / "a", {"layers.0.mlp.up_proj": {"group_size": 64, "bits": 8}}, group_size=64, bits=4
+    )
+    with pytest.raises(CheckpointError, match=rf"{UP_PROJ}\.weight is quantized with bits 4, config\.json says 8"):
+        plan(source)
+    source, _ = requantized(tmp_path / "b", {}, group_size=64, bits=4)
+    with pytest.raises(CheckpointError, match=r"is quantized with group_size 64, config\.json says 32"):
+        plan(source)
+
+
+@pytest.mark.parametrize("mode", ["mxfp4", "nvfp4", "mxfp8"])
+@pytest.mark.parametrize("said", [True, False])
+def test_a_layer_without_biases_is_read_as_its_mode_says_or_as_its_shapes_do(
+    mode: str, said: bool, tmp_path: Path
+) -> None:
+    entry = {UP_PROJ: {"mode": mode, "bits": None, "group_size": None}} if said else {"layers.1": {"bits": 8}}
+    source, expected = requantized(tmp_path / "source", entry, mode=mode)
+    convert_checkpoint(source, tmp_path / "out", dtype="float32", dequantize=True)
+    np.testing.assert_array_equal(tensors(tmp_path / "out")[f"{UP_PROJ}.weight"], np.array(expected))
+
+
+@pytest.mark.parametrize(
+    ("mode", "part"), [("affine", "scales"), ("affine", "biases"), ("mxfp4", "scales"), ("nvfp4", "scales")]
+)
+def test_a_scale_that_is_no_number_is_noticed_where_a_layer_stays_quantized(
+    mode: str, part: str, tmp_path: Path
+) -> None:
+    entry = {UP_PROJ: {"mode": mode, "bits": None, "group_size": None}}
+    source, _ = requantized(tmp_path / "source", entry, mode=mode)
     values = mx.load(str(source / "model.safetensors"))
-    name = "language_model.model.layers.0.mlp.up_proj"
-    values[f"{name}.weight"], values[f"{name}.scales"] = mx.quantize(values[f"{name}.weight"], mode="mxfp4")
+    values[f"{UP_PROJ}.{part}"][-1, -1] = 255 if values[f"{UP_PROJ}.{part}"].dtype == mx.uint8 else float("nan")
     mx.save_safetensors(str(source / "model.safetensors"), values)
-    convert_checkpoint(source, tmp_path / "out", dtype="float32", dequantize=True)
-    expected = mx.dequantize(values[f"{name}.weight"], values[f"{name}.scales"], mode="mxfp4")
-    np.testing.assert_array_equal(tensors(tmp_path / "out")[f"{name}.weight"], np.array(expected.astype(mx.float32)))
+    with pytest.raises(CheckpointError, match=rf"{UP_PROJ}\.{part} holds NaN or infinite values"):
+        convert_checkpoint(source, tmp_path / "out", dtype="float32")
 
 
 @pytest.mark.parametrize("name", ["q8", "q4"])

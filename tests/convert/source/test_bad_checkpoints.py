@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from fastvlm_mlx.convert import convert_checkpoint, plan
 from fastvlm_mlx.convert.write.shards import ShardWriter
 from fastvlm_mlx.errors import CheckpointError, ConfigError, ConversionError, FastVLMError
-from tests.checkpoints import SOURCES, Tensors, changed
+from tests.checkpoints import SOURCES, Tensors, changed, tensors
 
 APPLE, TRAIN, QUANTIZED = SOURCES["apple"], SOURCES["apple-train"], SOURCES["mlx-vlm-q8"]
 LAYER = "model.layers.0.mlp.up_proj.weight"
@@ -129,6 +130,29 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "other timm": ({"vision_config": {"architecture": "vit"}}, "only 'fastvit_mci3' is supported"),
     "future format": ({"fastvlm_format": 99}, "fastvlm_format 99 was written by another version"),
     "context": ({"tokenizer_model_max_length": "8k"}, "tokenizer_model_max_length must be a whole number"),
+    "an end of text": (
+        {"eos_token_id": "<|im_end|>"},
+        "eos_token_id must be an integer of at least 0, not '<|im_end|>'",
+    ),
+    "ends of lists": ({"eos_token_id": [[369]]}, "eos_token_id must be an integer of at least 0, not [369]"),
+    "an end of 30 digits": ({"eos_token_id": 10**30}, "eos_token_id must be at most 2147483647"),
+    "a list of sizes": ({"vocab_size": [384]}, "config.json: vocab_size must be a positive integer, not [384]"),
+    "a huge size": ({"hidden_size": 10**400}, "hidden_size must be at most 2147483647, not an integer of 1329 bits"),
+    "rope of text": ({"rope_scaling": "yarn"}, "rope_parameters must be an object, not 'yarn'"),
+    "theta of text": ({"rope_theta": "1e6x"}, "rope_theta must be a number from 1 to 1e+12, not '1e6x'"),
+    "theta of nothing": ({"rope_theta": 1e-320}, "rope_theta must be a number from 1 to 1e+12"),
+    "negative epsilon": ({"rms_norm_eps": -1}, "rms_norm_eps must be a number from 1e-12 to 0.1, not -1"),
+    "no epsilon": ({"rms_norm_eps": None}, "rms_norm_eps must be a number from 1e-12 to 0.1, not None"),
+    "heads of text": ({"num_attention_heads": "4"}, "num_attention_heads must be a positive integer, not '4'"),
+    "heads of truth": ({"num_key_value_heads": True}, "num_key_value_heads must be a positive integer, not True"),
+    "layers of a number": ({"layer_types": 5}, "layer_types must be a list, not 5"),
+    "a decoder of a number": ({"text_config": 5}, "text_config must be an object, not 5"),
+    "a tower of a list": ({"vision_config": [1]}, "vision_config must be an object, not [1]"),
+    "a tower of digits": ({"mm_vision_tower": "mobileclip_l_" + "9" * 5000}, "expected mobileclip_l_<resolution>"),
+    "a tower too large": ({"mm_vision_tower": "mobileclip_l_64000"}, "image_size must be at most 16384, not 64000"),
+    "tied as text": ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false, not 'yes'"),
+    "a context too large": ({"tokenizer_model_max_length": 10**30}, "max_length must be at most 2147483647"),
+    "long lists": ({"mm_projector_type": ["x" * 10**6]}, "only 'mlp2x_gelu' is supported"),
 }
 
 
@@ -136,8 +160,9 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
 def test_a_config_of_something_else(case: str, tmp_path: Path) -> None:
     values, message = CONFIGS[case]
     folder = changed(APPLE, tmp_path / "source", config=values)
-    with pytest.raises((CheckpointError, ConfigError), match=re.escape(message)):
+    with pytest.raises((CheckpointError, ConfigError), match=re.escape(message)) as error:
         plan(folder)
+    assert len(str(error.value)) < 300
 
 
 def test_a_transformers_config_of_something_else(tmp_path: Path) -> None:
@@ -237,6 +262,27 @@ FILES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: ((folder / "model.safetensors").unlink(), (folder / "model.safetensors").symlink_to("nowhere")),
         "model.safetensors: cannot be read: No such file",
     ),
+    "index of a path": (
+        lambda folder: (folder / "model.safetensors.index.json").write_text(
+            '{"weight_map": {"a": "../model.safetensors"}}'
+        ),
+        r"names '\.\./model\.safetensors' as a shard; it can only name files beside it",
+    ),
+    "half a character": (
+        lambda folder: (folder / "generation_config.json").write_text('{"a": "\\ud800"}'),
+        r"generation_config\.json: cannot be read as JSON .*surrogates not allowed",
+    ),
+    "a pipe": (
+        lambda folder: ((folder / "model.safetensors").unlink(), os.mkfifo(folder / "model.safetensors")),
+        r"model\.safetensors: is not an ordinary file",
+    ),
+    "a loop of links": (
+        lambda folder: (
+            (folder / "model.safetensors").unlink(),
+            (folder / "model.safetensors").symlink_to("model.safetensors"),
+        ),
+        r"model\.safetensors: cannot be read: Too many levels of symbolic links",
+    ),
     "index without map": (
         lambda folder: (folder / "model.safetensors.index.json").write_text("{}"),
         "model.safetensors.index.json: has no weight_map",
@@ -275,6 +321,38 @@ def corrupt_zip(path: Path) -> None:
     path.write_bytes(data)
 
 
+def reshape_norm(folder: Path, shape: tuple[int, ...]) -> None:
+    """Gives a tensor that sizes are taken from another shape."""
+    values = tensors(folder)
+    values["model.norm.weight"] = np.ones(shape, np.float32)
+    save_file(values, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [((), "tensor model.norm.weight is a single number"), ((0,), "hidden_size must be a positive integer, not 0")],
+)
+def test_a_size_is_not_taken_from_a_tensor_without_one(shape: tuple[int, ...], message: str, tmp_path: Path) -> None:
+    folder = changed(APPLE, tmp_path / "source")
+    reshape_norm(folder, shape)
+    config = json.loads((folder / "config.json").read_text())
+    del config["hidden_size"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises((CheckpointError, ConfigError), match=message):
+        plan(folder)
+
+
+def test_names_in_a_checkpoint_that_are_no_text_reach_no_file(tmp_path: Path) -> None:
+    folder = changed(APPLE, tmp_path / "\udcff")
+    (folder / "LICENSE\udcff").write_text("terms")
+    (folder / "LICENSE").write_text("terms")
+    done = convert_checkpoint(folder, tmp_path / "out\udcfe", dtype="float32")
+    assert done.config.source["name"] == "\\udcff"
+    card = (tmp_path / "out\udcfe" / "README.md").read_text(encoding="utf-8")
+    assert "# out\\udcfe" in card
+    assert "see [LICENSE](LICENSE)." in card
+
+
 SINGLE: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "nothing": ("missing", lambda path: None, "no such folder or .zip archive"),
     "too deep": ("a/b/c", lambda path: None, "no such folder or .zip archive"),
@@ -287,6 +365,7 @@ SINGLE: dict[str, tuple[str, Callable[[Path], object], str]] = {
         lambda path: make_zip(path, APPLE / "model.safetensors"),
         "holds no config.json",
     ),
+    "a pipe": ("pipe.zip", os.mkfifo, "is not an ordinary file"),
     "zip without weights": ("light.zip", lambda path: make_zip(path, APPLE / "config.json"), "no .safetensors file"),
 }
 
@@ -299,11 +378,17 @@ def test_a_source_that_is_no_checkpoint(case: str, tmp_path: Path) -> None:
         convert_checkpoint(tmp_path / name, tmp_path / "out")
 
 
-def test_a_zip_that_would_not_fit_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make_zip(tmp_path / "it.zip", *APPLE.iterdir())
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, 0))
-    with pytest.raises(CheckpointError, match=r"unpacks to .* MB, more than .* has left"):
-        plan(tmp_path / "it.zip")
+def test_hidden_files_are_no_part_of_a_checkpoint(tmp_path: Path) -> None:
+    apple_double = b"\0\5\x16\7\0\2\0\0Mac OS X        "
+    folder = changed(APPLE, tmp_path / "source")
+    for name in ("._model.safetensors", "._config.json", "._pytorch_model.bin"):
+        (folder / name).write_bytes(apple_double)
+    make_zip(tmp_path / "it.zip", *folder.iterdir())
+    for source in (folder, tmp_path / "it.zip"):
+        assert plan(source).output_bytes == plan(APPLE).output_bytes
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"holds no \.safetensors file"):
+        plan(folder)
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
@@ -385,21 +470,6 @@ def test_a_source_that_is_replaced_while_it_is_read_is_noticed(tmp_path: Path) -
     with pytest.raises(CheckpointError, match="has changed while it was read"):
         convert_checkpoint(folder, tmp_path / "out", dtype="float32", progress=replace)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
-
-
-@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
-def test_a_weight_that_differs_from_the_archives_checksum_is_not_converted(compression: int, tmp_path: Path) -> None:
-    path = tmp_path / "it.zip"
-    with zipfile.ZipFile(path, "w", compression, compresslevel=0) as archive:
-        for file in APPLE.iterdir():
-            archive.write(file, file.name)
-    data, weights = bytearray(path.read_bytes()), (APPLE / "model.safetensors").read_bytes()
-    place = data.find(weights[-200:])
-    data[place] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(CheckpointError, match=r"damaged: .*(checksum in the archive|Bad CRC-32)"):
-        convert_checkpoint(path, tmp_path / "out", dtype="float32")
-    assert [path.name for path in tmp_path.iterdir()] == ["it.zip"]
 
 
 def test_a_destination_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
