@@ -121,7 +121,8 @@ class FastVLM(nn.Module):
         the GIL while MLX computes.
 
         Raises:
-            ConfigError: If the shape is another, a side is not a multiple of 64, or the tower was freed.
+            ConfigError: If the shape, the type or the range is another, a side is not a multiple of 64, or the tower
+                was freed.
         """
         pixels = pixel_values if isinstance(pixel_values, mx.array) else mx.array(np.asarray(pixel_values))
         if (
@@ -136,6 +137,12 @@ class FastVLM(nn.Module):
             raise ConfigError("the vision tower was freed; load the model again to show it another image")
         if pixels.dtype == mx.uint8:
             pixels = pixels.astype(mx.float32) / 255
+        elif not mx.issubdtype(pixels.dtype, mx.floating):
+            raise ConfigError(f"pixel_values must be uint8, or float in [0, 1], not {str(pixels.dtype)[9:]}")
+        else:
+            low, high = float(pixels.min()), float(pixels.max())
+            if not (low >= 0.0 and high <= 1.0):
+                raise ConfigError(f"float pixel_values must be in [0, 1], not [{low:g}, {high:g}]; divide or clip them")
         pixels = pixels.astype(self.dtype)
         return self.vision_tower(pixels) if self.tower is None else self.tower(pixels, on_submit)
 
