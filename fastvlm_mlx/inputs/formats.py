@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import functools
 import io
 import logging
 import struct
@@ -66,11 +69,8 @@ _OTHER_FILES = {
 }
 
 
-_PILLOW_LOG = logging.getLogger("PIL")
-
-
 class _Quiet:
-    """Ignores warnings while any thread is inside, and keeps Pillow's log from stderr.
+    """Ignores warnings while any thread is inside, and keeps decoders from writing to stderr from then on.
 
     `warnings.catch_warnings` alone is for one thread: where two overlap, the second restores what the first had set.
     """
@@ -79,10 +79,9 @@ class _Quiet:
         self._lock, self._inside = Lock(), 0
 
     def __enter__(self) -> None:
+        _silence_decoders()
         with self._lock:
             if not self._inside:
-                if not _PILLOW_LOG.handlers:  # Python writes the errors of a log without handlers to stderr
-                    _PILLOW_LOG.addHandler(logging.NullHandler())
                 self._caught = warnings.catch_warnings()
                 self._caught.__enter__()
                 warnings.simplefilter("ignore")
@@ -95,6 +94,16 @@ class _Quiet:
                 self._caught.__exit__(None, None, None)
 
 
+@functools.cache
+def _silence_decoders() -> None:
+    """Keeps libtiff, and Pillow where logging is not set up, from writing lines of their own."""
+    from PIL import _imaging
+
+    logging.getLogger("PIL").addHandler(logging.NullHandler())  # without one, Python writes errors to stderr
+    with contextlib.suppress(OSError, AttributeError):  # a Pillow that hides its libtiff
+        ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler(None)
+
+
 quiet = _Quiet()
 """Pillow warns of sizes below the limit, harmless metadata and palettes; entered around everything that it does."""
 
@@ -103,7 +112,7 @@ def open_image(encoded: Encoded) -> Image:
     """Identifies an image; its samples are read by `load`.
 
     Formats that other packages have registered with Pillow work, too. HEIF containers (.heic) go to pi-heif, which
-    shows the primary image, or the first one of a sequence.
+    shows the primary image.
 
     Raises:
         ImageError: If it is none, is damaged, or has too many pixels.

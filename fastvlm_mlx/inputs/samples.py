@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import functools
 from collections.abc import Callable, Mapping
 from typing import IO, TYPE_CHECKING, Any
 
@@ -100,7 +97,6 @@ def _refusal(image: Image) -> str:
     """Why the samples cannot be told, though Pillow decodes them; empty if they can."""
     kind = ""
     if image.format == "TIFF" and hasattr(image, "tag_v2"):
-        _silence_libtiff()
         if _begins_with_preview(image.tag_v2):
             return "is a camera raw file, or begins with a reduced preview as these do; export it as JPEG"
         kind = _unknown_tiff_samples(image.tag_v2)
@@ -156,15 +152,6 @@ def _unknown_jpeg2000_samples(file: IO[bytes]) -> str:
     return f"samples of {max(bits, default=0)} bits"
 
 
-@functools.cache
-def _silence_libtiff() -> None:
-    """Keeps libtiff from writing lines of its own to stderr; the exception says what is wrong."""
-    from PIL import _imaging
-
-    with contextlib.suppress(OSError, AttributeError):  # a Pillow that hides its libtiff
-        ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler(None)
-
-
 def _in_rgb(image: Image) -> Image:
     from PIL import Image as PillowImage
 
@@ -204,7 +191,9 @@ def _opacity(image: Image) -> Image | None:
         opacity = image.getchannel(image.getbands()[-1])
     else:
         opacity = image.convert("RGBA").getchannel("A")
-    return None if opacity.getextrema() == (255, 255) else opacity
+    if opacity.getextrema() == (255, 255) or (image.format == "TGA" and opacity.getextrema() == (0, 0)):
+        return None  # a TGA may leave its fourth channel empty
+    return opacity
 
 
 def _on_ground(rgb: Image, opacity: Image, colour: tuple[int, int, int]) -> Image:
