@@ -70,15 +70,20 @@ def converted(random: Random, room: Room) -> None:
 
 
 def cache(random: Random, room: Room) -> None:
-    """A model whose folder in the cache was damaged: it is made again, or what it is used for is refused."""
+    """A model whose folder in the cache was damaged: it is made again, by `load` or by the command that notices."""
     folder = room.watch(room.upstream(random.choice(("apple", "transformers", "mlx-vlm-q8"))))
     load(folder, lazy=True)
     (entry,) = (path for path in room.cache.iterdir() if path.is_dir())
     damage.damage_folder(random, entry)
     try:
-        ask(load(folder))
+        loaded = load(folder)
     except FastVLMError as error:
         raise Wrong(f"cache: not made again: {str(error)[:300]!r}") from error
+    try:
+        ask(loaded)
+    except FastVLMError:  # the tokenizer's files and each weight are first looked at by a question
+        command(["generate", "-m", str(folder), "-p", "What is it?", "-n", "1"])
+        ask(load(folder))
 
 
 def archive(random: Random, room: Room) -> None:
