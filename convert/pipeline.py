@@ -16,8 +16,7 @@ from fastvlm_mlx.convert.quantize.checkpoint import quantize_checkpoint
 from fastvlm_mlx.convert.quantize.report import QuantizationReport
 from fastvlm_mlx.convert.quantize.scheme import Quantization
 from fastvlm_mlx.convert.request import planned_request
-from fastvlm_mlx.convert.scratch import scratch_folder
-from fastvlm_mlx.convert.write.destination import check_alone, vacant
+from fastvlm_mlx.convert.write.destination import check_alone, folder_for_steps, vacant
 from fastvlm_mlx.errors import ConversionError
 
 Step = Callable[..., Plan | QuantizationReport | None]
@@ -83,9 +82,7 @@ def convert_and_quantize(
     )
     report = None
     current: str | Path = source
-    here = target.absolute()
-    disk = next(folder for folder in (here, *here.parents) if folder.is_dir())  # the one that the result is on
-    with scratch_folder(disk, f"{target.name}.steps") as scratch:
+    with folder_for_steps(target) as scratch:
         for number, step in enumerate(steps, 1):
             following = target if number == len(steps) else scratch / str(number) / target.name
             result = step(current, following, progress=progress)

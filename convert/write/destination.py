@@ -4,7 +4,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from fastvlm_mlx.convert.scratch import contents, is_being_written, remove_leftovers, scratch_folder
@@ -40,6 +40,23 @@ def check_alone(target: Path) -> None:
     """
     if is_being_written(target.parent, target.name):
         raise ConversionError(f"{target}: another process is writing it; wait for it or choose another destination")
+
+
+@contextmanager
+def folder_for_steps(target: Path) -> Iterator[Path]:
+    """A scratch folder on the disk of `target`, for the steps on the way to it.
+
+    Raises:
+        ConversionError: If nothing can be written there.
+    """
+    here = target.absolute()
+    disk = next(folder for folder in (here, *here.parents) if folder.is_dir())
+    with ExitStack() as stack:
+        try:
+            scratch = stack.enter_context(scratch_folder(disk, f"{target.name}.steps"))
+        except OSError as err:
+            raise ConversionError(f"{target}: cannot be written: {err.strerror or err}") from err
+        yield scratch
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """A folder is written as a whole by one of several processes, and what killed ones left is removed."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -131,13 +132,21 @@ def test_the_steps_on_the_way_to_a_folder_are_on_its_disk(tmp_path: Path, monkey
         with scratch_folder(parent, name) as folder:
             yield folder
 
-    monkeypatch.setattr(pipeline, "scratch_folder", noted)
     monkeypatch.setattr(destination, "scratch_folder", noted)
     pipeline.convert_and_quantize(SOURCES["apple"], mount, quantization=Quantization(preset="int8"))
     *steps, last = places
     assert {steps[0], last} == {mount}
     assert {path.name for path in mount.iterdir()} >= {"config.json", "model.safetensors", "quantization_report.json"}
     assert not [path for path in mount.iterdir() if path.name.startswith(".")]
+
+
+def test_a_destination_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_only(*_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(destination, "scratch_folder", read_only)
+    with pytest.raises(ConversionError, match=r"out: cannot be written: Read-only file system$"):
+        pipeline.convert_and_quantize(SOURCES["apple"], tmp_path / "out")
 
 
 def test_what_quantizing_needs_is_the_size_of_its_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
