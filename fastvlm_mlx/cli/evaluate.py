@@ -1,6 +1,7 @@
 """`fastvlm eval`: scores a model on a question file, by kind, alone or beside another model."""
 
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +15,7 @@ from fastvlm_mlx.cli.options import (
     Model,
     Resolution,
     Revision,
+    choices,
     complete_model,
     user_path,
 )
@@ -24,6 +26,15 @@ if TYPE_CHECKING:
     from fastvlm_mlx.inputs.images import Resolution as Pixels
     from fastvlm_mlx.jobs.questions import BadRow, Question
     from fastvlm_mlx.jobs.scores import EvaluationReport
+
+
+class Metric(str, Enum):
+    """The metrics of `fastvlm_mlx.jobs.metrics.METRICS`."""
+
+    exact = "exact"
+    vqa = "vqa"
+    relaxed = "relaxed"
+    anls = "anls"
 
 
 def evaluate(
@@ -41,7 +52,7 @@ def evaluate(
             metavar="NAME", help=f"Another model to compare with. {MODEL_HELP}", autocompletion=complete_model
         ),
     ] = None,
-    metric: Annotated[str, typer.Option(metavar="exact|vqa|relaxed|anls", help="How answers are scored.")] = "exact",
+    metric: Annotated[Metric, typer.Option(metavar=choices(Metric), help="How answers are scored.")] = Metric.exact,
     limit: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Ask a sample of this many rows, each kind in proportion.")
     ] = None,
@@ -65,13 +76,10 @@ def evaluate(
     again by what they depend on: the content of the model's files and of the image, the question, the settings and the
     versions of the programs. A row that cannot be asked counts as failed and makes the exit code 3.
     """
-    from fastvlm_mlx.jobs.metrics import METRICS
     from fastvlm_mlx.jobs.questions import check_images, read_questions
     from fastvlm_mlx.outputs import check_output, json_line, write_output
     from fastvlm_mlx.resolve import check_names
 
-    if metric not in METRICS:
-        raise typer.BadParameter(f"{metric!r} is not one of {', '.join(METRICS)}", param_hint="--metric")
     if output:
         if output.exists() and data.exists() and output.samefile(data):
             raise typer.BadParameter("is the file of questions; name another", param_hint="--output")
@@ -79,7 +87,7 @@ def evaluate(
     questions = read_questions(data)
     check_images(data, questions)
     check_names([(model, revision), *([(baseline, None)] if baseline else [])])
-    settings = _Settings(metric, limit, resolution, max_tokens, dtype, fresh)
+    settings = _Settings(metric.value, limit, resolution, max_tokens, dtype, fresh)
     warn_of_slow_blas()
     folder = _resolve(model, revision)
     baseline_folder = _resolve(baseline, None) if baseline else None  # before the first question to the other
@@ -94,7 +102,7 @@ def evaluate(
     if as_json:
         show_json(_record(model, data, report, baseline, other))
     else:
-        show(_table(metric, report, baseline, other))
+        show(_table(metric.value, report, baseline, other))
     if report.failed:
         note(f"{len(report.failed)} of {len(report.answers)} rows failed")
         raise typer.Exit(CHECK_FAILED)

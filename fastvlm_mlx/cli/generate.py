@@ -97,9 +97,19 @@ def generate(
     if choice:
         from fastvlm_mlx.generation.choose import check_choices
 
-        options = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop")
+        options = (
+            "max_tokens",
+            "temperature",
+            "top_p",
+            "top_k",
+            "min_p",
+            "repetition_penalty",
+            "seed",
+            "stop",
+            "verbose",
+        )
         names = {"temperature": "--temp"}
-        given = [name for name in options if is_given(context, name)]
+        given = [name for name in (*options, "verbose") if is_given(context, name)]
         refuse([names.get(name, f"--{name.replace('_', '-')}") for name in given], "with --choice")
         with usage_errors():
             check_choices(choice)

@@ -221,7 +221,9 @@ def test_an_interrupted_run_continues_where_it_stopped(
 
 
 def test_wrong_arguments_are_refused(model: str, questions: Questions) -> None:
-    assert "is not one of exact, vqa, relaxed, anls" in run("-m", model, "--data", "x", "--metric", "bleu").stderr
+    assert (
+        "is not one of 'exact', 'vqa', 'relaxed', 'anls'" in run("-m", model, "--data", "x", "--metric", "bleu").stderr
+    )
     empty = run("-m", model, "--data", questions())
     assert (empty.exit_code, empty.stderr.count("\n")) == (1, 1)
     assert "the question file is empty" in empty.stderr

@@ -11,7 +11,9 @@ import typer.main
 from typer.testing import CliRunner, Result
 
 from fastvlm_mlx.cli import app
+from fastvlm_mlx.cli.evaluate import Metric
 from fastvlm_mlx.cli.options import complete_model, user_path
+from fastvlm_mlx.jobs.metrics import METRICS
 from tests.checkpoints import APPLE
 
 PICTURE = str(APPLE / "images" / "square.png")
@@ -143,3 +145,7 @@ def test_commands_that_ask_a_model_share_their_options(command: str) -> None:
     assert {"-m", "--model", "--revision", "-r", "--resolution", "--dtype"} <= options
     (resolution,) = (option for option in ROOT.commands[command].params if "-r" in option.opts)
     assert resolution.envvar == "FASTVLM_RESOLUTION"
+
+
+def test_every_metric_can_be_chosen() -> None:
+    assert {metric.value for metric in Metric} == set(METRICS)
