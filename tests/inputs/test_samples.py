@@ -176,7 +176,8 @@ def test_the_transparent_colour_of_a_png_has_the_depth_of_its_samples(bits, colo
 def alpha_sources() -> dict[str, object]:
     """The same picture, its left half transparent."""
     alpha = np.where(np.arange(8) < 4, 0, 255).astype(np.uint8) + np.zeros_like(GREY)
-    rgba, la = Image.fromarray(np.dstack([RGB, alpha])), Image.fromarray(np.dstack([GREY, alpha]), "LA")
+    rgba = Image.fromarray(np.dstack([RGB, alpha]))
+    la = Image.merge("LA", (Image.fromarray(GREY), Image.fromarray(alpha)))
     palette = Image.fromarray(GREY // 17).convert("P")
     palette.putpalette(COLOURS.tobytes())
     indexes = np.unique(GREY[:, :4] // 17)
