@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from fastvlm_mlx import __version__, kernels
-from fastvlm_mlx.cli import bench, cache, convert, doctor, evaluate, generate, info, quantize, verify
+from fastvlm_mlx.cli import bench, cache, caption, convert, doctor, evaluate, generate, info, quantize, verify
 from fastvlm_mlx.cli.terminal import complain
 from fastvlm_mlx.cli.usage import Command, CommandGroup, Program
 from fastvlm_mlx.errors import CheckpointError
@@ -55,7 +55,7 @@ def fastvlm(
         sys.excepthook = _report_bug
 
 
-for command in (generate.generate, convert.convert, quantize.quantize):
+for command in (generate.generate, caption.caption, convert.convert, quantize.quantize):
     app.command(cls=Command)(command)
 app.command(cls=Command, short_help="Compare a checkpoint with its source.")(verify.verify)
 app.command("eval", cls=Command)(evaluate.evaluate)

@@ -16,6 +16,8 @@ PICTURES = frozenset(
 """Extensions of pictures. What is in such a file turns out when it is read."""
 RAW = frozenset("dng cr2 cr3 crw nef nrw arw sr2 srf raf orf rw2 pef srw x3f rwl iiq 3fr erf mos mrw dcr kdc".split())
 """Extensions of cameras' raw files, of which a decoder would find only the preview."""
+_COMPANIONS = frozenset(("txt", "xmp", "aae", "thm", "json"))
+"""Extensions of what is said about a picture beside it; such files are left out without a word."""
 _LIVE = ("heic", "jpg", "jpeg")
 _FILMS = ("mov", "mp4")
 """Extensions of the two halves of a Live Photo."""
@@ -225,7 +227,7 @@ class _Search:
         links.sort(key=natural_key)
         if folder.lower().endswith(_LIBRARY):
             entries = [entry for entry in entries if entry.name in _ORIGINALS]
-        return sorted(_with_films(entries), key=lambda entry: natural_key(entry.name))
+        return sorted(_without_companions(_with_films(entries)), key=lambda entry: natural_key(entry.name))
 
     def _look_at(self, entry: _Entry, root: str) -> None:
         """Adds a file to the pictures, or to what is skipped."""
@@ -284,7 +286,7 @@ def _split(name: str) -> tuple[str, str]:
     return (stem, extension) if dot else (extension, "")
 
 
-def _with_films(entries: list[_Entry]) -> Iterable[_Entry]:
+def _with_films(entries: list[_Entry]) -> list[_Entry]:
     """Marks the film of each Live Photo, which has the picture's name, in a Photos library with `_3` after it."""
     parts = [_split(entry.name) for entry in entries]
     if not any(extension in _FILMS for _, extension in parts):
@@ -295,6 +297,19 @@ def _with_films(entries: list[_Entry]) -> Iterable[_Entry]:
         if extension in _FILMS
         else entry
         for entry, (stem, extension) in zip(entries, parts, strict=True)
+    ]
+
+
+def _without_companions(entries: list[_Entry]) -> list[_Entry]:
+    """Leaves out what is said about a picture beside it."""
+    named = [(entry, *_split(entry.name)) for entry in entries]
+    pictures = {
+        name for entry, stem, extension in named if extension in PICTURES for name in (stem, entry.name.casefold())
+    }
+    return [
+        entry
+        for entry, stem, extension in named
+        if entry.name != "metadata.jsonl" and not (extension in _COMPANIONS and stem in pictures)
     ]
 
 

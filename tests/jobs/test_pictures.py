@@ -57,11 +57,11 @@ def test_hidden_files_and_what_servers_add_are_left_out(make: Make) -> None:
 
 
 def test_what_is_no_picture_is_named_with_a_reason(make: Make) -> None:
-    folder = make("a.jpg", "a.txt", "clip.mov", "raw.DNG", "empty")
+    folder = make("a.jpg", "a.txt", "a.jpg.xmp", "metadata.jsonl", "note.txt", "clip.mov", "raw.DNG", "empty")
     os.mkfifo(folder / "pipe.jpg")
     (folder / "bmw.txt").write_text("BMW and P1 are names")
     assert reasons(found := find_pictures([str(folder)])) == {
-        "a.txt": "not a picture",
+        "note.txt": "not a picture",
         "bmw.txt": "not a picture",
         "clip.mov": "not a picture",
         "empty": "not a picture",

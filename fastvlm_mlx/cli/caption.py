@@ -1,0 +1,361 @@
+"""`fastvlm caption`: asks the same about many pictures, and continues where an earlier run stopped."""
+
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import ExitStack
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NamedTuple
+
+import typer
+
+from fastvlm_mlx.cli.options import (
+    CHECK_FAILED,
+    DEFAULT_MODEL,
+    DEFAULT_PROMPT,
+    Background,
+    DType,
+    LoadDType,
+    Model,
+    Resolution,
+    Revision,
+    choices,
+    refuse,
+    user_path,
+)
+from fastvlm_mlx.cli.terminal import ByteProgress, LiveLine, note, show_json, warn_of_slow_blas
+from fastvlm_mlx.cli.usage import usage_errors
+from fastvlm_mlx.errors import ConfigError
+from fastvlm_mlx.formatting import printable
+
+if TYPE_CHECKING:
+    from fastvlm_mlx.jobs.caption import CaptionJob, Plan
+    from fastvlm_mlx.jobs.exports import Exporter, Exports
+    from fastvlm_mlx.jobs.pictures import Pictures
+
+_FIELD = re.compile(r"[A-Za-z_]\w{0,63}")
+_RESERVED = frozenset("file text width height finish_reason error answers".split())
+_BOOKKEEPING = frozenset(("fingerprint", "stat", "settings"))
+"""Fields of a record that only a later run needs."""
+_NAMED = 5
+"""The most failures that are named on stderr; the output has all."""
+
+
+class XMPName(str, Enum):
+    """How XMP sidecars are called."""
+
+    ext = "ext"
+    plain = "plain"
+
+
+def caption(
+    paths: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="PATH", help="Pictures, folders, patterns such as '2024/**/*.jpg'; - reads names."),
+    ] = None,
+    filelist: Annotated[
+        Path | None, typer.Option(metavar="FILE", parser=user_path, help="Names of pictures, one on each line.")
+    ] = None,
+    include: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Only pictures whose name matches; may be repeated.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Leave out what matches; may be repeated.")
+    ] = None,
+    model: Model = DEFAULT_MODEL,
+    revision: Revision = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            "--prompt",
+            "-p",
+            metavar="TEXT",
+            help="What to ask; {name}, {directory}, {date}, {camera}, {existing} and {tags} stand for what is known "
+            f"of a picture. [default: {DEFAULT_PROMPT}]",
+        ),
+    ] = None,
+    ask: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FIELD=TEXT", help="A question whose answer goes into a field; may be repeated."),
+    ] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="Replaces the system prompt.")] = None,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", "-n", metavar="N", min=1, help="Longest answer, in tokens.")
+    ] = 128,
+    keep_openings: Annotated[
+        bool, typer.Option("--keep-openings", help="Keep phrases such as “The image shows”.")
+    ] = False,
+    resolution: Resolution = None,
+    background: Background = None,
+    dtype: LoadDType = None,
+    batch: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Pictures at a time. [default: what suits the machine]")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE", parser=user_path, help="Add the lines to a file, and resume it."
+        ),
+    ] = None,
+    retry_errors: Annotated[bool, typer.Option("--retry-errors", help="Try pictures again that failed.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Ask again about pictures that have a line.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False,
+    txt: Annotated[bool, typer.Option("--txt", help="Write photo.txt beside each picture.")] = False,
+    xmp: Annotated[bool, typer.Option("--xmp", help="Write an XMP sidecar beside each picture.")] = False,
+    xmp_name: Annotated[
+        XMPName | None,
+        typer.Option(
+            metavar=choices(XMPName), help="photo.jpg.xmp or photo.xmp. [default: the one that is there, or ext]"
+        ),
+    ] = None,
+    csv: Annotated[Path | None, typer.Option(metavar="FILE", parser=user_path, help="Write a table.")] = None,
+    hf: Annotated[bool, typer.Option("--hf", help="Write metadata.jsonl, for Hugging Face's imagefolder.")] = False,
+    webdataset: Annotated[
+        Path | None,
+        typer.Option(metavar="PREFIX", parser=user_path, help="Write PREFIX-000000.tar and so on, with the pictures."),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace texts that people have written beside pictures, too.")
+    ] = False,
+) -> None:
+    """Caption many pictures: a line of JSON for each, on stdout or in a file that a later run continues.
+
+    The same command goes on where an earlier one stopped: what has a line in --output is not asked about again, unless
+    the picture has changed. A picture that cannot be read gets a line with the error, and makes the exit code 3.
+    """
+    from fastvlm_mlx import __version__
+    from fastvlm_mlx.engine.options import GenerationConfig
+    from fastvlm_mlx.jobs.caption import CaptionJob, Plan, Task
+    from fastvlm_mlx.jobs.exports import Exporter, Exports
+    from fastvlm_mlx.jobs.journal import Journal
+
+    if not paths and not filelist:
+        raise typer.BadParameter("give pictures or folders, or names with --filelist", param_hint="PATH")
+    if output is None:
+        refuse(
+            [name for name, given in {"--retry-errors": retry_errors, "--force": force}.items() if given],
+            "without --output",
+        )
+    if not xmp:
+        refuse(["--xmp-name"] if xmp_name else [], "without --xmp")
+    exports = Exports(
+        txt=txt,
+        xmp=xmp,
+        xmp_name=None if xmp_name is None else xmp_name.value,
+        csv=csv,
+        hf=hf,
+        webdataset=webdataset,
+        overwrite=overwrite,
+    )
+    if not (txt or xmp):
+        refuse(["--overwrite"] if overwrite else [], "without --txt or --xmp")
+    questions = _questions(prompt, ask or [])
+    if exports.need_a_caption and "text" not in questions:
+        raise typer.BadParameter("--ask alone gives no caption; add --prompt", param_hint="--txt, --xmp, --hf")
+    _check_outputs(output, exports)
+    found = _find(paths or [], filelist, include or [], exclude or [])
+    folder = _folder(model, revision, dry_run)
+    config = GenerationConfig(max_tokens=max_tokens)
+    with ExitStack() as stack:
+        task = journal = None
+        if folder is not None:
+            task = Task(
+                questions=questions,
+                model=model,
+                **_identity(folder, dtype),
+                system=system,
+                resolution=resolution,
+                background=background,
+                config=config,
+                keep_openings=keep_openings,
+            )
+            if output is not None and not (dry_run and not output.exists()):
+                journal = stack.enter_context(Journal(output, notify=note))
+        job = CaptionJob(task, journal, mixed=force) if task else None
+        plan = job.plan(found.found, retry_errors=retry_errors, force=force) if job else Plan(found.found, 0, 0)
+        note(_plan_line(found, plan, retry_errors))
+        for unreadable in found.unreadable[:_NAMED]:
+            note(f"{unreadable.path}: {unreadable.reason}")
+        if dry_run or job is None or folder is None:
+            return
+        exporter = Exporter(
+            exports, found.found, fields=list(questions), generator=f"fastvlm-mlx {__version__}, {model}"
+        )
+        failed = plan.failed + _run(job, plan, exporter, _Run(model, folder, dtype, batch, force, output))
+        exporter.write_data_sets(job.record)
+    for reason, count in exporter.left_out.items():
+        note(f"{count} text{'s' * (count > 1)} not written: {reason}")
+    if failed or found.unreadable:
+        raise typer.Exit(CHECK_FAILED)
+
+
+def _questions(prompt: str | None, ask: list[str]) -> dict[str, str]:
+    """The prompts by field: the caption, unless only other fields are asked for."""
+    questions = {} if ask and prompt is None else {"text": DEFAULT_PROMPT if prompt is None else prompt}
+    for each in ask:
+        name, equals, text = each.partition("=")
+        if not equals or not _FIELD.fullmatch(name) or not text.strip():
+            raise typer.BadParameter(f"{each!r} is not like colour='What colour is it?'", param_hint="--ask")
+        if name in questions or name in _RESERVED:
+            raise typer.BadParameter(f"{name} is taken; choose another name", param_hint="--ask")
+        questions[name] = text
+    from fastvlm_mlx.jobs.captions import PromptTemplate
+
+    for text in questions.values():
+        with usage_errors():
+            PromptTemplate(text)
+    return questions
+
+
+def _check_outputs(output: Path | None, exports: "Exports") -> None:
+    """Finds out before the work whether its results can be written."""
+    from fastvlm_mlx.outputs import check_output
+
+    paths = [path for path in (output, exports.csv) if path is not None]
+    if len({path.absolute() for path in paths}) < len(paths):
+        raise typer.BadParameter("is --output; name another file", param_hint="--csv")
+    for path in paths:
+        if path != output or path.exists():
+            check_output(path)
+    for path in paths + [path for path in (exports.webdataset,) if path is not None]:
+        if not path.absolute().parent.is_dir():
+            raise ConfigError(f"{printable(path)}: cannot be written, since its folder does not exist")
+
+
+def _find(paths: list[str], filelist: Path | None, include: list[str], exclude: list[str]) -> "Pictures":
+    """The pictures that the command line, a list and stdin name.
+
+    Raises:
+        ConfigError: If there are none.
+    """
+    from fastvlm_mlx.jobs.pictures import find_pictures, read_names
+
+    names: list[str] = []
+    for path in paths:
+        names += read_names(sys.stdin.buffer.read(), "stdin") if path == "-" else [path]
+    if filelist is not None:
+        names += read_names(filelist.read_bytes(), str(filelist))
+    with LiveLine() as line:
+        line.wait_for("looking for pictures")
+        found = find_pictures(names, include=include, exclude=exclude)
+    if not found.found:
+        for missing in found.unreadable[:_NAMED]:
+            note(f"{missing.path}: {missing.reason}")
+        raise ConfigError(f"there are no pictures{_skipped(found)}")
+    return found
+
+
+def _skipped(found: "Pictures") -> str:
+    """What was left out, by reason."""
+    reasons = Counter(skipped.reason.partition(" of the Live Photo")[0] for skipped in found.skipped)
+    return "".join(f", {count} skipped ({reason})" for reason, count in reasons.most_common(_NAMED))
+
+
+def _plan_line(found: "Pictures", plan: "Plan", retry_errors: bool) -> str:
+    parts = [f"{len(found.found)} picture{'s' * (len(found.found) != 1)}"]
+    if plan.done:
+        parts.append(f"{plan.done} done")
+    if plan.failed:
+        parts.append(f"{plan.failed} failed before (--retry-errors tries them again)")
+    if found.unreadable:
+        parts.append(f"{len(found.unreadable)} unreadable")
+    return f"{', '.join(parts)}, {len(plan.todo)} to do{_skipped(found)}"
+
+
+def _folder(model: str, revision: str | None, dry_run: bool) -> Path | None:
+    """The folder of the model; for a dry run only if it is on this machine."""
+    from fastvlm_mlx.resolve import check_names, find, resolve
+
+    if dry_run:
+        check_names([(model, revision)])
+        return find(model, revision=revision)
+    with ByteProgress() as progress:
+        return resolve(model, revision=revision, notify=note, progress=progress)
+
+
+def _identity(folder: Path, dtype: DType | None) -> dict[str, str]:
+    """What a model's answers depend on: its files, and what it computes in."""
+    from fastvlm_mlx.backend import compute_dtype
+    from fastvlm_mlx.config import ModelConfig
+    from fastvlm_mlx.jobs.fingerprints import checkpoint_fingerprint
+    from fastvlm_mlx.machine import cache_folder
+
+    with ByteProgress() as progress:
+        weights = checkpoint_fingerprint(folder, cache_folder() / "digests.json", progress)
+    stored = dtype.value if dtype else ModelConfig.from_path(folder).dtype
+    return {"weights": weights, "dtype": str(compute_dtype(stored)).rpartition(".")[2]}
+
+
+class _Run(NamedTuple):
+    """The options that the run itself needs."""
+
+    model: str
+    folder: Path
+    dtype: DType | None
+    batch: int | None
+    force: bool
+    output: Path | None
+
+
+def _run(job: "CaptionJob", plan: "Plan", exporter: "Exporter", options: _Run) -> int:
+    """Asks about the pictures of a plan; returns how many failed."""
+    from fastvlm_mlx.generation.engine import Engine
+    from fastvlm_mlx.resolve import load
+
+    todo = set(plan.todo)
+    earlier = {picture: job.record(picture) for picture in plan.todo if exporter.exports.txt}
+    for picture in exporter.pictures:
+        record = None if picture in todo else job.record(picture)
+        if record is not None:
+            exporter.write_beside(picture, record, record)
+    if not plan.todo:
+        return 0
+    warn_of_slow_blas()
+    with LiveLine() as line:
+        line.wait_for(f"loading {options.model}")
+        network, processor = load(options.folder, dtype=options.dtype.value if options.dtype else None)
+        counts: Counter[str] = Counter()
+        start = time.monotonic()
+        with Engine(network, processor, max_batch=options.batch or "auto") as engine:
+            try:
+                for picture, record in job.run(engine, plan.todo, fresh=options.force):
+                    counts["pictures"] += 1
+                    counts["failed"] += "error" in record
+                    counts["duplicates"] += "duplicate_of" in record
+                    if "error" in record and counts["failed"] <= _NAMED:
+                        message = record["error"]["message"]
+                        note(message if printable(picture.path) in message else f"{picture.name}: {message}")
+                    exporter.write_beside(picture, record, earlier.get(picture))
+                    if options.output is None:
+                        line.clear()
+                        show_json({key: value for key, value in record.items() if key not in _BOOKKEEPING})
+                    line.show(_progress(counts["pictures"], len(plan.todo), time.monotonic() - start))
+            except KeyboardInterrupt:
+                line.clear()
+                note(f"interrupted after {counts['pictures']} of {len(plan.todo)} pictures" + _how_to_continue(options))
+                raise
+    note(_summary(counts, time.monotonic() - start))
+    return counts["failed"]
+
+
+def _how_to_continue(options: _Run) -> str:
+    return "" if options.output is None else f"; the same command continues {options.output}"
+
+
+def _progress(done: int, total: int, seconds: float) -> str:
+    left = seconds / done * (total - done)
+    time_left = f"{left:.0f} s" if left < 90 else f"{left / 60:.0f} min" if left < 5400 else f"{left / 3600:.1f} h"
+    return f"{done} of {total} pictures, {done / seconds:.2g} a second, {time_left} left"
+
+
+def _summary(counts: Mapping[str, int], seconds: float) -> str:
+    parts = [f"{counts['pictures'] - counts['failed']} captioned in {seconds:.1f} s"]
+    parts.append(f"{counts['pictures'] / seconds:.2g} pictures/s")
+    if counts["duplicates"]:
+        parts.append(f"{counts['duplicates']} with the content of another")
+    if counts["failed"]:
+        parts.append(f"{counts['failed']} failed")
+    return ", ".join(parts)

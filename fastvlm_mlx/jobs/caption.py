@@ -1,0 +1,349 @@
+"""Captions many pictures: a record for each, in a journal with which a later run continues."""
+
+import hashlib
+import os
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from fastvlm_mlx import __version__
+from fastvlm_mlx.engine.options import GenerationConfig
+from fastvlm_mlx.errors import ConfigError, FastVLMError, ImageError
+from fastvlm_mlx.formatting import names, printable
+from fastvlm_mlx.generation.engine import Engine
+from fastvlm_mlx.generation.request import Handle, Request
+from fastvlm_mlx.inputs.formats import DECODER_ERRORS, open_image, quiet
+from fastvlm_mlx.inputs.images import Resolution
+from fastvlm_mlx.inputs.sources import Encoded, read
+from fastvlm_mlx.jobs.captions import PromptTemplate, exif_values, path_values, remove_opening
+from fastvlm_mlx.jobs.fingerprints import fingerprint
+from fastvlm_mlx.jobs.journal import FINGERPRINT, Journal
+from fastvlm_mlx.jobs.pictures import Picture
+from fastvlm_mlx.jobs.sidecars import read_sidecars
+
+CAPTION = "text"
+"""The field of a record that holds the caption."""
+
+Record = dict[str, Any]
+"""What is known of a picture: `file`, and either the answers with their statistics or an `error`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What is asked about every picture, and of which model.
+
+    Attributes:
+        questions: The prompt for each field of a record, `CAPTION` among them or others.
+        model: The model's name, for records.
+        weights: The `checkpoint_fingerprint` of the model.
+        dtype: What it computes in.
+        system: Replaces the default system text.
+        resolution: Side in pixels that images are resized to; None for the model's own.
+        background: Colour under transparent pixels.
+        config: How tokens are chosen.
+        keep_openings: Whether phrases such as "The image shows" stay.
+    """
+
+    questions: Mapping[str, str]
+    model: str
+    weights: str
+    dtype: str
+    system: str | None = None
+    resolution: Resolution = None
+    background: str | None = None
+    config: GenerationConfig = field(default_factory=GenerationConfig)
+    keep_openings: bool = False
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What every answer depends on besides the picture, as a JSON object; in every record."""
+        config, defaults = self.config, GenerationConfig()
+        chosen = {name: value for name, value in vars(config).items() if value != getattr(defaults, name)}
+        optional = {
+            "system": self.system,
+            "resolution": self.resolution,
+            "background": self.background,
+            "keep_openings": self.keep_openings or None,
+        }
+        return {
+            "model": self.model,
+            "weights": self.weights,
+            "dtype": self.dtype,
+            "version": __version__,
+            "questions": dict(self.questions),
+            **chosen,
+            **{name: value for name, value in optional.items() if value is not None},
+        }
+
+
+class Plan(NamedTuple):
+    """What is to do.
+
+    Attributes:
+        todo: The pictures without an answer.
+        done: How many have one from an earlier run.
+        failed: How many have an error from an earlier run, and are left out.
+    """
+
+    todo: list[Picture]
+    done: int
+    failed: int
+
+
+class CaptionJob:
+    """Asks the same about many pictures.
+
+    Args:
+        task: What is asked.
+        journal: Where records are kept, and those of earlier runs are; None keeps none.
+
+    Raises:
+        ConfigError: If the journal holds records that were made otherwise, unless `mixed`.
+    """
+
+    def __init__(self, task: Task, journal: Journal | None = None, *, mixed: bool = False) -> None:
+        self._task = task
+        self._settings = task.settings
+        self._templates = {name: PromptTemplate(text) for name, text in task.questions.items()}
+        self._journal = journal
+        self._shares = not any(template.fields for template in self._templates.values())
+        self._known: dict[str, _Known] = {}
+        self._seen: dict[str, str] = {}
+        self._outcomes: dict[str, Record] = {}
+        self._ambiguous: set[str] = set()
+        if journal is None:
+            return
+        for record in journal:
+            if record.get("settings") == self._settings:
+                self._remember(record)
+            elif not mixed:
+                raise ConfigError(f"{printable(journal.path)}: {self._difference(record)}")
+
+    def _difference(self, record: Record) -> str:
+        """What sets a record of an earlier run apart."""
+        settings = record.get("settings")
+        settings = settings if isinstance(settings, dict) else {}
+        keys = [key for key in {**settings, **self._settings} if settings.get(key) != self._settings.get(key)]
+        return f"holds captions with other settings ({names(keys)}); name another file, or add to it with --force"
+
+    def _remember(self, record: Record) -> None:
+        version, failed = record.get("stat"), "error" in record
+        stat = tuple(version) if isinstance(version, list) else ()
+        self._known[str(record.get("file"))] = _Known(record[FINGERPRINT], stat, failed)
+        if not failed and self._shares:
+            self._seen[str(record.get("sha256"))] = record[FINGERPRINT]
+
+    def plan(self, pictures: Sequence[Picture], *, retry_errors: bool = False, force: bool = False) -> Plan:
+        """Finds the pictures that have no record yet, or one from before they were changed.
+
+        Args:
+            pictures: From `find_pictures`.
+            retry_errors: Whether to try those again that failed.
+            force: Whether to ask about all of them again.
+        """
+        counts = Counter(picture.name for picture in pictures)
+        self._ambiguous = {name for name, count in counts.items() if count > 1}
+        if force or not self._known:
+            return Plan(list(pictures), 0, 0)
+        todo, done, failed = [], 0, 0
+        for picture in pictures:
+            known = self._known.get(self._name(picture))
+            if known is None or (known.failed and retry_errors) or known.stat != _stat(picture.path):
+                todo.append(picture)
+            elif known.failed:
+                failed += 1
+            else:
+                done += 1
+        return Plan(todo, done, failed)
+
+    def record(self, picture: Picture) -> Record | None:
+        """The record of a picture, of this run or an earlier one; None if there is none."""
+        known = self._known.get(self._name(picture))
+        return None if known is None else self._kept(known.fingerprint)
+
+    def _name(self, picture: Picture) -> str:
+        """What a picture is called in records: its path below the folder, or the whole one if folders share names."""
+        return picture.path if picture.name in self._ambiguous else picture.name
+
+    def _kept(self, key: str) -> Record | None:
+        return self._outcomes.get(key) if self._journal is None else self._journal.get(key)
+
+    def run(
+        self, engine: Engine, pictures: Iterable[Picture], *, fresh: bool = False
+    ) -> Iterator[tuple[Picture, Record]]:
+        """Asks about pictures, several at a time; yields each with its record, in order, after keeping that.
+
+        Pictures with the same content are asked about once, those of earlier runs included unless `fresh`. What a
+        picture fails for is its record's `error`, and the others go on.
+        """
+        if fresh:
+            self._seen.clear()
+        queue: deque[_Work] = deque()
+        try:
+            for picture in pictures:
+                queue.append(self._begin(engine, picture))
+                while queue and queue[0].is_ready:
+                    yield self._finish(queue.popleft())
+            while queue:
+                yield self._finish(queue.popleft())
+        finally:
+            for work in queue:
+                for handle in work.handles.values():
+                    handle.cancel()
+
+    def _begin(self, engine: Engine, picture: Picture) -> "_Work":
+        """Looks at a picture, and asks about it unless its content has an answer."""
+        work = _Work(picture=picture, stat=_stat(picture.path))
+        try:
+            encoded = read(picture.path)
+            work.sha256 = hashlib.sha256(encoded.data).hexdigest()
+            work.key = fingerprint(self._settings, self._name(picture), work.sha256)
+            work.same = self._seen.get(work.sha256)
+            if work.same is not None:
+                return work
+            if self._shares:
+                self._seen[work.sha256] = work.key
+            work.size = _size(encoded)
+            values = self._values(picture, encoded)
+        except FastVLMError as err:
+            work.error = err
+            return work
+        for name, template in self._templates.items():
+            request = Request(
+                image=picture.path,
+                prompt=template.render(values),
+                system=self._task.system,
+                resolution=self._task.resolution,
+                background=self._task.background,
+                config=self._task.config,
+            )
+            work.handles[name] = engine.submit(request)
+        return work
+
+    def _values(self, picture: Picture, encoded: Encoded) -> dict[str, str]:
+        """What the placeholders of the prompts stand for."""
+        fields = {field for template in self._templates.values() for field in template.fields}
+        values = path_values(picture.path)
+        if fields & {"date", "camera"}:
+            values |= exif_values(encoded.data)
+        if fields & {"existing", "tags"}:
+            beside = read_sidecars(picture.path)
+            values |= {"existing": "" if beside.is_own else beside.description, "tags": ", ".join(beside.tags)}
+        return values
+
+    def _finish(self, work: "_Work") -> tuple[Picture, Record]:
+        """Waits for the answers about a picture, and keeps its record."""
+        try:
+            outcome = self._outcome(work)
+        except FastVLMError as err:
+            outcome = {"error": {"type": type(err).__name__, "message": str(err)}}
+        name = self._name(work.picture)
+        work.key = work.key or fingerprint(self._settings, name)
+        record = {
+            "file": name,
+            **outcome,
+            "sha256": work.sha256,
+            "stat": list(work.stat),
+            "settings": self._settings,
+        }
+        if self._journal is not None:
+            self._journal.add(work.key, record)
+        else:
+            self._outcomes[work.key] = record
+        self._known[name] = _Known(work.key, work.stat, "error" in outcome)
+        return work.picture, {FINGERPRINT: work.key, **record}
+
+    def _outcome(self, work: "_Work") -> Record:
+        """The answers about a picture, with their statistics.
+
+        Raises:
+            FastVLMError: If there are none.
+        """
+        if work.error is not None:
+            raise work.error
+        if work.same is not None:
+            return self._copied(work.same, self._name(work.picture))
+        results = {name: handle.result() for name, handle in work.handles.items()}
+        if _stat(work.picture.path) != work.stat:
+            raise ImageError(f"{printable(work.picture.path)}: changed while it was read; run the command again")
+        texts = {name: result.text.strip() for name, result in results.items()}
+        if not self._task.keep_openings and CAPTION in texts:
+            texts[CAPTION] = remove_opening(texts[CAPTION])
+        answers = {name: text for name, text in texts.items() if name != CAPTION}
+        size = dict(zip(("width", "height"), work.size or (), strict=False))
+        return {
+            **({CAPTION: texts[CAPTION]} if CAPTION in texts else {}),
+            **({"answers": answers} if answers else {}),
+            **size,
+            "prompt_tokens": sum(result.prompt_tokens for result in results.values()),
+            "generated_tokens": sum(result.generated_tokens for result in results.values()),
+            "finish_reason": max((str(result.finish_reason) for result in results.values()), key="stop length".index),
+            "seconds": round(sum(result.timings.total - result.timings.queue for result in results.values()), 3),
+        }
+
+    def _copied(self, key: str, name: str) -> Record:
+        """What was found about the same content, for a picture called `name`."""
+        known = self._kept(key)
+        if known is None:
+            raise ConfigError("a picture with the same content has no record; run the command again")
+        left_out = (FINGERPRINT, "file", "sha256", "stat", "settings", "seconds", "duplicate_of")
+        outcome = {field: value for field, value in known.items() if field not in left_out}
+        first = known.get("duplicate_of", known["file"])
+        return outcome if first == name else {**outcome, "duplicate_of": first}
+
+
+class _Known(NamedTuple):
+    """What an earlier run has found about a file."""
+
+    fingerprint: str
+    stat: tuple[int, ...]
+    failed: bool
+
+
+@dataclass(kw_only=True, eq=False)
+class _Work:
+    """A picture on its way.
+
+    Attributes:
+        picture: The picture.
+        stat: Of its file, when it was looked at.
+        sha256: Of its file.
+        key: The fingerprint of its record.
+        same: The fingerprint of an earlier record about this content; None if there is none.
+        size: Width and height in pixels, as stored.
+        error: Why it cannot be asked about.
+        handles: The questions that were asked, by name.
+    """
+
+    picture: Picture
+    stat: tuple[int, ...]
+    sha256: str | None = None
+    key: str = ""
+    same: str | None = None
+    size: tuple[int, int] | None = None
+    error: FastVLMError | None = None
+    handles: dict[str, Handle] = field(default_factory=dict)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether its record can be made without waiting."""
+        return all(handle.done for handle in self.handles.values())
+
+
+def _size(encoded: Encoded) -> tuple[int, int] | None:
+    """Width and height in pixels, as stored; None if that is no image."""
+    try:
+        with quiet, open_image(encoded) as image:
+            return image.size
+    except DECODER_ERRORS:
+        return None
+
+
+def _stat(path: str) -> tuple[int, ...]:
+    """Numbers of which at least one changes when a file is changed or exchanged; none for what is no file here."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return ()
+    return status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns

@@ -1,0 +1,170 @@
+"""`fastvlm caption` on the command line."""
+
+import csv
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from fastvlm_mlx.cli.app import app
+from tests.checkpoints import APPLE
+
+
+@pytest.fixture
+def model(converted: Callable[..., Path]) -> str:
+    return str(converted("apple"))
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Three pictures and a note, in the current folder's `photos`."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FASTVLM_CACHE", str(tmp_path / "cache"))
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name in ("landscape", "portrait", "square"):
+        shutil.copy(APPLE / "images" / f"{name}.png", photos / f"{name}.png")
+    (photos / "README.md").write_text("not a picture")
+    return photos
+
+
+def run(*arguments: str, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(app, ["caption", *arguments], input=stdin)
+
+
+def lines(text: str) -> list[dict[str, object]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_a_line_for_each_picture_goes_to_stdout_and_the_rest_to_stderr(model: str, folder: Path) -> None:
+    result = run("photos", "-m", model, "-n", "5")
+    assert result.exit_code == 0
+    assert [record["file"] for record in lines(result.stdout)] == ["landscape.png", "portrait.png", "square.png"]
+    assert set(lines(result.stdout)[0]) == {
+        *("file", "text", "width", "height", "prompt_tokens", "generated_tokens", "finish_reason", "seconds", "sha256")
+    }
+    plan, summary = result.stderr.splitlines()[-2:]
+    assert plan == "3 pictures, 3 to do, 1 skipped (not a picture)"
+    assert summary.startswith("3 captioned in ")
+
+
+def test_a_second_run_continues_the_file_of_the_first(model: str, folder: Path) -> None:
+    (folder / "torn.jpg").write_bytes(b"\xff\xd8\xff")
+    first = run("photos", "-m", model, "-n", "5", "-o", "out.jsonl")
+    assert first.exit_code == 3
+    assert "torn.jpg" in first.stderr
+    assert first.stdout == ""
+    again = run("photos", "-m", model, "-n", "5", "-o", "out.jsonl")
+    assert again.exit_code == 3
+    assert "4 pictures, 3 done, 1 failed before (--retry-errors tries them again), 0 to do" in again.stderr
+    other = run("photos", "-m", model, "-n", "6", "-o", "out.jsonl")
+    assert other.exit_code == 1
+    assert "out.jsonl: holds captions with other settings (max_tokens)" in other.stderr
+
+
+def test_captions_go_where_other_programs_look_for_them(model: str, folder: Path) -> None:
+    (folder / "portrait.txt").write_text("My daughter in the garden.")
+    wanted = ("--txt", "--xmp", "--csv", "table.csv", "--hf", "--webdataset", "set", "-o", "out.jsonl")
+    result = run("photos", "-m", model, "-n", "5", *wanted)
+    assert result.exit_code == 0
+    assert "1 text not written: where somebody else's text is" in result.stderr
+    text = {Path(str(record["file"])).stem: record["text"] for record in lines(Path("out.jsonl").read_text())}
+    assert (folder / "landscape.txt").read_text() == f"{text['landscape']}\n"
+    assert (folder / "portrait.txt").read_text() == "My daughter in the garden."
+    assert "dc:description" in (folder / "square.png.xmp").read_text()
+    with open("table.csv", encoding="utf-8") as file:
+        assert [row["text"] for row in csv.DictReader(file)] == list(text.values())
+    assert [row["file_name"] for row in lines((folder / "metadata.jsonl").read_text())] == [
+        f"{name}.png" for name in text
+    ]
+    with tarfile.open("set-000000.tar") as tar:
+        assert len(tar.getnames()) == 9
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    again = run("photos", "-m", model, "-n", "5", *wanted)
+    assert again.exit_code == 0
+    assert "3 pictures, 3 done, 0 to do, 1 skipped (not a picture)" in again.stderr  # none of what is now beside them
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_names_come_from_stdin_and_lists(model: str, folder: Path) -> None:
+    piped = run("-", "-m", model, "-n", "2", stdin="photos/square.png\nphotos/portrait.png\n")
+    assert [record["file"] for record in lines(piped.stdout)] == ["square.png", "portrait.png"]
+    Path("list.txt").write_text("photos/square.png\nphotos/nowhere.png\n")
+    listed = run("--filelist", "list.txt", "-m", model, "-n", "2")
+    assert listed.exit_code == 3
+    assert "photos/nowhere.png: no such file" in listed.stderr
+
+
+def test_a_dry_run_says_what_is_to_do_and_writes_nothing(model: str, folder: Path) -> None:
+    result = run("photos", "-m", model, "--dry-run", "-o", "out.jsonl", "--txt")
+    assert (result.exit_code, result.stdout) == (0, "")
+    assert "3 pictures, 3 to do" in result.stderr
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *("README.md", "landscape.png", "portrait.png", "square.png")
+    ]
+    assert not Path("out.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "give pictures or folders"),
+        (("photos", "--force"), "--force: would change nothing without --output"),
+        (("photos", "--xmp-name", "plain"), "--xmp-name: would change nothing without --xmp"),
+        (("photos", "--overwrite"), "--overwrite: would change nothing without --txt or --xmp"),
+        (("photos", "--ask", "colour"), "is not like colour="),
+        (("photos", "--ask", "file=What?"), "file is taken"),
+        (("photos", "--ask", "colour=What?", "--txt"), "--ask alone gives no caption"),
+        (("photos", "-p", "About {what}"), "the prompt has {what}"),
+        (("photos", "-o", "a", "--csv", "a"), "is --output"),
+    ],
+)
+def test_wrong_usage_is_found_before_any_work(folder: Path, arguments: tuple[str, ...], message: str) -> None:
+    result = run(*arguments, "-m", "nowhere/nothing")
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("nowhere",), "there are no pictures"),
+        (("photos", "-o", "missing/out.jsonl"), "missing/out.jsonl: cannot be written"),
+        (("photos", "--csv", "photos"), "photos: cannot be written"),
+    ],
+)
+def test_what_cannot_work_is_found_before_the_model_is_looked_for(
+    folder: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    result = run(*arguments, "-m", "nowhere/nothing")
+    assert result.exit_code == 1
+    assert message in result.stderr
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
+def test_a_run_that_is_ended_is_continued_without_loss_or_repetition(model: str, folder: Path, end: int) -> None:
+    for number in range(30):
+        shutil.copy(folder / "square.png", folder / f"{number}.png")
+        with (folder / f"{number}.png").open("ab") as file:
+            file.write(str(number).encode())  # a picture of its own
+    command = [sys.executable, "-m", "fastvlm_mlx", "caption", "photos", "-m", model, "-n", "20", "-o", "out.jsonl"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    output = Path("out.jsonl")
+    while process.poll() is None and (not output.exists() or output.read_bytes().count(b"\n") < 5):
+        time.sleep(0.01)
+    process.send_signal(end)
+    process.wait()
+    done = output.read_bytes()
+    assert done.count(b"\n") >= 5
+    subprocess.run(command, check=True, capture_output=True)
+    assert output.read_bytes().startswith(done[: done.rindex(b"\n") + 1])
+    names = [record["file"] for record in lines(output.read_text())]
+    assert len(names) == len(set(names)) == 33

@@ -1,0 +1,163 @@
+"""Captions of many pictures, and the journal with which a later run continues."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastvlm_mlx import Engine, FastVLM, FastVLMProcessor, GenerationConfig, generate
+from fastvlm_mlx.errors import ConfigError
+from fastvlm_mlx.jobs.caption import CaptionJob, Record, Task
+from fastvlm_mlx.jobs.captions import remove_opening
+from fastvlm_mlx.jobs.journal import Journal
+from fastvlm_mlx.jobs.pictures import Picture, find_pictures
+from tests.checkpoints import APPLE
+
+TASK = Task(
+    questions={"text": "What is it?"},
+    model="golden",
+    weights="w",
+    dtype="float32",
+    config=GenerationConfig(max_tokens=6),
+)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three pictures, a copy of one, and a file that is none."""
+    pictures = tmp_path / "pictures"
+    (pictures / "more").mkdir(parents=True)
+    for name in ("landscape", "portrait", "square"):
+        shutil.copy(APPLE / "images" / f"{name}.png", pictures / f"{name}.png")
+    shutil.copy(pictures / "square.png", pictures / "more" / "copy.png")
+    (pictures / "broken.jpg").write_text("no picture")
+    return pictures
+
+
+@pytest.fixture
+def engine(loaded: tuple[FastVLM, FastVLMProcessor]) -> Iterator[Engine]:
+    with Engine(*loaded) as engine:
+        yield engine
+
+
+def find(folder: Path) -> list[Picture]:
+    return find_pictures([str(folder)]).found
+
+
+def run(engine: Engine, folder: Path, output: Path | None, task: Task = TASK, **options: Any) -> list[Record]:
+    """The records of one run of the job."""
+    if output is None:
+        job = CaptionJob(task)
+        return [record for _, record in job.run(engine, job.plan(find(folder)).todo)]
+    with Journal(output) as journal:
+        job = CaptionJob(task, journal, mixed=options.get("force", False))
+        plan = job.plan(find(folder), **options)
+        return [record for _, record in job.run(engine, plan.todo, fresh=options.get("force", False))]
+
+
+def files(records: Sequence[Record]) -> list[str]:
+    return [record["file"] for record in records]
+
+
+def test_every_picture_gets_the_answer_that_it_gets_alone(
+    engine: Engine, folder: Path, loaded: tuple[FastVLM, FastVLMProcessor]
+) -> None:
+    records = run(engine, folder, None)
+    assert files(records) == ["broken.jpg", "landscape.png", "more/copy.png", "portrait.png", "square.png"]
+    for record in records[1:]:
+        alone = generate(*loaded, image=folder / record["file"], prompt="What is it?", max_tokens=6)
+        assert record["text"] == remove_opening(alone.text.strip())
+        assert record["generated_tokens"] == alone.generated_tokens
+    assert records[0]["error"]["type"] == "ImageError"
+    assert "not an image" in records[0]["error"]["message"]
+
+
+def test_equal_content_is_asked_about_once(engine: Engine, folder: Path) -> None:
+    records = {record["file"]: record for record in run(engine, folder, None)}
+    assert records["square.png"]["duplicate_of"] == "more/copy.png"
+    assert records["square.png"]["text"] == records["more/copy.png"]["text"]
+    assert "seconds" not in records["square.png"]
+
+
+def test_a_second_run_does_only_what_is_new_or_changed(engine: Engine, folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "captions.jsonl"
+    assert len(run(engine, folder, output)) == 5
+    before = output.read_bytes()
+    assert run(engine, folder, output) == []
+    assert output.read_bytes() == before
+    shutil.copy(APPLE / "images" / "tiny.png", folder / "tiny.png")
+    shutil.copy(APPLE / "images" / "large.png", folder / "portrait.png")
+    assert files(run(engine, folder, output)) == ["portrait.png", "tiny.png"]
+    assert files(run(engine, folder, output, retry_errors=True)) == ["broken.jpg"]
+    os.utime(folder / "landscape.png")
+    (again,) = run(engine, folder, output)
+    assert again["text"] == json.loads(before.splitlines()[1])["text"]
+    assert "seconds" not in again  # known by its content
+
+
+def test_force_asks_again_about_everything(engine: Engine, folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "captions.jsonl"
+    run(engine, folder, output)
+    records = run(engine, folder, output, force=True)
+    assert len(records) == 5
+    assert sum("seconds" in record for record in records) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"questions": {"text": "Why?"}}, "questions"),
+        ({"weights": "other"}, "weights"),
+        ({"config": GenerationConfig(max_tokens=7)}, "max_tokens"),
+        ({"resolution": 128}, "resolution"),
+        ({"system": "Be brief."}, "system"),
+    ],
+)
+def test_records_with_other_settings_are_not_taken_for_these(
+    engine: Engine, folder: Path, tmp_path: Path, change: dict[str, Any], named: str
+) -> None:
+    output = tmp_path / "captions.jsonl"
+    run(engine, folder, output)
+    other = Task(**{**vars(TASK), **change})
+    with pytest.raises(ConfigError, match=rf"captions.jsonl: holds captions with other settings \({named}\)"):
+        run(engine, folder, output, other)
+    assert len(run(engine, folder, output, other, force=True)) == 5
+
+
+def test_several_questions_give_fields(engine: Engine, folder: Path) -> None:
+    task = Task(**{**vars(TASK), "questions": {"colour": "What colour is it?", "name": "Is it {name}?"}})
+    record = run(engine, folder, None, task)[1]
+    assert set(record["answers"]) == {"colour", "name"}
+    assert "text" not in record
+
+
+def test_folders_that_share_names_are_told_apart(engine: Engine, folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy(folder / "portrait.png", other / "landscape.png")
+    found = find_pictures([str(folder), str(other)]).found
+    job = CaptionJob(TASK)
+    records = [record for _, record in job.run(engine, job.plan(found).todo)]
+    assert {str(folder / "landscape.png"), str(other / "landscape.png"), "portrait.png"} <= set(files(records))
+
+
+def test_a_picture_that_changes_while_it_is_read_is_an_error(
+    engine: Engine, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit = engine.submit
+
+    def meddle(request: Any) -> Any:
+        handle = submit(request)
+        handle.wait()
+        os.utime(request.image, ns=(1, 1))
+        return handle
+
+    monkeypatch.setattr(engine, "submit", meddle)
+    records = run(engine, folder, None)
+    assert {record["error"]["message"].partition(": ")[2] for record in records[1:]} == {
+        "changed while it was read; run the command again"
+    }
