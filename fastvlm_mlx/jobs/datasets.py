@@ -150,7 +150,7 @@ class WebDataset:
         extension = os.path.splitext(picture)[1][1:].lower() or "img"
         members = {
             extension: Path(picture).read_bytes(),
-            "txt": str(record["text"]).encode(),
+            "txt": str(record["text"]).encode("utf-8", "replace"),
             "json": json_line(record),
         }
         size = sum(map(len, members.values()))

@@ -76,7 +76,7 @@ def write_text(picture: str, text: str, *, own: Iterable[str] = (), overwrite: b
             return Outcome.UNCHANGED
         if found and found not in {" ".join(earlier.split()) for earlier in own}:
             return Outcome.KEPT
-    write_output(path, f"{text}\n".encode())
+    write_output(path, f"{text}\n".encode("utf-8", "replace"))
     return Outcome.WRITTEN
 
 

@@ -49,7 +49,8 @@ def test_a_text_is_on_one_line_and_a_persons_stays(picture: str, tmp_path: Path)
         assert write_text(picture, "A dog.", own=["Two dogs."]) is Outcome.KEPT
         assert path.read_bytes() == content
     path.write_bytes(b" \n")
-    assert write_text(picture, "caf\u00e9") is Outcome.WRITTEN
+    assert write_text(picture, "caf\u00e9 \udce9") is Outcome.WRITTEN
+    assert path.read_bytes() == "caf\u00e9 ?\n".encode()
     assert write_text(picture, "Mine", overwrite=True) is Outcome.WRITTEN
     assert sorted(os.listdir(tmp_path)) == ["photo.v2.jpg", "photo.v2.txt"]
     assert Path(picture).read_bytes() == b"picture"
