@@ -1,12 +1,11 @@
 """`fastvlm generate`: one question about one or several images, streamed to stdout."""
 
-import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fastvlm_mlx.cli.inputs import load_named, read_stdin, shortened
 from fastvlm_mlx.cli.options import (
     DEFAULT_MODEL,
     DEFAULT_PROMPT,
@@ -19,12 +18,10 @@ from fastvlm_mlx.cli.options import (
 )
 from fastvlm_mlx.cli.terminal import ByteProgress, LiveLine, note, show, show_answer, show_json, warn_of_slow_blas
 from fastvlm_mlx.cli.usage import is_given, usage_errors
-from fastvlm_mlx.errors import FastVLMError, ImageError, PromptError
-from fastvlm_mlx.formatting import as_text, printable, readable_bytes
+from fastvlm_mlx.errors import FastVLMError
+from fastvlm_mlx.formatting import as_text, readable_bytes
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from fastvlm_mlx import Choice, FastVLM, FastVLMProcessor, GenerationResult
 
 
@@ -130,7 +127,7 @@ def generate(
             seed=seed,
             stop=stop or (),
         )
-    sources, question = _read_stdin(images or [], DEFAULT_PROMPT if prompt is None else prompt)
+    sources, question = read_stdin(images or [], DEFAULT_PROMPT if prompt is None else prompt)
 
     from concurrent.futures import ThreadPoolExecutor
     from functools import partial
@@ -141,7 +138,7 @@ def generate(
 
     read = partial(load_image, background=background, notify=_note_transparency)
     with LiveLine() as line, ThreadPoolExecutor() as pool:  # images are decoded while weights are read
-        loading = [pool.submit(_load_image, read, source, prompt) for source in sources]
+        loading = [pool.submit(load_named, read, source, prompt) for source in sources]
 
         def announce(message: str) -> None:
             """Notes a slow step, such as a download, once every image is known to be one."""
@@ -213,7 +210,7 @@ def generate(
             ask(*loaded())
     asked = {
         "model": model,
-        "images": ["<stdin>" if name == "-" else _shortened(name) for name in images or []],
+        "images": ["<stdin>" if name == "-" else shortened(name) for name in images or []],
         "prompt": question,
     }
     if choice:
@@ -255,60 +252,8 @@ def _activity(images: int) -> str:
     return "looking at the image" if images == 1 else "looking at the images" if images else "reading"
 
 
-def _read_stdin(images: list[str], prompt: str) -> tuple[list[str | bytes], str]:
-    """The images and the prompt with `-` replaced by what stdin holds; only one of them can have it."""
-    if images.count("-") + (prompt == "-") > 1:
-        raise typer.BadParameter("- can stand for one image or for the prompt, once", param_hint="IMAGE")
-    sources = [_stdin() if name == "-" else name for name in images]
-    if prompt != "-":
-        return sources, prompt
-    try:
-        return sources, _stdin().decode("utf-8-sig").strip()
-    except UnicodeDecodeError as err:
-        raise PromptError(
-            f"stdin: byte {err.object[err.start]:#x} at {err.start} is not UTF-8; the prompt has to be text in UTF-8"
-        ) from err
-
-
-def _stdin() -> bytes:
-    """All of stdin.
-
-    Raises:
-        PromptError: If there is nothing, or it cannot be read.
-    """
-    try:
-        data = sys.stdin.buffer.read()
-    except OSError as err:
-        raise PromptError(f"stdin: cannot be read ({err.strerror or err})") from err
-    if not data:
-        raise PromptError("stdin was empty; pipe an image or a prompt into it")
-    return data
-
-
-def _load_image(load_image: "Callable[[str | bytes], Image]", source: str | bytes, prompt: str | None) -> "Image":
-    """An image; the error of one that looks like a question says how to ask it.
-
-    Raises:
-        ImageError: If it cannot be read or is not an image.
-    """
-    try:
-        return load_image(source)
-    except ImageError as err:
-        missing = isinstance(err.__cause__, FileNotFoundError)
-        if missing and prompt is None and isinstance(source, str) and {" ", "?"} & set(source):
-            raise ImageError(f"{err}; if it is the question, put --prompt before it") from err
-        raise
-
-
 def _note_transparency(name: str) -> None:
     note(f"{name}: shows the colours stored in its transparent pixels; --background white shows white there")
-
-
-def _shortened(name: str) -> str:
-    """The name of an image without the content of a `data:` URL."""
-    head, comma, content = name.partition(",")
-    is_data = comma and head[:5].lower() == "data:"
-    return f"{printable(head)},… ({len(content)} characters)" if is_data else name
 
 
 def _statistics(result: "GenerationResult") -> dict[str, Any]:
