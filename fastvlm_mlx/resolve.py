@@ -211,6 +211,9 @@ def _convert_once(
     except FastVLMError:
         if not is_done(folder):  # otherwise another process has made it, without a lock
             raise
+    finally:
+        if not folder.exists():  # an error or an interrupt
+            lock_file.unlink(missing_ok=True)
 
 
 def _convert(source: str | Path, folder: Path, dtype: str, revision: str | None, progress: Progress | None) -> None:
