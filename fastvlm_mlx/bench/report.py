@@ -265,6 +265,11 @@ def different_conditions(before: Report, after: Report) -> Iterator[str]:
     models = [" and ".join(map(repr, _models(report))) for report in (before, after)]
     if models[0] != models[1]:
         yield f"model: {models[0]}, {models[1]}"
+    weights = [{row.model: row.weights_sha256 for row in report.rows} for report in (before, after)]
+    for model in weights[0].keys() & weights[1].keys():
+        digests = [each[model] for each in weights]
+        if digests[0] != digests[1]:
+            yield f"weights of {model!r}: {', '.join((digest or 'random')[:12] for digest in digests)}"
     first, second = ({**report.conditions.to_dict(), **asdict(report.settings)} for report in (before, after))
     for name, value in first.items():
         if name in ("time", "fastvlm_mlx"):

@@ -60,6 +60,11 @@ def test_comparison_tells_what_was_not_the_same() -> None:
     ]
 
 
+def test_other_weights_of_the_same_name_are_told() -> None:
+    first, second = (make_report(make_row(model="int4", weights_sha256=64 * digit)) for digit in "ab")
+    assert list(different_conditions(first, second)) == ["weights of 'int4': aaaaaaaaaaaa, bbbbbbbbbbbb"]
+
+
 def test_memory_counts_as_the_same_within_one_per_cent() -> None:
     first = make_report(memory=16_000_000_000)
     assert list(different_conditions(first, make_report(memory=16_000_012_000))) == []
