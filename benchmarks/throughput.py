@@ -1,0 +1,222 @@
+"""Measures how many tokens and pictures a second an engine gives, by the number of rows that it decodes at once.
+
+Everything happens in one warm process; the measurements take turns, so that a busy moment of the machine hits all.
+
+- **decoding**: tokens per second of so many rows together, after their prompts.
+- **captioning**: pictures per second of `Engine.map`, each picture new, from the file to its last token, beside
+  `generate` for one at a time.
+
+Answers have a fixed length, as end tokens are ignored.
+
+    python benchmarks/throughput.py                        # 0.5b, random weights; about 10 minutes on two cores
+    python benchmarks/throughput.py --model 0.5b --resolution 512 --record
+"""
+
+import argparse
+import json
+import platform
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from peers import RESULTS, where
+
+from fastvlm_mlx import Engine, GenerationConfig, Request, generate
+from fastvlm_mlx.bench.candidate import Candidate
+from fastvlm_mlx.bench.conditions import Conditions, conditions
+from fastvlm_mlx.bench.images import Images
+from fastvlm_mlx.engine.row import Row
+from fastvlm_mlx.engine.scheduler import Scheduler
+from fastvlm_mlx.formatting import as_markdown
+from fastvlm_mlx.machine import describe
+
+HERE = Path(__file__).resolve().parent
+README = HERE / "README.md"
+BUILD = HERE.parent / "build"
+BEGIN, END = "<!-- bench-throughput:begin -->", "<!-- bench-throughput:end -->"
+PROMPT = "Describe the image."
+STEPS = 16
+"""Decoding steps that are timed."""
+
+Samples = dict[str, list[float]]
+"""By the number of rows, as text, since JSON has no other keys."""
+
+
+def decoding(candidate: Candidate, rows: int, resolution: int) -> float:
+    """Returns tokens per second of so many rows together."""
+    rng = np.random.default_rng(0)
+    scheduler = Scheduler(candidate.model, max_rows=rows)
+    prompts = [candidate.processor.encode(PROMPT + " Why?" * (number % 3), 1) for number in range(rows)]
+    scheduler.add(
+        Row(
+            prompt,
+            rng.integers(0, 256, (1, resolution, resolution, 3), np.uint8),
+            GenerationConfig(ignore_eos=True),
+            max_tokens=STEPS + 2,
+        )
+        for prompt in prompts
+    )
+    scheduler.step()
+    scheduler.step()
+    start = time.perf_counter()
+    tokens = 0
+    while scheduler.is_busy:
+        tokens += len(scheduler.step())
+    return tokens / (time.perf_counter() - start)
+
+
+class Captioning:
+    """Captions pictures that no earlier measurement has shown.
+
+    Args:
+        candidate: The model.
+        resolution: In pixels.
+        max_tokens: Length of each caption.
+    """
+
+    def __init__(self, candidate: Candidate, resolution: int, max_tokens: int) -> None:
+        self._candidate = candidate
+        self._resolution = resolution
+        self._config = GenerationConfig(max_tokens=max_tokens, ignore_eos=True)
+        self._images = Images()
+        self._shown = 0
+
+    def _pictures(self, count: int) -> list[bytes]:
+        self._shown += count
+        return [self._images(number) for number in range(self._shown - count, self._shown)]
+
+    def alone(self, count: int) -> float:
+        """Returns pictures per second, one after the other."""
+        pictures = self._pictures(count)
+        start = time.perf_counter()
+        for picture in pictures:
+            generate(
+                self._candidate.model,
+                self._candidate.processor,
+                image=picture,
+                prompt=PROMPT,
+                resolution=self._resolution,
+                config=self._config,
+            )
+        return count / (time.perf_counter() - start)
+
+    def together(self, engine: Engine, count: int) -> float:
+        """Returns pictures per second of an engine."""
+        requests = [
+            Request(image=picture, prompt=PROMPT, resolution=self._resolution, config=self._config)
+            for picture in self._pictures(count)
+        ]
+        start = time.perf_counter()
+        for handle in engine.map(requests):
+            handle.result()
+        return count / (time.perf_counter() - start)
+
+
+def measure(candidate: Candidate, options: argparse.Namespace) -> tuple[Samples, Samples]:
+    """Returns the samples of decoding and of captioning."""
+    captioning = Captioning(candidate, options.resolution, options.max_tokens)
+    captioning.alone(1)
+    decoded: Samples = {}
+    captioned: Samples = {}
+    for run in range(options.runs):
+        for rows in options.rows:
+            rate = decoding(candidate, rows, options.resolution)
+            decoded.setdefault(str(rows), []).append(rate)
+            print(f"run {run + 1}/{options.runs}: {rows} rows decode {rate:.1f} tokens/s", flush=True)
+        for batch in options.batches:
+            if batch == 1:
+                rate = captioning.alone(options.alone)
+            else:
+                with Engine(candidate.model, candidate.processor, max_batch=batch) as engine:
+                    rate = captioning.together(engine, options.pictures)
+            captioned.setdefault(str(batch), []).append(rate)
+            print(f"run {run + 1}/{options.runs}: {batch} at a time caption {rate:.3f} pictures/s", flush=True)
+    return decoded, captioned
+
+
+def report(
+    candidate: Candidate, options: argparse.Namespace, before: Conditions, samples: tuple[Samples, Samples]
+) -> dict[str, Any]:
+    """Returns the JSON object with every sample."""
+    names = ("resolution", "max_tokens", "pictures", "alone", "runs")
+    return {
+        "conditions": before.to_dict(),
+        "model": candidate.name,
+        "dtype": str(candidate.model.dtype).rpartition(".")[2],
+        "settings": {name: getattr(options, name) for name in names},
+        "decoding": samples[0],
+        "captioning": samples[1],
+    }
+
+
+def table(values: dict[str, Any]) -> Iterator[str]:
+    """Yields the lines of the Markdown table of a report, and its caption."""
+    header, rows = ["rows at once"], [["decoding, tokens/s"], ["captioning, pictures/s"]]
+    parts = [values["decoding"], values["captioning"]]
+    counts = sorted({int(count) for part in parts for count in part})
+    for count in map(str, counts):
+        header.append(count)
+        for row, part, digits in zip(rows, parts, (1, 2), strict=True):
+            if count not in part:
+                row.append("")
+                continue
+            rate, alone = median(part[count]), median(part["1"])
+            row.append(f"{rate:.{digits}f}" + ("" if count == "1" else f" ({rate / alone:.1f}×)"))
+    yield as_markdown([header, *rows])
+    settings = values["settings"]
+    machine = Conditions.from_dict(values["conditions"]).machine
+    yield ""
+    yield (
+        f"{values['model']}, {values['dtype']}, {settings['resolution']} px, captions of {settings['max_tokens']} "
+        f"tokens; {settings['pictures']} pictures, or {settings['alone']} one at a time; medians of {settings['runs']} "
+        f"runs that took turns in one process. Measured {where(machine)}: {machine.chip}, {machine.cores} cores."
+    )
+
+
+def write_table(readme: Path) -> None:
+    """Writes the tables of all stored reports between the markers of a README."""
+    reports = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(RESULTS.glob("throughput-*.json"))]
+    before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
+    _, after = rest.split(END)
+    content = "\n\n".join("\n".join(table(values)) for values in reports)
+    readme.write_text(f"{before}{BEGIN}\n{content}\n{END}{after}", encoding="utf-8")
+
+
+def file_name(candidate: Candidate, resolution: int) -> str:
+    """Returns `throughput-<model>-<px>-<system>-<chip>.json`."""
+    words = [candidate.name, str(resolution), platform.system(), describe().chip]
+    return f"throughput-{re.sub(r'[^a-z0-9.]+', '-', '-'.join(words).lower()).strip('-')}.json"
+
+
+def main() -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="instead of random weights")
+    parser.add_argument("--size", default="0.5b", help="of the random weights")
+    parser.add_argument("--resolution", type=int, default=256)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 8, 16], help="to decode at once; 1 among them")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 16], help="to caption at once; 1 among them")
+    parser.add_argument("--pictures", type=int, default=64)
+    parser.add_argument("--alone", type=int, default=6, help="pictures that are captioned one at a time")
+    parser.add_argument("--max-tokens", type=int, default=48)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--record", action="store_true", help="replace the tracked results and tables at the end")
+    options = parser.parse_args()
+    candidate = Candidate.load(options.model) if options.model else Candidate.random(options.size)
+    before = conditions()
+    values = report(candidate, options, before, measure(candidate, options))
+    folder = RESULTS if options.record else BUILD
+    folder.mkdir(exist_ok=True)
+    file = folder / file_name(candidate, options.resolution)
+    file.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    print("\n".join(table(values)))
+    if options.record:
+        write_table(README)
+
+
+if __name__ == "__main__":
+    main()
