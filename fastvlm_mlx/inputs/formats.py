@@ -41,6 +41,8 @@ _MAX_TEXT_BYTES = 1 << 20
 # Bits and colour type, grey or RGB, of the PNGs whose samples Pillow gives in 8 bits.
 _OPAQUE_DEPTHS = (b"\x01\0", b"\x02\0", b"\x04\0", b"\x08\0", b"\x08\2", b"\x10\2")
 
+_HEADER_BYTES = 4096
+
 _RAW = "it is a camera raw file; export it as JPEG"
 _VIDEO = "it is a video; save a frame of it as PNG"
 # How files begin that people take for images, from byte 0 or 4 on, and what they are.
@@ -160,6 +162,8 @@ def _open_heif(data: bytes, name: str) -> Image:
     try:
         image: Image = HeifImageFile(io.BytesIO(data))
     except DECODER_ERRORS as err:
+        if b"moov" in data[:_HEADER_BYTES]:
+            raise ImageError(f"{name}: a HEIF sequence without a still image; save a frame of it as PNG") from err
         raise ImageError(f"{name}: damaged or of an unknown kind of HEIF ({printable(err)}); save it as JPEG") from err
     return image
 

@@ -76,9 +76,10 @@ def to_rgb(
                 notify(name)
             return _upright(rgb, image)
     except DECODER_ERRORS as err:
-        raise ImageError(
-            f"{name}: damaged, incomplete or of an unknown kind ({printable(err)}); export it again"
-        ) from err
+        if getattr(image, "tile", None) and getattr(getattr(image, "fp", None), "closed", True):
+            raise ImageError(f"{name}: its file was closed before it was read; call load() on the image first") from err
+        reason = printable(err) or type(err).__name__
+        raise ImageError(f"{name}: damaged, incomplete or of an unknown kind ({reason}); export it again") from err
     except MemoryError as err:
         raise ImageError(f"{name}: does not fit into memory ({image.width}×{image.height} pixels)") from err
 

@@ -129,6 +129,11 @@ def test_a_background_shows_through_a_transparent_heic():
     assert image[28:].min() < 200
 
 
+def test_a_sequence_without_a_still_image_is_refused_as_such():
+    with pytest.raises(ImageError, match=r"sequence\.heics: a HEIF sequence without a still image; save a frame"):
+        load_image(HEIC / "sequence.heics")
+
+
 def test_missing_pi_heif_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "pi_heif", None)
     with pytest.raises(ImageError, match=r"plain\.heic: HEIC needs the package pi-heif .*; pip install pi-heif"):

@@ -353,6 +353,18 @@ def test_a_closed_file_is_refused(tmp_path):
         load_image(file)
 
 
+def test_an_image_whose_file_was_closed_is_refused(tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(encoded())
+    with Image.open(path) as by_name:
+        pass
+    with path.open("rb") as file:
+        by_file = Image.open(file)
+    for image in (by_name, by_file):
+        with pytest.raises(ImageError, match="its file was closed before it was read; call load"):
+            load_image(image)
+
+
 def test_a_file_may_be_called_tilde(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("~").write_bytes(encoded())
