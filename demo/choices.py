@@ -40,10 +40,11 @@ def language(question: Question) -> bool:
 def measure(model: str, questions: Path, limit: int | None) -> dict[str, list[dict[str, Any]]]:
     """Returns for each resolution what was chosen and what generated, a record for each question."""
     network, processor = load(model)
-    rows = [row for row in read_questions(questions) if isinstance(row, Question) and row.kind in KINDS][:limit]
+    rows = [row for row in read_questions(questions) if isinstance(row, Question) and row.kind in KINDS]
     choices: dict[tuple[str, bool], set[str]] = defaultdict(set)
     for row in rows:
         choices[row.kind, language(row)].add(row.answers[0])
+    rows = rows[:limit]
     results: dict[str, list[dict[str, Any]]] = {}
     for resolution in RESOLUTIONS:
         records = results.setdefault(str(resolution), [])
