@@ -79,7 +79,7 @@ def look_up(repository: str, revision: str | None) -> Repository:
             the repository holds no checkpoint.
     """
     with explained(repository, revision):
-        from huggingface_hub import HfApi, RepoFile
+        from huggingface_hub.hf_api import HfApi, RepoFile
 
         api = HfApi()
         info = api.model_info(repository, revision=revision, timeout=_TIMEOUT)

@@ -60,11 +60,6 @@ class Part:
         return round(8 * self.size_bytes / self.parameters, 2) if self.parameters else 0.0
 
 
-def folder_bytes(folder: Path) -> int:
-    """The bytes of the files in a folder, without its subfolders."""
-    return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
-
-
 def tensors(folder: Path) -> dict[str, Stored]:
     """Every tensor of a converted folder, from the headers.
 

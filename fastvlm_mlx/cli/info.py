@@ -29,9 +29,9 @@ def info(
 ) -> None:
     """Show this machine, or a checkpoint.
 
-    Without MODEL: device, memory, BLAS and the converted models in the cache. With MODEL: its source and its parts,
-    and for each resolution the visual tokens and an estimate of the memory that a question takes here. Nothing is
-    downloaded or converted: of a model on the Hub only headers are read.
+    Without MODEL: device, memory, BLAS and the cache, of which `fastvlm cache` shows more. With MODEL: its source and
+    its parts, and for each resolution the visual tokens and an estimate of the memory that a question takes here.
+    Nothing is downloaded or converted: of a model on the Hub only headers are read.
     """
     if model is None:
         refuse(["--revision"] if revision else [], "without MODEL")
@@ -45,17 +45,17 @@ def info(
 def _machine() -> dict[str, Any]:
     from fastvlm_mlx import __version__
     from fastvlm_mlx.backend import blas
-    from fastvlm_mlx.checkpoint.describe import folder_bytes
-    from fastvlm_mlx.checkpoint.folder import is_converted
+    from fastvlm_mlx.cache import items
     from fastvlm_mlx.machine import cache_folder, describe
 
-    cache = cache_folder()
+    found = items()
     return {
         "fastvlm_mlx": __version__,
         **asdict(describe()),
         "blas": asdict(blas()),
-        "cache": str(cache),
-        "cached": {folder.name: folder_bytes(folder) for folder in sorted(cache.glob("*")) if is_converted(folder)},
+        "cache": str(cache_folder()),
+        "cached": {item.name: item.size_bytes for item in found if item.kind == "model"},
+        "answers_bytes": sum(item.size_bytes for item in found if item.kind == "answers"),
     }
 
 
@@ -68,9 +68,11 @@ def _machine_lines(record: dict[str, Any]) -> Iterator[str]:
     yield f"BLAS         {blas['name']}" + (f", {blas['threads']} threads" if blas["threads"] else "")
     if blas["hint"]:
         yield f"             faster: {blas['hint']}"
-    yield f"cache        {record['cache']}" + ("" if record["cached"] else " (empty)")
+    yield f"cache        {record['cache']}" + ("" if record["cached"] or record["answers_bytes"] else " (empty)")
     for name, size in record["cached"].items():
         yield f"             {name}, {readable_bytes(size)}"
+    if record["answers_bytes"]:
+        yield f"             answers of fastvlm eval, {readable_bytes(record['answers_bytes'])}"
 
 
 def from_headers(name: str, revision: str | None) -> "tuple[ModelConfig, Mapping[str, Stored], Path | Plan]":

@@ -449,6 +449,7 @@ def test_info_describes_the_machine_and_the_cache() -> None:
     assert record["cores"] >= 1
     assert record["memory"] > 1e9
     assert [name.split("-")[0] for name in record["cached"]] == ["train"]
+    assert record["answers_bytes"] == 0
     text = invoke("info").stdout
     assert f"fastvlm-mlx  {fastvlm_mlx.__version__}, mlx " in text
     assert "BLAS" in text
