@@ -129,7 +129,7 @@ class UpstreamCheckpoint:
 
         Raises:
             CheckpointError: If it has a head of its own, but its config says that the head is tied.
-            ConversionError: If the head is not to be tied, but there is none.
+            ConversionError: If the head is not to be tied, but there is none, or none that differs from the embedding.
         """
         layers = self._count("language_model.model.layers.")
         text: TextConfig = upstream_config.text_config(self.config, self._rows, layers)
@@ -139,6 +139,8 @@ class UpstreamCheckpoint:
                 raise ConversionError(f"{self.source.label}: has no head; it can only be tied to the embedding")
             return text
         if self._head_is_embedding:
+            if tie is False:
+                raise ConversionError(f"{self.source.label}: has a head that equals the embedding; it is tied to that")
             return text
         if tie is None and said:
             raise CheckpointError(

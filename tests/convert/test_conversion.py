@@ -140,6 +140,13 @@ def test_a_head_that_is_not_there_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match="has no head; it can only be tied to the embedding"):
         plan(SOURCES["apple"], tie_word_embeddings=False)
 
+    def add_embedding(values: Tensors) -> None:
+        values["lm_head.weight"] = values["model.embed_tokens.weight"]
+
+    equal = changed(SOURCES["apple"], tmp_path / "equal", edit=add_embedding)
+    with pytest.raises(ConversionError, match="has a head that equals the embedding; it is tied to that"):
+        plan(equal, tie_word_embeddings=False)
+
 
 @pytest.fixture
 def exported_decoder(tmp_path: Path) -> Path:
