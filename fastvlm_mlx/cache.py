@@ -111,7 +111,10 @@ def _lock_shared(path: Path) -> int:
     """A descriptor of a mark with a shared lock; waits for a process that is removing the model, and marks it anew."""
     deadline = time.monotonic() + _PATIENCE
     while True:
-        mark = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            mark = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError:  # another user's: it can be locked, not written
+            mark = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             fcntl.flock(mark, fcntl.LOCK_SH | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(mark), os.stat(path)):
@@ -205,7 +208,10 @@ def _provenance(path: Path) -> tuple[str, str]:
         return source, f"commit {str(made.get('revision'))[:12]}"
     if source != DEMO and not os.path.exists(source):
         return source, "source is gone"
-    current = entry(parse_name(source if source == DEMO else Path(source)), None)
+    try:
+        current = entry(parse_name(source if source == DEMO else Path(source)), None)
+    except (FastVLMError, OSError):
+        return source, "source cannot be read"
     return source, "" if current == path else "source has changed"
 
 
@@ -246,8 +252,8 @@ def _locks(path: Path, kind: str) -> list[Path]:
 
 
 def _is_locked(path: Path) -> bool:
-    """Whether a process holds a lock on a file, be it a shared one."""
-    with suppress(FileNotFoundError), path.open("rb") as file:
+    """Whether a process is known to hold a lock on a file, be it a shared one."""
+    with suppress(OSError), path.open("rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

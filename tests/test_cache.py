@@ -1,5 +1,6 @@
 """The cache folder: one conversion for one source, marks of use, and removal of what nobody uses."""
 
+import errno
 import fcntl
 import os
 import shutil
@@ -10,6 +11,7 @@ import pytest
 from fastvlm_mlx.cache import Item, _used, cache_folder, entry, items, remove
 from fastvlm_mlx.checkpoint.released import Location, parse_name
 from fastvlm_mlx.convert import scratch
+from fastvlm_mlx.errors import ConversionError
 from fastvlm_mlx.resolve import resolve
 from tests.checkpoints import SOURCES
 from tests.conftest import Converted
@@ -141,6 +143,21 @@ def test_conversions_of_an_earlier_version_are_known_by_their_names(cache: Path)
     assert {item.remark for item in items()} == {"made by an earlier version"}
     assert len([remove(item) for item in items()]) == 3
     assert not [path for path in cache.iterdir() if path.is_dir()]
+
+
+def test_a_file_system_without_locks_shows_everything_and_removes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There nobody can know whether a process uses a model."""
+    folder = made(APPLE)
+
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fastvlm_mlx.cache.fcntl.flock", no_locks)
+    assert resolve(APPLE) == folder
+    assert not only().in_use
+    with pytest.raises(ConversionError, match="cannot be removed: No locks available"):
+        remove(only())
+    assert resolve(APPLE) == folder
 
 
 def test_answers_are_kept_while_they_are_written(cache: Path) -> None:
