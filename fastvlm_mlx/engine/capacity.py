@@ -22,8 +22,12 @@ def position_bytes(config: ModelConfig, item: int) -> int:
     return 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * item
 
 
-def default_rows(model: FastVLM, memory: int) -> int:
-    """How many rows to decode at once on a machine with so many bytes of memory."""
+def free_positions(model: FastVLM, memory: int) -> int:
+    """The positions whose keys and values a machine with so many bytes of memory has room for, besides the weights."""
     weights = tree_reduce(lambda total, weight: total + weight.nbytes, model.parameters(), 0)
-    row = POSITIONS * position_bytes(model.config, model.dtype.size)
-    return max(1, min(MOST_ROWS[device()], int(SHARE * memory - weights) // row))
+    return max(1, int(SHARE * memory - weights) // position_bytes(model.config, model.dtype.size))
+
+
+def default_rows(positions: int) -> int:
+    """How many rows to decode at once where there is room for so many positions."""
+    return max(1, min(MOST_ROWS[device()], positions // POSITIONS))

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fastvlm_mlx.backend import mx
+from fastvlm_mlx.backend import device, mx
 from fastvlm_mlx.config import IMAGE_TOKEN
 from fastvlm_mlx.engine.prefix_cache import PrefixCache, PrefixKey, check_prefix_cache
 from fastvlm_mlx.engine.row import Row
@@ -24,8 +24,8 @@ from fastvlm_mlx.streams import check_process, turn
 
 _T = TypeVar("_T")
 
-TOWER_PIXELS = 4 * 1024**2
-"""The most pixels that the vision tower sees at once: four images of 1024 px, 64 of 256 px."""
+TOWER_PIXELS = {"cpu": 1024**2, "gpu": 4 * 1024**2}
+"""The most pixels that the vision tower sees at once: of 1024 px, one image or four; a CPU gains little by more."""
 
 PREFILL_POSITIONS = 2048
 """The most positions that are prefilled at once, but for a longer prompt alone."""
@@ -44,14 +44,24 @@ class Scheduler:
     Args:
         model: Prepared for the device.
         max_rows: The most rows at once.
+        max_positions: The most positions that may be set aside for their keys and values: the rows times the positions
+            of the longest, its answer included. A longer row is decoded alone. None sets no limit.
         prefix_cache: What earlier prompts left, and where these leave their own; None reuses nothing.
 
     Attributes:
         max_rows: Halved when memory was short.
     """
 
-    def __init__(self, model: FastVLM, *, max_rows: int, prefix_cache: PrefixCache | None = None) -> None:
+    def __init__(
+        self,
+        model: FastVLM,
+        *,
+        max_rows: int,
+        max_positions: int | None = None,
+        prefix_cache: PrefixCache | None = None,
+    ) -> None:
         self.max_rows = max_rows
+        self._max_positions = max_positions
         self._model = model
         self._prefix_cache = prefix_cache
         check_prefix_cache(prefix_cache)
@@ -140,7 +150,7 @@ class Scheduler:
             row = self._waiting.popleft()
             if row.cancelled:
                 continue
-            if row in self._suspects and (self._rows or taken):
+            if (row in self._suspects or not self._fit([*self._rows, *taken, row])) and (self._rows or taken):
                 later.append(row)
                 break
             if row.picture in pictures:
@@ -154,10 +164,23 @@ class Scheduler:
         self._waiting.extendleft(reversed(later))
         return taken
 
+    def _fit(self, rows: Sequence[Row]) -> bool:
+        """Whether there is memory for the keys and values of rows, up to the last token that each may get."""
+        if self._max_positions is None:
+            return True
+        longest = max(
+            len(row.input_ids) + len(row.pixel_values) * (self._visual_tokens(row) - 1) + row.max_tokens for row in rows
+        )
+        return len(rows) * longest <= self._max_positions
+
+    def _visual_tokens(self, row: Row) -> int:
+        """N, the positions that an image of a row takes."""
+        return (row.resolution // self._model.config.vision_config.patch_size) ** 2
+
     def _known(self, row: Row) -> _Prompt:
         """A row's prompt, split where the prefix cache ends."""
         ids, images = row.input_ids + row.tokens, row.image_keys
-        visual_tokens = (row.resolution // self._model.config.vision_config.patch_size) ** 2
+        visual_tokens = self._visual_tokens(row)
         row.reused, cache = 0, None
         if self._prefix_cache is not None:
             row.reused, cache = self._prefix_cache.match(row.history, visual_tokens)
@@ -175,7 +198,7 @@ class Scheduler:
                 unseen.setdefault(prompt.row.resolution, {}).update(zip(prompt.images, pixels, strict=True))
         visual_tokens: dict[bytes, mx.array] = {}
         for resolution, images in unseen.items():
-            for keys in _powers_of_two(list(images), max(1, TOWER_PIXELS // resolution**2)):
+            for keys in _powers_of_two(list(images), max(1, TOWER_PIXELS[device()] // resolution**2)):
                 encoded = self._model.encode_image(np.stack([images[key] for key in keys]))
                 visual_tokens.update(zip(keys, encoded, strict=True))
         return visual_tokens

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from typing import Literal
 
-from fastvlm_mlx.engine.capacity import default_rows
+from fastvlm_mlx.engine.capacity import default_rows, free_positions
 from fastvlm_mlx.engine.prefix_cache import PrefixCache
 from fastvlm_mlx.engine.row import Row
 from fastvlm_mlx.engine.scheduler import Scheduler
@@ -61,7 +61,8 @@ class Engine:
         queue_size: int | None = None,
         prefix_cache: PrefixCache | None = None,
     ) -> None:
-        self.max_batch = default_rows(model, describe().memory) if max_batch == "auto" else max_batch
+        positions = free_positions(model, describe().memory)
+        self.max_batch = default_rows(positions) if max_batch == "auto" else max_batch
         queue_size = 2 * self.max_batch if queue_size is None else queue_size
         if self.max_batch < 1 or queue_size < 0:
             raise ConfigError(f"max_batch must be at least 1 and queue_size at least 0, not {max_batch}, {queue_size}")
@@ -69,7 +70,8 @@ class Engine:
         self._processor = processor
         self._room = threading.Semaphore(self.max_batch + queue_size)
         self._preparing = ThreadPoolExecutor(PREPARING_THREADS, thread_name_prefix="fastvlm-prepare")
-        worker = _Worker(Scheduler(model, max_rows=self.max_batch, prefix_cache=cache), self._room.release)
+        scheduler = Scheduler(model, max_rows=self.max_batch, max_positions=positions, prefix_cache=cache)
+        worker = _Worker(scheduler, self._room.release)
         self._worker = worker
         self._close = weakref.finalize(self, worker.close)
 

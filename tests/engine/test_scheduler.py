@@ -82,6 +82,25 @@ def test_a_request_that_does_not_fit_alone_is_told_so(loaded, monkeypatch):
     assert "not enough memory for this request: std::bad_alloc" in str(rows[0].error)
 
 
+def test_rows_join_only_while_their_keys_and_values_fit(loaded):
+    """The fifth row is too long for the limit, so it is decoded alone; the others need 19 positions each at most."""
+    model, _ = loaded
+
+    def rows():
+        short = make_rows(6)
+        return [*short[:4], Row(list(range(60)), short[0].pixel_values[:0], short[0].config, max_tokens=4), *short[4:]]
+
+    expected = [answers(model, [row], max_rows=1)[0] for row in rows()]
+    scheduler, together = Scheduler(model, max_rows=6, max_positions=3 * 19), rows()
+    scheduler.add(together)
+    active = []
+    while scheduler.is_busy:
+        active.append([together.index(row) for row in scheduler.step()])
+    assert [row.tokens for row in together] == expected
+    assert max(map(len, active)) == 3
+    assert all(len(numbers) == 1 for numbers in active if 4 in numbers)
+
+
 def test_an_error_in_a_step_fails_only_the_row_that_causes_it(loaded, monkeypatch):
     model, _ = loaded
     expected = answers(model, make_rows(5), max_rows=5)
