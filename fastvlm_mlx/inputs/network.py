@@ -214,5 +214,6 @@ class _RedirectHandler(HTTPRedirectHandler):
         elif urlsplit(url).scheme not in ("http", "https"):
             refusal = f"a redirect to {url}, which is neither http nor https"
         else:
+            response.close()  # otherwise, urllib would read its body first, however long that is
             return super().redirect_request(request, response, code, reason, headers, url)
         raise HTTPError(request.full_url, code, refusal, headers, response)

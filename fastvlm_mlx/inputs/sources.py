@@ -163,12 +163,14 @@ def _read_limited(read: Any, limit: int, name: str) -> bytes:
     """Reads everything that `read(size)` returns.
 
     Raises:
-        ImageError: If it is text, or more than `limit` bytes.
+        ImageError: If it is text or anything else but bytes, or more than `limit` bytes.
     """
     buffer = io.BytesIO()
     while chunk := read(1 << 20):
         if isinstance(chunk, str):
             raise ImageError(f"{name}: opened as text; open it in binary mode ('rb')")
+        if not isinstance(chunk, (bytes, bytearray, memoryview)):
+            raise ImageError(f"{name}: reading it gave {type(chunk).__name__}, not bytes; give an open binary file")
         buffer.write(chunk)
         if buffer.tell() > limit:
             raise ImageError(f"{name}: larger than {limit >> 20} MiB, the most that is read")

@@ -4,6 +4,7 @@ import contextlib
 import io
 import struct
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -104,6 +105,7 @@ def test_flipped_bytes_never_raise_anything_else():
         ("data:image/png;base64,", r"is empty \(0 bytes\)"),
         ("data:text/plain,hello", "not an image in a known format"),
         (io.StringIO("text"), r"opened as text; open it in binary mode \('rb'\)"),
+        (SimpleNamespace(read=lambda size: 5), "image file: reading it gave int, not bytes"),
         (None, "must be a path, URL, bytes, binary file, PIL image or array, not NoneType"),
         (3, "not int"),
         (["a.png"], "not list"),

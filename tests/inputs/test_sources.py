@@ -59,6 +59,11 @@ class Server(http.server.BaseHTTPRequestHandler):
             self.send_response(200)
             self.send_header("Content-Length", "many")
             self.end_headers()
+        elif self.path == "/huge-redirect":
+            self.send_response(302)
+            self.send_header("Location", "/untyped.png")
+            self.send_header("Content-Length", str(10**30))
+            self.end_headers()
         elif self.path == "/slow-header.png":
             self.wfile.write(b"HTTP/1.1 200 OK\r\n")
             with contextlib.suppress(OSError):
@@ -118,7 +123,7 @@ def _no_proxy(monkeypatch):
     monkeypatch.setenv("no_proxy", "*")
 
 
-@pytest.mark.parametrize("path", ["ein bild.png?size=ü", "untyped.png", "mistyped.png", "redirect3"])
+@pytest.mark.parametrize("path", ["ein bild.png?size=ü", "untyped.png", "mistyped.png", "redirect3", "huge-redirect"])
 def test_a_url_is_fetched(server, path):
     assert load_image(f"{server}/{path}").size == (40, 30)
 

@@ -33,15 +33,17 @@ _QUESTIONS = "".join(
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A command that writes.
+    """A program that writes.
 
     Attributes:
         arguments: Of `fastvlm`, with `{here}` for the folder that the job works in.
+        code: What Python runs in the place of `fastvlm`; it does not clean up when it is terminated.
         prepare: Puts what it reads into that folder.
-        result: The name of what it writes in there; None if that is in the cache or on standard output.
+        result: The name of what it writes in there; None if it writes to standard output.
     """
 
     arguments: tuple[str, ...]
+    code: str | None = None
     prepare: Callable[[Path], object] = lambda _: None
     result: str | None = "out"
 
@@ -51,7 +53,7 @@ def _archive(here: Path) -> None:
 
 
 def _converted(here: Path) -> None:
-    _run(("convert", str(SOURCES["apple"]), str(here / "converted")), here)
+    _run(Job(arguments=("convert", str(SOURCES["apple"]), "{here}/converted")), here)
 
 
 def _questions(here: Path) -> None:
@@ -64,17 +66,9 @@ JOBS = {
     "convert and quantize": Job(arguments=("convert", str(SOURCES["apple"]), "{here}/out", *_QUANTIZED)),
     "quantize": Job(arguments=("quantize", "{here}/converted", "{here}/out", *_QUANTIZED), prepare=_converted),
     "mlx-vlm": Job(
-        arguments=(
-            "convert",
-            str(SOURCES["apple"]),
-            "{here}/out",
-            "--format",
-            "mlx-vlm",
-            "--q-decoder",
-            "8",
-            "--q-group-size",
-            "32",
-        )
+        arguments=("{here}/converted", "{here}/out"),
+        code="import sys; from fastvlm_mlx.convert.export.mlx_vlm import export_mlx_vlm; export_mlx_vlm(*sys.argv[1:])",
+        prepare=_converted,
     ),
     "archive": Job(arguments=("convert", "{here}/source.zip", "{here}/out"), prepare=_archive),
     "first use": Job(
@@ -82,14 +76,24 @@ JOBS = {
         result=None,
     ),
     "eval": Job(
-        arguments=("eval", "-m", str(SOURCES["apple"]), "--data", "questions.jsonl", "-n", "2", "--json"),
+        arguments=(
+            "eval",
+            "-m",
+            str(SOURCES["apple"]),
+            "--data",
+            "questions.jsonl",
+            "-n",
+            "2",
+            "--output",
+            "answers.jsonl",
+        ),
         prepare=_questions,
-        result=None,
+        result="answers.jsonl",
     ),
 }
 
 
-def _start(arguments: tuple[str, ...], here: Path) -> "subprocess.Popen[bytes]":
+def _start(job: Job, here: Path) -> "subprocess.Popen[bytes]":
     temporary = here / "temporary"
     temporary.mkdir(exist_ok=True)
     environment = {
@@ -102,7 +106,11 @@ def _start(arguments: tuple[str, ...], here: Path) -> "subprocess.Popen[bytes]":
         },
     }
     return subprocess.Popen(
-        [sys.executable, "-m", "fastvlm_mlx", *(argument.format(here=here) for argument in arguments)],
+        [
+            sys.executable,
+            *(("-c", job.code) if job.code else ("-m", "fastvlm_mlx")),
+            *(argument.format(here=here) for argument in job.arguments),
+        ],
         cwd=here,
         env=environment,
         stdout=subprocess.PIPE,
@@ -110,10 +118,10 @@ def _start(arguments: tuple[str, ...], here: Path) -> "subprocess.Popen[bytes]":
     )
 
 
-def _run(arguments: tuple[str, ...], here: Path) -> str:
-    process = _start(arguments, here)
+def _run(job: Job, here: Path) -> str:
+    process = _start(job, here)
     output, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, f"{arguments}: exit code {process.returncode}: {errors.decode()[-500:]}"
+    assert process.returncode == 0, f"{job.arguments}: exit code {process.returncode}: {errors.decode()[-500:]}"
     return output.decode()
 
 
@@ -125,7 +133,11 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def _outcome(job: Job, here: Path, output: str) -> object:
-    return output if job.result is None else _digests(here / job.result)
+    """What a job has written: a checkpoint, answers, or a text."""
+    if job.result is None:
+        return output
+    written = here / job.result
+    return _digests(written) if written.is_dir() else [json.loads(line)["prediction"] for line in written.open()]
 
 
 def reference(name: str, here: Path) -> tuple[object, float]:
@@ -133,7 +145,7 @@ def reference(name: str, here: Path) -> tuple[object, float]:
     here.mkdir()
     JOBS[name].prepare(here)
     start = time.monotonic()
-    output = _run(JOBS[name].arguments, here)
+    output = _run(JOBS[name], here)
     return _outcome(JOBS[name], here, output), time.monotonic() - start
 
 
@@ -150,18 +162,18 @@ def kill(name: str, number: signal.Signals, moment: float, expected: object, her
     here.mkdir()
     job.prepare(here)
     before = {path.name for path in here.iterdir()}
-    process = _start(job.arguments, here)
+    process = _start(job, here)
     with suppress(subprocess.TimeoutExpired):
         process.wait(moment)
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     ended = process.returncode == 0
     if job.result is not None and (here / job.result).exists():
-        assert _digests(here / job.result) == expected, f"{name}: a half result looks like a whole one"
-    elif number is signal.SIGTERM and not ended:
+        assert _outcome(job, here, "") == expected, f"{name}: a half result looks like a whole one"
+    elif number is signal.SIGTERM and not ended and job.code is None:
         _check_left(here, before, f"{name}, SIGTERM after {moment:.2f} s")
     if job.result is None or not (here / job.result).exists():
-        output = _run(job.arguments, here).encode()
+        output = _run(job, here).encode()
     assert _outcome(job, here, output.decode()) == expected, f"{name}: the second run gives something else"
     _check_left(here, before | {str(job.result)}, f"{name}, {number.name} after {moment:.2f} s, after the second run")
     return "ended" if ended else "killed"
