@@ -64,7 +64,7 @@ def cache(
     total = sum(item.size_bytes for item in found)
     show(f"{cache_folder()}: {readable_bytes(total) if found else 'empty'}")
     if found:
-        show("\n" + as_text([("name", "kind", "size", "last used", "from"), *_rows(found)], left=2))
+        show("\n" + as_text([("name", "kind", "size", "last used", "from"), *_rows(found)], left=5))
     if copies:
         show("\nin the Hub's own cache, which `hf cache` manages:")
         show(as_text([(name, readable_bytes(size), str(path)) for name, (path, size) in copies.items()]))
