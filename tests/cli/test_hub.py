@@ -47,6 +47,8 @@ MISTAKES = [
     ("eval -m HUB --data data.jsonl --metric typo", "'typo' is not one of"),
     ("eval -m HUB --data data.jsonl --baseline ./typo", "./typo: no such folder"),
     ("eval -m HUB --data data.jsonl --baseline existing --revision v1 -n 0", "must be at least 1"),
+    ("caption typo.png -m HUB", "typo.png"),
+    ("caption PICTURE -m HUB --output nowhere/x.jsonl", "nowhere"),
     ("bench -m HUB --image typo.png", "typo.png"),
     ("bench -m HUB --image text.png", "text.png: "),
     ("bench -m HUB -m ./typo", "./typo: no such folder"),
