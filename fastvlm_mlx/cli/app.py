@@ -55,7 +55,9 @@ def fastvlm(
         sys.excepthook = _report_bug
 
 
-for command in (generate.generate, caption.caption, convert.convert, quantize.quantize):
+app.command(cls=Command)(generate.generate)
+app.command(cls=Command, short_help="Caption whole folders.")(caption.caption)
+for command in (convert.convert, quantize.quantize):
     app.command(cls=Command)(command)
 app.command(cls=Command, short_help="Compare a checkpoint with its source.")(verify.verify)
 app.command("eval", cls=Command)(evaluate.evaluate)

@@ -73,8 +73,8 @@ def caption(
             "--prompt",
             "-p",
             metavar="TEXT",
-            help="What to ask; {name}, {directory}, {date}, {camera}, {existing} and {tags} stand for what is known "
-            f"of a picture. [default: {DEFAULT_PROMPT}]",
+            help="What to ask; name, directory, date, camera, existing and tags in braces stand for what is known of "
+            f"a picture. [default: {DEFAULT_PROMPT}]",
         ),
     ] = None,
     ask: Annotated[
