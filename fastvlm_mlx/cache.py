@@ -87,24 +87,31 @@ def _contents(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def use(folder: Path, source: str) -> None:
-    """Marks a model in the cache as used now, from `source`, and by this process for as long as it lives.
+def use(folder: Path, source: str | None = None) -> None:
+    """Marks a model in the cache as used now, and by this process for as long as it lives.
 
     Does nothing where the cache cannot be written to or has no locks.
+
+    Args:
+        folder: The model.
+        source: See `origin`; without it, a folder that has no mark gets none: it may be a user's own.
     """
-    text = source.encode(errors="surrogateescape")
+    if source is None and not _mark(folder).exists():
+        return
     with suppress(OSError):
         if folder not in _used:
             _used[folder] = _lock_shared(_mark(folder))
         mark = _used[folder]
-        if os.pread(mark, len(text) + 1, 0) != text:
-            os.ftruncate(mark, 0)
-            os.pwrite(mark, text, 0)
+        if source is not None:
+            text = source.encode(errors="surrogateescape")
+            if os.pread(mark, len(text) + 1, 0) != text:
+                os.ftruncate(mark, 0)
+                os.pwrite(mark, text, 0)
         os.utime(mark)
 
 
 def _mark(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.used")
+    return folder.parent / f".{folder.name}.used"
 
 
 def _lock_shared(path: Path) -> int:

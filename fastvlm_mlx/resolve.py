@@ -92,6 +92,7 @@ def resolve(
     location = parse_name(name)
     location.check_revision(revision)
     if location.path is not None and location.path.is_dir() and is_converted(location.path):
+        use(location.path)
         return location.path
     folder, tell = entry(location, revision), notify or (lambda _: None)
     complete = is_complete(folder)

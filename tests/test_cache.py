@@ -102,6 +102,20 @@ def test_a_model_that_this_process_has_loaded_is_not_removed() -> None:
     assert resolve(APPLE) == folder
 
 
+def test_a_model_that_is_used_by_its_folder_is_in_use_too_and_a_folder_of_the_user_gets_no_mark(
+    cache: Path, converted: Converted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = made(APPLE)
+    assert resolve(folder) == folder
+    assert (only().in_use, only().source) == (True, str(APPLE))
+    own = cache / "int4"
+    shutil.copytree(converted("apple"), own)
+    assert resolve(own) == own
+    monkeypatch.chdir(own)
+    assert resolve(".") == Path(".")
+    assert [item.name for item in items()] == [folder.name]
+
+
 def test_a_model_that_is_being_converted_is_not_removed(cache: Path) -> None:
     folder = made(APPLE)
     with scratch.lock(cache / f".{folder.name}.lock"):
