@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fastvlm_mlx.arguments import file_path
 from fastvlm_mlx.errors import CheckpointError, ConfigError
 from fastvlm_mlx.formatting import printable
 from fastvlm_mlx.schema import array, boolean, integer, mapping, number, read_object, shown
@@ -448,7 +449,7 @@ class ModelConfig:
             CheckpointError: If `config.json` is missing or not JSON.
             ConfigError: If it is not one of ours.
         """
-        path = Path(folder) / "config.json"
+        path = file_path(folder, "folder") / "config.json"
         values = read_object(path)
         if values is None:
             raise CheckpointError(f"{printable(path)}: not found; {printable(folder)} is not a checkpoint folder")

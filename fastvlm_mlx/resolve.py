@@ -11,10 +11,11 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from fastvlm_mlx.backend import device
+from fastvlm_mlx.arguments import StrPath, check_callable, check_kind, flag
+from fastvlm_mlx.backend import device, mx
 from fastvlm_mlx.cache import entry, origin, use
 from fastvlm_mlx.checkpoint.folder import all_finite, is_complete, is_converted
-from fastvlm_mlx.checkpoint.load import check_dtype, load_model, read_parameters
+from fastvlm_mlx.checkpoint.load import dtype_name, load_model, read_parameters
 from fastvlm_mlx.checkpoint.released import Location, parse_name
 from fastvlm_mlx.config import ModelConfig
 from fastvlm_mlx.errors import (
@@ -29,7 +30,7 @@ from fastvlm_mlx.errors import (
 from fastvlm_mlx.inputs.processor import FastVLMProcessor
 from fastvlm_mlx.machine import CACHE_VARIABLE
 from fastvlm_mlx.model.fastvlm import FastVLM
-from fastvlm_mlx.streams import turn
+from fastvlm_mlx.streams import check_process, turn
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _DAY, _HOUR = 86400.0, 3600.0
@@ -42,7 +43,7 @@ Progress = Callable[[int, int, str], None]
 """Called with the bytes done, the bytes in all, and a label."""
 
 
-def find(name: str | Path, *, revision: str | None = None) -> Path | None:
+def find(name: StrPath, *, revision: str | None = None) -> Path | None:
     """The folder of the converted checkpoint `name` if there is one already; None if `resolve` has something to do."""
     try:
         location = parse_name(name)
@@ -72,7 +73,7 @@ def check_names(names: Sequence[tuple[str | Path, str | None]]) -> None:
 
 
 def resolve(
-    name: str | Path, *, revision: str | None = None, notify: Notify | None = None, progress: Progress | None = None
+    name: StrPath, *, revision: str | None = None, notify: Notify | None = None, progress: Progress | None = None
 ) -> Path:
     """The folder of the converted checkpoint `name`; downloads it and converts it into the cache if necessary.
 
@@ -89,6 +90,10 @@ def resolve(
         CheckpointError: If there is no such checkpoint, or it is no FastVLM checkpoint.
         ConversionError: If it cannot be converted.
     """
+    if revision is not None:
+        check_kind(revision, "revision", str, "a text or None")
+    check_callable(notify, "notify")
+    check_callable(progress, "progress")
     location = parse_name(name)
     location.check_revision(revision)
     if location.path is not None and location.path.is_dir() and is_converted(location.path):
@@ -117,7 +122,7 @@ def resolve(
 
 
 def remake(
-    name: str | Path,
+    name: StrPath,
     error: FastVLMError,
     *,
     revision: str | None = None,
@@ -270,9 +275,9 @@ def _is_offline() -> bool:
 
 
 def load(
-    name: str | Path,
+    name: StrPath,
     *,
-    dtype: str | None = None,
+    dtype: str | mx.Dtype | None = None,
     revision: str | None = None,
     notify: Notify | None = None,
     progress: Progress | None = None,
@@ -286,8 +291,8 @@ def load(
 
     Args:
         name: A Hub id, an alias, a source folder, a `.zip` or a converted folder; see `resolve`.
-        dtype: The type to compute in: `float16`, `bfloat16` or `float32`; by default the stored one on a GPU, float32
-            on a CPU.
+        dtype: The type to compute in: `float16`, `bfloat16` or `float32`, by its name or as MLX's; by default the
+            stored one on a GPU, float32 on a CPU.
         revision: Branch, tag or commit of a Hub id.
         notify: Called with a one-line message before a slow step.
         progress: Called during a conversion with the bytes done, the bytes in all, and a label.
@@ -296,8 +301,10 @@ def load(
     Raises:
         CheckpointError: If there is no such checkpoint, or it is damaged.
         ConversionError: If it cannot be converted.
+        ConfigError: If an argument is of the wrong kind.
     """
-    check_dtype(dtype)
+    check_process()
+    dtype, lazy = dtype_name(dtype), flag(lazy, "lazy")
     folder = resolve(name, revision=revision, notify=notify, progress=progress)
     try:
         return _load(folder, dtype, lazy)

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import reprlib
 import stat
 from collections.abc import Mapping
 from pathlib import Path
@@ -131,9 +132,27 @@ def _is_deeper(values: Any, most: int) -> bool:
 
 def shown(value: Any) -> str:
     """A value as messages show it: its `repr`, shortened to one line."""
-    if isinstance(value, int) and value.bit_length() > 1000:  # Python refuses to print thousands of digits
-        return f"an integer of {value.bit_length()} bits"
-    return printable(repr(value), 80)
+    return printable(_SHORT.repr(value), 80)
+
+
+class _Short(reprlib.Repr):
+    """A `repr` whose length, time and errors are bounded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = self.maxlong = 80
+        self.maxlevel = 3
+
+    def repr_int(self, value: int, level: int) -> str:
+        if value.bit_length() > 1000:  # Python refuses to print thousands of digits
+            return f"an integer of {value.bit_length()} bits"
+        return super().repr_int(value, level)
+
+    def repr_array(self, value: Any, level: int) -> str:  # MLX's arrays, which are not Python's
+        return self.repr_instance(value, level)
+
+
+_SHORT = _Short()
 
 
 def integer(value: Any, what: str, least: int = 1, most: int = LARGEST_INT) -> int:

@@ -6,10 +6,11 @@ from typing import Any
 
 from mlx.utils import tree_flatten, tree_unflatten
 
+from fastvlm_mlx.arguments import choice
 from fastvlm_mlx.backend import compute_dtype, device, mx
 from fastvlm_mlx.checkpoint.folder import checked_files, read_files
 from fastvlm_mlx.config import ModelConfig
-from fastvlm_mlx.errors import CheckpointError, ConfigError
+from fastvlm_mlx.errors import CheckpointError
 from fastvlm_mlx.formatting import names, printable
 from fastvlm_mlx.model.device import prepare
 from fastvlm_mlx.model.fastvlm import FastVLM
@@ -19,7 +20,7 @@ from fastvlm_mlx.streams import load_stream, turn, worker_streams
 _READERS = 2
 
 
-def load_model(folder: Path, *, dtype: str | None = None, lazy: bool = False) -> FastVLM:
+def load_model(folder: Path, *, dtype: str | mx.Dtype | None = None, lazy: bool = False) -> FastVLM:
     """The model in a converted folder.
 
     On a GPU the weights are read when they are first used. A CPU computes in another type than the stored one, so there
@@ -34,10 +35,10 @@ def load_model(folder: Path, *, dtype: str | None = None, lazy: bool = False) ->
         CheckpointError: If the weights are missing, damaged or not exactly those that the config describes.
         ConfigError: If config.json or `dtype` cannot be used.
     """
-    check_dtype(dtype)
+    name = dtype_name(dtype)
     config = ModelConfig.from_path(folder)
     with turn():
-        target = getattr(mx, dtype) if dtype else compute_dtype(config.dtype)
+        target = getattr(mx, name) if name else compute_dtype(config.dtype)
         streams = worker_streams(_READERS) if device() == "cpu" else [load_stream()]
         files = checked_files(folder)
         weights = _cast_on_streams([read_files(files, stream) for stream in streams], streams, target)
@@ -66,14 +67,16 @@ def read_parameters(model: FastVLM, folder: Path) -> None:
         raise CheckpointError(f"{printable(folder)}: its weights cannot be read: {printable(err)}") from err
 
 
-def check_dtype(dtype: str | None) -> None:
-    """Checks the name of a type to compute in.
+def dtype_name(dtype: str | mx.Dtype | None) -> str | None:
+    """The name of a type to compute in; None is none.
 
     Raises:
         ConfigError: If there is no such type.
     """
-    if dtype not in (None, "float16", "bfloat16", "float32"):
-        raise ConfigError(f"dtype must be float16, bfloat16 or float32, not {dtype!r}")
+    if dtype is None:
+        return None
+    name = str(dtype).removeprefix("mlx.core.") if isinstance(dtype, mx.Dtype) else dtype
+    return choice(name, "dtype", ("float16", "bfloat16", "float32"))
 
 
 def _cast_on_streams(

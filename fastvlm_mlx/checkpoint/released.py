@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastvlm_mlx.arguments import StrPath, file_path
 from fastvlm_mlx.config import ActivationScales, ModelConfig, TextConfig, VisionConfig
 from fastvlm_mlx.errors import CheckpointError
 from fastvlm_mlx.formatting import printable
@@ -75,7 +76,7 @@ class Location:
             )
 
 
-def parse_name(name: str | Path) -> Location:
+def parse_name(name: StrPath) -> Location:
     """Finds a checkpoint by its name, without asking the Hub.
 
     Args:
@@ -83,8 +84,10 @@ def parse_name(name: str | Path) -> Location:
             takes precedence, except over `demo`; a folder of that name is `./demo`. A `Path` is only looked up on disk.
 
     Raises:
+        ConfigError: If `name` is neither a text nor a path.
         CheckpointError: If `name` is empty, or neither exists on disk nor can be a Hub id.
     """
+    name = name if isinstance(name, str) else file_path(name, "the name of a checkpoint")
     text = str(name)
     if not text.strip():
         raise CheckpointError(f"the name of the checkpoint is empty; give a folder, a .zip, a Hub id or {_choices()}")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from fastvlm_mlx.arguments import check_kind, items
 from fastvlm_mlx.backend import mx
 from fastvlm_mlx.config import IMAGE_TOKEN
 from fastvlm_mlx.engine.options import GenerationConfig, GenerationOptions
@@ -15,7 +16,8 @@ from fastvlm_mlx.engine.row import Row
 from fastvlm_mlx.engine.scheduler import Scheduler
 from fastvlm_mlx.errors import ConfigError, PromptError
 from fastvlm_mlx.model.fastvlm import FastVLM, TokenIds
-from fastvlm_mlx.streams import check_process
+from fastvlm_mlx.model.inputs import check_pixels
+from fastvlm_mlx.streams import check_process, turn
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -49,11 +51,15 @@ def generate_rows(
         CheckpointError: If the logits of a row are NaN or infinite.
     """
     check_process()
+    check_kind(model, "model", FastVLM, "a FastVLM")
     prompts = model.rows(input_ids, attention_mask)
-    configs = list(config) if isinstance(config, Sequence) else [config] * len(prompts)
-    if len(configs) != len(prompts):
-        raise ConfigError(f"{len(configs)} configs for {len(prompts)} rows; give one for each, or one for all")
-    configs = [GenerationConfig.of(each, dict(options)) for each in configs]
+    if config is None or isinstance(config, GenerationConfig):
+        each_config = [config] * len(prompts)
+    else:
+        each_config = items(config, "config", "a GenerationConfig or a list of them")
+    if len(each_config) != len(prompts):
+        raise ConfigError(f"{len(each_config)} configs for {len(prompts)} rows; give one for each, or one for all")
+    configs = [GenerationConfig.of(each, options) for each in each_config]
     if any(each.stop for each in configs):
         raise ConfigError("stop strings are about text, and this returns token ids; use fastvlm_mlx.generate")
     pixels = _pixels(pixel_values)
@@ -85,9 +91,16 @@ def generate_rows(
 
 
 def _pixels(pixel_values: npt.ArrayLike | mx.array | None) -> npt.NDArray[Any]:
-    """Pixel values (images, R, R, 3) as NumPy has them."""
+    """Pixel values (images, R, R, 3) as NumPy has them.
+
+    Raises:
+        ConfigError: If these are none.
+    """
     if pixel_values is None:
         return np.zeros((0, 0, 0, 3), dtype=np.uint8)
-    if isinstance(pixel_values, mx.array) and pixel_values.dtype != mx.uint8:
-        pixel_values = pixel_values.astype(mx.float32)
-    return np.asarray(pixel_values)
+    with turn():
+        pixels = check_pixels(pixel_values)
+        values = np.asarray(pixels if pixels.dtype == mx.uint8 else pixels.astype(mx.float32))
+    if values.shape[1] != values.shape[2]:
+        raise ConfigError(f"pixel_values must be square, (images, R, R, 3), not {values.shape}")
+    return values

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from numbers import Integral, Real
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, TypedDict
 
+from fastvlm_mlx.arguments import as_real, as_whole, check_kind, flag, items, valid_text
 from fastvlm_mlx.errors import ConfigError, PromptError
+from fastvlm_mlx.schema import shown
 
 
 class GenerationOptions(TypedDict, total=False):
-    """The fields of `GenerationConfig` as keyword arguments."""
+    """The fields of `GenerationConfig` as keyword arguments; None is the default."""
 
-    max_tokens: int
-    temperature: float
-    top_p: float
-    min_p: float
-    top_k: int
-    repetition_penalty: float
+    max_tokens: int | None
+    temperature: float | None
+    top_p: float | None
+    min_p: float | None
+    top_k: int | None
+    repetition_penalty: float | None
     seed: int | None
-    stop: str | Sequence[str]
-    ignore_eos: bool
+    stop: str | Sequence[str] | None
+    ignore_eos: bool | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,7 @@ class GenerationConfig:
         ignore_eos: Whether to go on after an end token, for measurements.
 
     Raises:
-        ConfigError: If a value is out of range.
+        ConfigError: If a value is out of range or of the wrong kind.
         PromptError: If a stop string is empty.
     """
 
@@ -62,28 +63,33 @@ class GenerationConfig:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        """Rejects values that mean nothing; `stop` becomes a tuple."""
-        bounds = {
-            "max_tokens": (_is_int(self.max_tokens) and self.max_tokens >= 1, "at least 1"),
-            "temperature": (_is_number(self.temperature) and 0.0 <= self.temperature < math.inf, "at least 0"),
-            "top_p": (_is_number(self.top_p) and 0.0 < self.top_p <= 1.0, "above 0 and at most 1"),
-            "min_p": (_is_number(self.min_p) and 0.0 <= self.min_p <= 1.0, "between 0 and 1"),
-            "top_k": (_is_int(self.top_k) and self.top_k >= 0, "at least 0"),
-            "repetition_penalty": (
-                _is_number(self.repetition_penalty) and 0.0 < self.repetition_penalty < math.inf,
-                "above 0",
-            ),
-            "seed": (self.seed is None or (_is_int(self.seed) and 0 <= self.seed < 2**64), "from 0 to 2**64 - 1"),
+        """Rejects values that mean nothing; None becomes the default, `stop` a tuple."""
+        for each in fields(self):
+            if getattr(self, each.name) is None:
+                object.__setattr__(self, each.name, each.default)
+        wholes = {name: as_whole(getattr(self, name)) for name in ("max_tokens", "top_k", "seed")}
+        reals = {name: as_real(getattr(self, name)) for name in ("temperature", "top_p", "min_p", "repetition_penalty")}
+        max_tokens, top_k, seed = wholes.values()
+        rules = {
+            "max_tokens": (max_tokens is not None and max_tokens >= 1, "at least 1"),
+            "temperature": (0.0 <= reals["temperature"] < math.inf, "at least 0"),
+            "top_p": (0.0 < reals["top_p"] <= 1.0, "above 0 and at most 1"),
+            "min_p": (0.0 <= reals["min_p"] <= 1.0, "between 0 and 1"),
+            "top_k": (top_k is not None and top_k >= 0, "at least 0"),
+            "repetition_penalty": (0.0 < reals["repetition_penalty"] < math.inf, "above 0"),
+            "seed": (self.seed is None or (seed is not None and 0 <= seed < 2**64), "from 0 to 2**64 - 1"),
         }
-        for name, (allowed, rule) in bounds.items():
+        for name, (allowed, rule) in rules.items():
             if not allowed:
-                raise ConfigError(f"{name} must be {rule}, not {getattr(self, name)!r}")
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        if not all(isinstance(text, str) for text in stop):
-            raise ConfigError(f"stop must be strings, not {stop!r}")
-        if not all(stop):
+                raise ConfigError(f"{name} must be {rule}, not {shown(getattr(self, name))}")
+        strings = [self.stop] if isinstance(self.stop, str) else items(self.stop, "stop", "strings")
+        if not all(isinstance(string, str) for string in strings):
+            raise ConfigError(f"stop must be strings, not {shown(self.stop)}")
+        if not all(strings):
             raise PromptError("a stop string is empty; every answer would end at once")
-        object.__setattr__(self, "stop", stop)
+        stop = tuple(str(valid_text(string, "a stop string")) for string in strings)
+        for name, value in {**wholes, **reals, "stop": stop, "ignore_eos": flag(self.ignore_eos, "ignore_eos")}.items():
+            object.__setattr__(self, name, value)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -91,18 +97,16 @@ class GenerationConfig:
         return tuple(self.stop)
 
     @classmethod
-    def of(cls, config: GenerationConfig | None, options: dict[str, Any]) -> GenerationConfig:
+    def of(cls, config: GenerationConfig | None, options: Mapping[str, Any]) -> GenerationConfig:
         """`config`, by default the defaults, with `options` in the place of its fields; an option of None changes none.
 
         Raises:
+            ConfigError: If `config` is no `GenerationConfig`, or a value is out of range.
             TypeError: If an option is no field.
         """
-        return replace(config or cls(), **{name: value for name, value in options.items() if value is not None})
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
+        config = cls() if config is None else config
+        check_kind(config, "config", GenerationConfig, "a GenerationConfig")
+        known = [each.name for each in fields(cls)]
+        if unknown := [name for name in options if name not in known]:
+            raise TypeError(f"got an unexpected keyword argument {unknown[0]!r}; the options are {', '.join(known)}")
+        return replace(config, **{name: value for name, value in options.items() if value is not None})

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy.typing as npt
 
+from fastvlm_mlx.arguments import whole
 from fastvlm_mlx.config import IMAGE_TOKEN
 from fastvlm_mlx.errors import ConfigError
 from fastvlm_mlx.model.fastvlm import FastVLM
@@ -62,13 +63,11 @@ class PrefixCache:
         max_bytes: The most that all entries may hold together.
 
     Raises:
-        ConfigError: If `max_bytes` is not a number of bytes.
+        ConfigError: If `max_bytes` is no whole number.
     """
 
-    def __init__(self, max_bytes: int = DEFAULT_BYTES) -> None:
-        if not isinstance(max_bytes, int) or max_bytes < 0:
-            raise ConfigError(f"max_bytes must be a number of bytes, not {max_bytes!r:.60}")
-        self.max_bytes = max_bytes
+    def __init__(self, max_bytes: int | None = DEFAULT_BYTES) -> None:
+        self.max_bytes = DEFAULT_BYTES if max_bytes is None else whole(max_bytes, "max_bytes", 0)
         self._entries: OrderedDict[PrefixKey, tuple[PrefixKey, list[KVCache], int]] = OrderedDict()
         self._by_pictures: dict[PrefixKey, dict[PrefixKey, None]] = {}
         self._nbytes = 0

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from typing import Literal
 
+from fastvlm_mlx.arguments import check_callable, check_kind, flag, whole
 from fastvlm_mlx.engine.capacity import default_rows, free_positions
 from fastvlm_mlx.engine.prefix_cache import PrefixCache
 from fastvlm_mlx.engine.row import Row
@@ -20,6 +21,7 @@ from fastvlm_mlx.generation.request import Handle, Request
 from fastvlm_mlx.inputs.processor import FastVLMProcessor
 from fastvlm_mlx.machine import describe
 from fastvlm_mlx.model.fastvlm import FastVLM
+from fastvlm_mlx.streams import check_process
 
 PREPARING_THREADS = 2
 """Threads that read and resize images while the model computes."""
@@ -61,12 +63,17 @@ class Engine:
         queue_size: int | None = None,
         prefix_cache: PrefixCache | None = None,
     ) -> None:
+        check_process()
+        check_kind(model, "model", FastVLM, "a FastVLM, the first of the two that load returns")
+        check_kind(
+            processor, "processor", FastVLMProcessor, "a FastVLMProcessor, the second of the two that load returns"
+        )
         positions = free_positions(model, describe().memory)
-        self.max_batch = default_rows(positions) if max_batch == "auto" else max_batch
-        queue_size = 2 * self.max_batch if queue_size is None else queue_size
-        if self.max_batch < 1 or queue_size < 0:
-            raise ConfigError(f"max_batch must be at least 1 and queue_size at least 0, not {max_batch}, {queue_size}")
+        is_auto = max_batch is None or (isinstance(max_batch, str) and max_batch == "auto")
+        self.max_batch = default_rows(positions) if is_auto else whole(max_batch, "max_batch")
+        queue_size = 2 * self.max_batch if queue_size is None else whole(queue_size, "queue_size", 0)
         cache = PrefixCache() if prefix_cache is None else prefix_cache
+        check_kind(cache, "prefix_cache", PrefixCache, "a PrefixCache or None")
         self._processor = processor
         self._room = threading.Semaphore(self.max_batch + queue_size)
         self._preparing = ThreadPoolExecutor(PREPARING_THREADS, thread_name_prefix="fastvlm-prepare")
@@ -98,9 +105,12 @@ class Engine:
 
         Raises:
             QueueFullError: If there is no room and `wait` is False.
-            ConfigError: If the engine is closed.
+            ConfigError: If the engine is closed, or an argument is of the wrong kind.
         """
         start = time.perf_counter()
+        check_kind(request, "request", Request, "a Request")
+        check_callable(on_change, "on_change")
+        wait = flag(wait, "wait")
         if not self._room.acquire(blocking=wait):
             raise QueueFullError("the engine's queue is full; ask again when an answer is done")
         handle = Handle(request, on_change)
@@ -119,6 +129,8 @@ class Engine:
         way are cancelled.
         """
         pending: deque[Handle] = deque()
+        if not isinstance(requests, Iterable):
+            raise ConfigError(f"requests must be an iterable of Request, not {type(requests).__name__}")
         try:
             for request in requests:
                 pending.append(self.submit(request))

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from fastvlm_mlx.arguments import check_kind, flag
 from fastvlm_mlx.engine.decode import RowDecoder
 from fastvlm_mlx.engine.options import GenerationConfig, GenerationOptions
 from fastvlm_mlx.engine.prefix_cache import PrefixCache
@@ -27,9 +28,9 @@ DEFAULT_PROMPT = "Describe the image."
 def stream_generate(
     model: FastVLM,
     processor: FastVLMProcessor,
-    *,
+    prompt: Prompt | None = None,
     image: ImageSource | Sequence[ImageSource] | None = None,
-    prompt: Prompt = DEFAULT_PROMPT,
+    *,
     system: str | None = None,
     resolution: Resolution = None,
     background: str | None = None,
@@ -47,9 +48,9 @@ def stream_generate(
     Args:
         model: From `load`.
         processor: From `load`.
+        prompt: A question, or a conversation as messages in the OpenAI shape; None asks for a description.
         image: A path, URL, `data:` URL, bytes, PIL image or array (H, W, 3), or a list of these. Its EXIF orientation
             counts, also that of a PIL image that was edited.
-        prompt: A question, or a conversation as messages in the OpenAI shape.
         system: Replaces the default system text.
         resolution: Side in pixels that images are resized to: a multiple of 64, `auto`, or None for the model's own.
         background: Colour under transparent pixels, such as `white`; by default they show what is stored in them, often
@@ -65,11 +66,18 @@ def stream_generate(
     Raises:
         ImageError: If an image is not allowed or cannot be read.
         PromptError: If the prompt is empty, malformed or does not fit the context.
-        ConfigError: If an option or the resolution cannot be used, or the vision tower was freed.
+        ConfigError: If another argument cannot be used, or the vision tower was freed.
+        FastVLMError: If the model's logits are NaN or infinite, or the process was forked from one that has used MLX.
     """
     start = time.perf_counter()
     check_process()
-    config = GenerationConfig.of(config, dict(options))
+    check_kind(model, "model", FastVLM, "a FastVLM, the first of the two that load returns")
+    check_kind(processor, "processor", FastVLMProcessor, "a FastVLMProcessor, the second of the two that load returns")
+    if prefix_cache is not None:
+        check_kind(prefix_cache, "prefix_cache", PrefixCache, "a PrefixCache or None")
+    free_tower = flag(free_tower, "free_tower")
+    config = GenerationConfig.of(config, options)
+    prompt = DEFAULT_PROMPT if prompt is None else prompt
     inputs = processor.prepare(image, prompt, resolution=resolution, system=system, background=background, allow=allow)
     prepared = time.perf_counter()
     decoder = RowDecoder(
@@ -97,9 +105,9 @@ def _pieces(inputs: Inputs, decoder: RowDecoder, answer: Answer) -> Iterator[Gen
 def generate(
     model: FastVLM,
     processor: FastVLMProcessor,
-    *,
+    prompt: Prompt | None = None,
     image: ImageSource | Sequence[ImageSource] | None = None,
-    prompt: Prompt = DEFAULT_PROMPT,
+    *,
     system: str | None = None,
     resolution: Resolution = None,
     background: str | None = None,
@@ -114,8 +122,8 @@ def generate(
         stream_generate(
             model,
             processor,
-            image=image,
-            prompt=prompt,
+            prompt,
+            image,
             system=system,
             resolution=resolution,
             background=background,

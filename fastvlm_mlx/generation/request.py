@@ -18,7 +18,11 @@ from fastvlm_mlx.inputs.sources import Allow, ImageSource
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Request:
-    """One question; the fields are arguments of `fastvlm_mlx.generate`."""
+    """One question; the fields are arguments of `fastvlm_mlx.generate`.
+
+    Raises:
+        ConfigError: If `config` is no `GenerationConfig`.
+    """
 
     image: ImageSource | Sequence[ImageSource] | None = None
     prompt: Prompt = DEFAULT_PROMPT
@@ -27,6 +31,11 @@ class Request:
     background: str | None = None
     allow: Allow | None = None
     config: GenerationConfig = field(default_factory=GenerationConfig)
+
+    def __post_init__(self) -> None:
+        """Replaces None by the defaults."""
+        object.__setattr__(self, "prompt", DEFAULT_PROMPT if self.prompt is None else self.prompt)
+        object.__setattr__(self, "config", GenerationConfig.of(self.config, {}))
 
 
 class Handle:

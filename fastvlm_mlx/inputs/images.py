@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 
+from fastvlm_mlx.arguments import as_whole
 from fastvlm_mlx.errors import ConfigError
 from fastvlm_mlx.formatting import printable
 from fastvlm_mlx.inputs.formats import open_image
@@ -15,6 +16,7 @@ from fastvlm_mlx.inputs.resampling import RowFilter
 from fastvlm_mlx.inputs.samples import array_image, to_rgb
 from fastvlm_mlx.inputs.sources import DOWNLOAD_TIMEOUT, Allow, ImageSource, read
 from fastvlm_mlx.machine import cpu_threads
+from fastvlm_mlx.schema import shown
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -125,13 +127,15 @@ def check_resolution(resolution: int) -> int:
     Raises:
         ConfigError: If it cannot.
     """
-    if isinstance(resolution, bool) or not isinstance(resolution, int):
-        raise ConfigError(f"resolution must be a whole number of pixels or 'auto', not {resolution!r}")
+    pixels = as_whole(resolution)
+    if pixels is None:
+        raise ConfigError(f"resolution must be a whole number of pixels or 'auto', not {shown(resolution)}")
+    resolution = pixels
     if resolution % _RESOLUTION_STEP or not 0 < resolution <= MAX_RESOLUTION:
         below = min(max(resolution // _RESOLUTION_STEP, 1) * _RESOLUTION_STEP, MAX_RESOLUTION)
         raise ConfigError(
             f"resolution must be a multiple of {_RESOLUTION_STEP} from {_RESOLUTION_STEP} to {MAX_RESOLUTION}, "
-            f"not {resolution}; try {below}"
+            f"not {shown(resolution)}; try {below}"
         )
     return resolution
 
@@ -148,6 +152,6 @@ def choose_resolution(images: list[Image], resolution: Resolution, native: int) 
     Raises:
         ConfigError: If the tower cannot run at it.
     """
-    if resolution == "auto":
+    if isinstance(resolution, str) and resolution == "auto":
         return max((auto_resolution(image.size, native) for image in images), default=native)
     return check_resolution(native if resolution is None else resolution)

@@ -6,11 +6,11 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastvlm_mlx.arguments import StrPath, check_kind, checked_ids, file_path, whole
 from fastvlm_mlx.config import IMAGE_TOKEN, ModelConfig
 from fastvlm_mlx.errors import PromptError
 from fastvlm_mlx.formatting import counted
@@ -28,32 +28,35 @@ class FastVLMProcessor:
 
     Args:
         tokenizer: Of the checkpoint.
-        config: Of the checkpoint; gives the native resolution, the context length and the end tokens.
+        config: Of the checkpoint; gives the native resolution, the context length, the vocabulary and the end tokens.
     """
 
     def __init__(self, tokenizer: Tokenizer, config: ModelConfig) -> None:
+        check_kind(tokenizer, "tokenizer", Tokenizer, "a Tokenizer")
+        check_kind(config, "config", ModelConfig, "a ModelConfig")
         self.tokenizer = tokenizer
         self.image_size = config.vision_config.image_size
         self.patch_size = config.vision_config.patch_size
         self.context_length = config.context_length
+        self.vocab_size = config.text_config.vocab_size
         self.eos_token_ids = config.eos_token_id
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, *, revision: str | None = None) -> FastVLMProcessor:
+    def from_pretrained(cls, name: StrPath, *, revision: str | None = None) -> FastVLMProcessor:
         """The processor of a Hub id, alias, source folder or converted folder; see `fastvlm_mlx.load`."""
         from fastvlm_mlx.resolve import resolve
 
-        return cls.from_folder(resolve(str(name), revision=revision))
+        return cls.from_folder(resolve(name, revision=revision))
 
     @classmethod
-    def from_folder(cls, folder: Path) -> FastVLMProcessor:
+    def from_folder(cls, folder: StrPath) -> FastVLMProcessor:
         """The processor of a converted folder.
 
         Raises:
             CheckpointError: If a file is missing or damaged.
             ConfigError: If it is not a converted checkpoint.
         """
-        config = ModelConfig.from_path(folder)
+        config = ModelConfig.from_path(file_path(folder, "folder"))
         return cls(Tokenizer(folder, config.text_config.vocab_size), config)
 
     def __call__(
@@ -138,7 +141,8 @@ class FastVLMProcessor:
             ImageError: If an image is not allowed or cannot be read.
             ConfigError: If the model cannot run at `resolution`.
         """
-        references = [ImageReference(source=image, allow=allow) for image in images]
+        check_kind(allow, "allow", Allow, "an Allow")
+        references = [ImageReference(source=image, allow=allow) for image in _as_list(images)]
         return self._preprocess(references, resolution, background)
 
     def _preprocess(
@@ -157,11 +161,20 @@ class FastVLMProcessor:
 
         Raises:
             PromptError: If the prompt is empty or malformed.
+            ConfigError: If `n_images` is no whole number.
         """
-        return self.encode_turns(conversation(prompt, [b""] * n_images, system))
+        return self.encode_turns(
+            conversation(prompt, [b""] * whole(n_images, "n_images", 0, self.context_length), system)
+        )
 
     def encode_turns(self, turns: Sequence[Turn]) -> list[int]:
-        """Token ids of a conversation."""
+        """Token ids of a conversation.
+
+        Raises:
+            PromptError: If these are no turns.
+        """
+        if not isinstance(turns, (list, tuple)) or not all(isinstance(turn, Turn) for turn in turns):
+            raise PromptError(f"turns must be a list of Turn, as `conversation` makes them, not {type(turns).__name__}")
         marks = {
             Mark.IM_START: self.tokenizer.token_id(IM_START),
             Mark.IM_END: self.tokenizer.token_id(IM_END),
@@ -174,11 +187,16 @@ class FastVLMProcessor:
 
     def num_visual_tokens(self, resolution: int) -> int:
         """N, the number of positions that an image takes."""
-        return (resolution // self.patch_size) ** 2
+        return (whole(resolution, "resolution", 0) // self.patch_size) ** 2
 
     def positions(self, input_ids: Sequence[int], resolution: int) -> int:
-        """L, the number of positions that a prompt takes."""
-        return len(input_ids) + input_ids.count(IMAGE_TOKEN) * (self.num_visual_tokens(resolution) - 1)
+        """L, the number of positions that a prompt takes.
+
+        Raises:
+            PromptError: If these are no token ids.
+        """
+        ids = checked_ids(input_ids, self.vocab_size, IMAGE_TOKEN)
+        return len(ids) + ids.count(IMAGE_TOKEN) * (self.num_visual_tokens(resolution) - 1)
 
     def check_length(self, input_ids: Sequence[int], resolution: int) -> None:
         """Checks that a prompt leaves room for an answer.
@@ -188,7 +206,7 @@ class FastVLMProcessor:
         """
         positions, visual = self.positions(input_ids, resolution), self.num_visual_tokens(resolution)
         if positions >= self.context_length:
-            images = input_ids.count(IMAGE_TOKEN)
+            images = list(input_ids).count(IMAGE_TOKEN)
             text = len(input_ids) - images
             smaller = range(self.patch_size, resolution, self.patch_size)
             fitting = [side for side in smaller if images and self.positions(input_ids, side) < self.context_length]
@@ -201,20 +219,31 @@ class FastVLMProcessor:
             )
 
     def decode(self, token_ids: Iterable[int]) -> str:
-        """The text of an answer; special tokens are skipped."""
-        return self.tokenizer.decode(token_ids)
+        """The text of an answer; special tokens, and the places of images in a prompt, are skipped.
+
+        Raises:
+            PromptError: If these are no ids of the vocabulary.
+        """
+        ids = checked_ids(token_ids, self.vocab_size, IMAGE_TOKEN)
+        return self.tokenizer.decode([token for token in ids if token != IMAGE_TOKEN])
 
     def batch_decode(self, rows: Iterable[Iterable[int]]) -> list[str]:
-        """The text of each answer."""
+        """The text of each answer.
+
+        Raises:
+            PromptError: If one of them holds no ids of the vocabulary.
+        """
+        if isinstance(rows, (str, bytes)) or not isinstance(rows, Iterable):
+            raise PromptError(f"token ids of a batch must be rows of whole numbers, not {type(rows).__name__}")
         return [self.decode(row) for row in rows]
 
     def detokenizer(self) -> StreamingDetokenizer:
         """A new detokenizer for one streamed answer."""
         return StreamingDetokenizer(self.tokenizer)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: StrPath) -> None:
         """Writes the tokenizer and processor files that this project, transformers and mlx-vlm read."""
-        folder = Path(folder)
+        folder = file_path(folder, "folder")
         self.tokenizer.save(folder)
         size = {"height": self.image_size, "width": self.image_size}
         image_processor = {
@@ -309,7 +338,7 @@ def _images(turns: Sequence[Turn]) -> list[ImageReference]:
 
 def _pairs(images: Any, prompts: Any) -> list[tuple[Prompt, Sequence[ImageSource]]]:
     """Each prompt with its images."""
-    if isinstance(prompts, str) or not isinstance(prompts, Sequence) or _is_messages(prompts):
+    if isinstance(prompts, (str, bytes)) or not isinstance(prompts, Sequence) or _is_messages(prompts):
         return [(prompts, _as_list(images))]
     entries = [None] * len(prompts) if images is None else _as_list(images)
     if len(entries) != len(prompts):

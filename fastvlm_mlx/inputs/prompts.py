@@ -7,16 +7,19 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, TypeAlias
 
+from fastvlm_mlx.arguments import check_kind, valid_text
 from fastvlm_mlx.errors import PromptError
 from fastvlm_mlx.formatting import counted
 from fastvlm_mlx.inputs.sources import Allow, ImageSource
+from fastvlm_mlx.schema import shown
 
 Message: TypeAlias = Mapping[str, Any]
 """`{"role": …, "content": …}`; the content is a string or a list of parts.
 
 A part is `{"type": "text", "text": …}`, `{"type": "image_url", "image_url": {"url": …}}` or
 `{"type": "image", "image": ImageSource}`; `url`, `path` or `base64` may stand for `image`, as in transformers.
-`{"type": "image"}` alone is the place of an image that is given separately.
+`{"type": "image"}` alone is the place of an image that is given separately. A key whose value is None counts as absent.
+Keys that would change nothing are refused, but for the `name` of a message and the `detail` of an `image_url`.
 """
 Prompt: TypeAlias = str | Sequence[Message]
 
@@ -98,18 +101,21 @@ def conversation(
 
     Raises:
         PromptError: If there is nothing to answer, or a message has an unknown form.
+        ConfigError: If `allow` is no `Allow`.
     """
+    if allow is not None:
+        check_kind(allow, "allow", Allow, "an Allow or None")
     references = [ImageReference(source=image, allow=allow or Allow.ALL) for image in images]
     if isinstance(prompt, str):
-        turns = [Turn(role="user", text=_checked(prompt, "the prompt"), images=tuple(references))]
-    elif isinstance(prompt, Sequence) and prompt:
+        turns = [Turn(role="user", text=valid_text(prompt, "the prompt"), images=tuple(references))]
+    elif isinstance(prompt, Sequence) and not isinstance(prompt, (bytes, bytearray, memoryview)) and prompt:
         turns = [_turn(message, f"message {number}", allow) for number, message in enumerate(prompt, 1)]
         turns = _place(turns, references)
     else:
-        found = "an empty one" if isinstance(prompt, Sequence) else type(prompt).__name__
+        found = "an empty one" if isinstance(prompt, (list, tuple)) else type(prompt).__name__
         raise PromptError(f"a prompt must be a string or a list of messages, not {found}")
     if turns[0].role != "system":
-        text = DEFAULT_SYSTEM if system is None else _checked(system, "the system text")
+        text = DEFAULT_SYSTEM if system is None else valid_text(system, "the system text")
         turns.insert(0, Turn(role="system", text=text))
     elif system is not None:
         raise PromptError("there is a system text and a system message; give one of them")
@@ -133,43 +139,56 @@ def render(turns: Sequence[Turn]) -> Iterator[str | Mark]:
 
 def _turn(message: object, where: str, allow: Allow | None) -> Turn:
     if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-        raise PromptError(f'{where} must have the form {{"role": …, "content": …}}, not {message!r:.80}')
+        hint = "; one question alone is a string" if isinstance(message, str) else ""
+        raise PromptError(f'{where} must have the form {{"role": …, "content": …}}, not {shown(message)}{hint}')
+    if unknown := [key for key in _present(message) if key not in ("role", "content", "name")]:
+        raise PromptError(f"{where} has the unknown key {shown(unknown[0])}; images are parts of the content")
     role, content = message["role"], message["content"]
-    if role not in ROLES:
-        raise PromptError(f"{where} has the unknown role {role!r:.80}; known are {', '.join(ROLES)}")
+    if not isinstance(role, str) or role not in ROLES:
+        raise PromptError(f"{where} has the unknown role {shown(role)}; known are {', '.join(ROLES)}")
     where = f"{where} ({role})"
     if isinstance(content, str):
-        return Turn(role=role, text=_checked(content, where))
-    if not isinstance(content, Sequence):
+        return Turn(role=role, text=valid_text(content, where))
+    if not isinstance(content, Sequence) or isinstance(content, (bytes, bytearray, memoryview)):
         raise PromptError(f"{where}: the content must be a string or a list of parts, not {type(content).__name__}")
     texts: list[str] = []
     sources: list[Any] = []
     for part in content:
-        match part:
-            case {"type": "text", "text": text}:
-                texts.append(_checked(text, where))
-            case {"type": "image_url", "image_url": {"url": str(url)} | str(url)}:
+        match _present(part):
+            case {"type": "text", "text": text, **others} if not others:
+                texts.append(valid_text(text, where))
+            case {"type": "image_url", "image_url": {"url": str(url), **details}, **others} if (
+                not others and details.keys() <= {"detail"}
+            ):
                 sources.append(url)
-            case {"type": "image", "base64": str(data)}:
+            case {"type": "image_url", "image_url": str(url), **others} if not others:
+                sources.append(url)
+            case {"type": "image", "base64": str(data), **others} if not others:
                 sources.append(f"data:;base64,{data}")
             case (
-                {"type": "image", "image": source}
-                | {"type": "image", "url": source}
-                | {"type": "image", "path": source}
-            ):
+                {"type": "image", "image": source, **others}
+                | {"type": "image", "url": source, **others}
+                | {"type": "image", "path": source, **others}
+            ) if not others:
                 sources.append(source)
             case {"type": "image", **others} if not others:
                 sources.append(None)
             case _:
                 raise PromptError(
-                    f"{where} has an unknown part {part!r:.80}; known are "
+                    f"{where} has an unknown part {shown(part)}; known are "
                     '{"type": "text", "text": …}, {"type": "image_url", "image_url": {"url": …}}, '
-                    '{"type": "image", "image": …}'
+                    '{"type": "image", "image": …} (or url, path, base64); other keys are not'
                 )
     if sources and role != "user":
         raise PromptError(f"{where}: images can only be shown in user messages")
     images = tuple(None if source is None else _reference(source, allow) for source in sources)
     return Turn(role=role, text="\n".join(texts), images=images)
+
+
+def _present(value: object) -> dict[str, Any]:
+    """The entries of a mapping that are neither None nor an empty list; none of what is no mapping."""
+    items = value.items() if isinstance(value, Mapping) else ()
+    return {key: each for key, each in items if each is not None and not (isinstance(each, list) and not each)}
 
 
 def _reference(source: ImageSource, allow: Allow | None) -> ImageReference:
@@ -202,16 +221,3 @@ def _check_order(turns: Sequence[Turn]) -> None:
             raise PromptError("the prompt is empty; say what to do, such as 'Describe the image.'")
     if turns[-1].role != "user":
         raise PromptError(f"the last message must be the user's, not the {turns[-1].role}'s")
-
-
-def _checked(text: object, where: str) -> str:
-    """Returns the text if it can be encoded."""
-    if not isinstance(text, str):
-        raise PromptError(f"{where} must be text, not {type(text).__name__}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as err:
-        raise PromptError(
-            f"{where} is not valid Unicode: half a character (U+{ord(text[err.start]):04X}) at position {err.start}"
-        ) from err
-    return text

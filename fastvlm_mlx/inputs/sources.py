@@ -10,8 +10,9 @@ import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias, Union
+from typing import IO, TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeAlias, Union
 
+from fastvlm_mlx.arguments import flag
 from fastvlm_mlx.errors import ImageError
 from fastvlm_mlx.formatting import printable
 
@@ -19,8 +20,15 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL.Image import Image
 
+
+class SupportsArray(Protocol):
+    """What NumPy can make an array of: its own arrays, MLX's and others."""
+
+    def __array__(self) -> NDArray[Any]: ...
+
+
 ImageSource: TypeAlias = Union[
-    str, "os.PathLike[str]", bytes, bytearray, memoryview, "IO[bytes]", "Image", "NDArray[Any]"
+    str, "os.PathLike[str]", bytes, bytearray, memoryview, "IO[bytes]", "Image", SupportsArray
 ]
 """A path, an http(s) or `data:` URL, encoded bytes, an open binary file, a PIL image or an array.
 
@@ -48,6 +56,9 @@ class Allow:
         files: Paths: any file that this process can read.
         urls: http and https URLs of hosts on the public internet.
         private_hosts: All other hosts, too: this machine, its network, a cloud's metadata service.
+
+    Raises:
+        ConfigError: If one of them is not a truth value.
     """
 
     files: bool = False
@@ -60,6 +71,11 @@ class Allow:
     """Public URLs: the default for strings in messages."""
     DATA_ONLY: ClassVar[Allow]
     """Neither files nor URLs: for what comes from strangers."""
+
+    def __post_init__(self) -> None:
+        """Rejects what is no truth value; None is False."""
+        for name in ("files", "urls", "private_hosts"):
+            object.__setattr__(self, name, flag(getattr(self, name), name))
 
 
 Allow.ALL = Allow(files=True, urls=True, private_hosts=True)

@@ -10,7 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastvlm_mlx.errors import CheckpointError, ConfigError
+from fastvlm_mlx.arguments import StrPath, as_whole, file_path, valid_text, whole_ids
+from fastvlm_mlx.errors import CheckpointError, ConfigError, PromptError
 from fastvlm_mlx.formatting import printable
 from fastvlm_mlx.schema import integer, mapping, read_object, read_small_file, shown
 
@@ -102,10 +103,12 @@ class Tokenizer:
         CheckpointError: If `folder` holds neither.
     """
 
-    def __init__(self, folder: Path, rows: int = MOST_TOKENS) -> None:
-        self._folder = Path(os.path.abspath(folder))  # it may be read later, from another working folder
+    def __init__(self, folder: StrPath, rows: int = MOST_TOKENS) -> None:
+        self._folder = Path(
+            os.path.abspath(file_path(folder, "folder"))
+        )  # it may be read later, from another working folder
         self._rows = rows
-        names = {name for name in ("tokenizer.json", "vocab.json", "merges.txt") if (self._folder / name).is_file()}
+        names = {name for name in ("tokenizer.json", "vocab.json", "merges.txt") if os.path.isfile(self._folder / name)}
         if not names & {"tokenizer.json"} and len(names) < 2:
             raise CheckpointError(
                 f"{printable(folder)}: has no tokenizer: neither tokenizer.json nor vocab.json and merges.txt"
@@ -148,8 +151,10 @@ class Tokenizer:
 
         Raises:
             CheckpointError: If the tokenizer is damaged.
+            PromptError: If it is no text.
         """
         backend = self._backend
+        valid_text(text, "the text")
         with _library(self._folder):
             ids = backend.encode(text, add_special_tokens=False).ids
         if ids and max(ids) >= self._rows:
@@ -185,7 +190,13 @@ class Tokenizer:
         return CheckpointError(f"{folder}: the tokenizer has id {index}, the embedding {self._rows} rows")
 
     def token_bytes(self, token_id: int, *, skip_special_tokens: bool = True) -> bytes:
-        """The UTF-8 bytes of a token, possibly part of a character; empty for an id without a token."""
+        """The UTF-8 bytes of a token, possibly part of a character; empty for an id without a token.
+
+        Raises:
+            PromptError: If it is no whole number.
+        """
+        if as_whole(token_id) is None:
+            raise PromptError(f"a token id must be a whole number, not {shown(token_id)}")
         if token_id in self._added:
             return b"" if skip_special_tokens else self._added[token_id]
         token = self._backend.id_to_token(token_id) if 0 <= token_id < MOST_TOKENS else None
@@ -193,8 +204,12 @@ class Tokenizer:
         return bytes(_BYTES[char] for char in token) if _BYTES.keys() >= set(token) else token.encode()
 
     def decode(self, token_ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of token ids; bytes that are not UTF-8 become U+FFFD."""
-        parts = (self.token_bytes(index, skip_special_tokens=skip_special_tokens) for index in token_ids)
+        """The text of token ids; bytes that are not UTF-8 become U+FFFD.
+
+        Raises:
+            PromptError: If these are no whole numbers.
+        """
+        parts = (self.token_bytes(index, skip_special_tokens=skip_special_tokens) for index in whole_ids(token_ids))
         return b"".join(parts).decode("utf-8", "replace")
 
     def save(self, folder: Path) -> None:

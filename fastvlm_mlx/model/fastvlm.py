@@ -4,6 +4,8 @@ Shapes: B batch, R resolution in pixels, N = (R/64)² visual tokens per image, T
     (an image is N), C channels of the tower, D hidden size, V vocabulary.
 """
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ParamSpec, SupportsIndex, TypeVar
@@ -11,10 +13,12 @@ from typing import TYPE_CHECKING, Any, ParamSpec, SupportsIndex, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from fastvlm_mlx.arguments import StrPath, check_callable, check_kind, flag
 from fastvlm_mlx.backend import device, mx, nn
 from fastvlm_mlx.config import IMAGE_TOKEN, ModelConfig
 from fastvlm_mlx.errors import ConfigError, PromptError
 from fastvlm_mlx.model.activations import gelu
+from fastvlm_mlx.model.inputs import check_cache, check_pixels, float_array, token_rows
 from fastvlm_mlx.model.kv_cache import KVCache
 from fastvlm_mlx.model.language import Qwen2
 from fastvlm_mlx.model.vision import FastViTHD
@@ -84,6 +88,7 @@ class FastVLM(nn.Module):
     """
 
     def __init__(self, config: ModelConfig) -> None:
+        check_kind(config, "config", ModelConfig, "a ModelConfig")
         super().__init__()
         self.config = config
         self.vision_tower = FastViTHD(config.vision_config)
@@ -92,7 +97,9 @@ class FastVLM(nn.Module):
         self.tower: Callable[..., mx.array] | None = None
 
     @classmethod
-    def from_pretrained(cls, name: str, *, dtype: str | None = None, revision: str | None = None) -> "FastVLM":
+    def from_pretrained(
+        cls, name: StrPath, *, dtype: str | mx.Dtype | None = None, revision: str | None = None
+    ) -> FastVLM:
         """The model of a Hub id, alias, source folder or converted folder; see `fastvlm_mlx.load`."""
         from fastvlm_mlx.checkpoint.load import load_model
         from fastvlm_mlx.resolve import resolve
@@ -115,7 +122,7 @@ class FastVLM(nn.Module):
     def vision_features(
         self, pixel_values: npt.ArrayLike | mx.array, on_submit: Callable[[], None] | None = None
     ) -> mx.array:
-        """Features (B, R/64, R/64, C) of pixel values (B, R, R, 3), float in [0, 1] or uint8.
+        """Features (B, R/64, R/64, C) of pixel values (B, R, R, 3), floats in [0, 1] or uint8.
 
         A CPU evaluates the tower here, and calls `on_submit` once its work is queued: a thread started there can use
         the GIL while MLX computes.
@@ -124,31 +131,23 @@ class FastVLM(nn.Module):
             ConfigError: If the shape, the type or the range is another, a side is not a multiple of 64, or the tower
                 was freed.
         """
-        pixels = pixel_values if isinstance(pixel_values, mx.array) else mx.array(np.asarray(pixel_values))
-        if (
-            pixels.ndim != 4
-            or pixels.shape[-1] != 3
-            or pixels.shape[1] % 64
-            or pixels.shape[2] % 64
-            or 0 in pixels.shape
-        ):
-            raise ConfigError(f"pixel_values must be (B, R, R, 3) with R a multiple of 64, not {pixels.shape}")
+        check_callable(on_submit, "on_submit")
+        pixels = check_pixels(pixel_values)
         if "stem" not in self.vision_tower:
             raise ConfigError("the vision tower was freed; load the model again to show it another image")
         if pixels.dtype == mx.uint8:
             pixels = pixels.astype(mx.float32) / 255
-        elif not mx.issubdtype(pixels.dtype, mx.floating):
-            raise ConfigError(f"pixel_values must be uint8, or float in [0, 1], not {str(pixels.dtype)[9:]}")
-        else:
-            low, high = float(pixels.min()), float(pixels.max())
-            if not (low >= 0.0 and high <= 1.0):
-                raise ConfigError(f"float pixel_values must be in [0, 1], not [{low:g}, {high:g}]; divide or clip them")
         pixels = pixels.astype(self.dtype)
         return self.vision_tower(pixels) if self.tower is None else self.tower(pixels, on_submit)
 
     @_in_turn
-    def project(self, features: mx.array) -> mx.array:
-        """Visual tokens (B, N, D) of the tower's features (B, R/64, R/64, C)."""
+    def project(self, features: npt.ArrayLike | mx.array) -> mx.array:
+        """Visual tokens (B, N, D) of the tower's features (B, R/64, R/64, C).
+
+        Raises:
+            ConfigError: If these are no such features.
+        """
+        features = float_array(features, "features", ("B", "R/64", "R/64", self.config.vision_config.hidden_size))
         return self.mm_projector(features.reshape(features.shape[0], -1, features.shape[-1]))
 
     @_in_turn
@@ -171,7 +170,7 @@ class FastVLM(nn.Module):
         pixel_values: npt.ArrayLike | mx.array | None = None,
         attention_mask: npt.ArrayLike | mx.array | None = None,
         *,
-        visual_tokens: mx.array | None = None,
+        visual_tokens: npt.ArrayLike | mx.array | None = None,
     ) -> mx.array:
         """Input embeddings (B, L, D), each image's visual tokens in the place of its `IMAGE_TOKEN`.
 
@@ -185,6 +184,7 @@ class FastVLM(nn.Module):
 
         Raises:
             PromptError: If a token id is outside the vocabulary, or the images and their places differ in number.
+            ConfigError: If another argument is of the wrong kind or shape.
         """
         return self._embed(self.rows(input_ids, attention_mask), pixel_values, visual_tokens)[0]
 
@@ -192,19 +192,24 @@ class FastVLM(nn.Module):
         self,
         rows: Sequence[npt.NDArray[np.int32]],
         pixel_values: npt.ArrayLike | mx.array | None,
-        visual_tokens: mx.array | None,
+        visual_tokens: npt.ArrayLike | mx.array | None,
         *,
         free_tower: bool = False,
     ) -> tuple[mx.array, list[int]]:
         """Embeddings (B, L, D) of rows of token ids, and how many positions of each row are padding."""
-        shown = pixel_values if visual_tokens is None else visual_tokens
-        images = 0 if shown is None else len(shown)  # type: ignore[arg-type]
+        tokens: mx.array | None = None
+        if visual_tokens is not None:
+            tokens = float_array(visual_tokens, "visual_tokens", ("images", "N", self.config.text_config.hidden_size))
+        elif pixel_values is not None:
+            pixel_values = check_pixels(pixel_values)
+        given = tokens if tokens is not None else pixel_values
+        images = 0 if given is None else len(given)  # type: ignore[arg-type]
         places = sum(int((row == IMAGE_TOKEN).sum()) for row in rows)
         if images != places:
             raise PromptError(f"images given: {images}, places for them in the prompt: {places}; they must agree")
-        if visual_tokens is None and pixel_values is not None:
-            visual_tokens = self.encode_image(pixel_values)
-        visual = iter(visual_tokens if visual_tokens is not None else ())
+        if tokens is None and pixel_values is not None:
+            tokens = self.encode_image(pixel_values)
+        visual = iter(tokens if tokens is not None else ())
         if free_tower and device() == "cpu":
             # On a GPU the tower is part of one graph, so nothing could be freed yet.
             self.free_vision_tower()
@@ -232,7 +237,7 @@ class FastVLM(nn.Module):
         attention_mask: npt.ArrayLike | mx.array | None = None,
         cache: list[KVCache] | None = None,
         *,
-        visual_tokens: mx.array | None = None,
+        visual_tokens: npt.ArrayLike | mx.array | None = None,
         free_tower: bool = False,
     ) -> tuple[mx.array, list[KVCache]]:
         """Logits (B, V) of the last position and the filled cache: from pixels to logits as one graph.
@@ -247,7 +252,11 @@ class FastVLM(nn.Module):
 
         Raises:
             PromptError: If a token id is outside the vocabulary, or the images and their places differ in number.
+            ConfigError: If another argument is of the wrong kind or shape.
         """
+        if cache is not None:
+            check_cache(cache, len(self.language_model.layers))
+        free_tower = flag(free_tower, "free_tower")
         rows = self.rows(input_ids, attention_mask)
         embeddings, padding = self._embed(rows, pixel_values, visual_tokens, free_tower=free_tower)
         if cache is None:
@@ -260,8 +269,8 @@ class FastVLM(nn.Module):
         pixel_values: npt.ArrayLike | mx.array | None = None,
         attention_mask: npt.ArrayLike | mx.array | None = None,
         *,
-        config: "GenerationConfig | Sequence[GenerationConfig] | None" = None,
-        **options: "Unpack[GenerationOptions]",
+        config: GenerationConfig | Sequence[GenerationConfig] | None = None,
+        **options: Unpack[GenerationOptions],
     ) -> list[list[int]]:
         """The new token ids of each row, without the end token; see `fastvlm_mlx.engine.batch.generate_rows`.
 
@@ -282,22 +291,7 @@ class FastVLM(nn.Module):
         """The token ids of each row without its padding.
 
         Raises:
-            PromptError: If a row has no tokens, or an id is neither in the vocabulary nor `IMAGE_TOKEN`.
+            PromptError: If these are no token ids, a row has none, or one is neither in the vocabulary nor
+                `IMAGE_TOKEN`.
         """
-        ids = np.atleast_2d(np.asarray(input_ids, dtype=np.int64))
-        if attention_mask is None:
-            rows = list(ids)
-        else:
-            masks = np.atleast_2d(np.asarray(attention_mask)).astype(bool)
-            rows = [row[mask] for row, mask in zip(ids, masks, strict=True)]
-        if any(len(row) == 0 for row in rows):
-            raise PromptError("input_ids has a row without tokens")
-        vocabulary = self.config.text_config.vocab_size
-        for row in rows:
-            wrong = row[((row < 0) | (row >= vocabulary)) & (row != IMAGE_TOKEN)]
-            if len(wrong):
-                raise PromptError(
-                    f"token id {wrong[0]} is outside the vocabulary of {vocabulary}; only {IMAGE_TOKEN}, an image's "
-                    "place, may be"
-                )
-        return [row.astype(np.int32) for row in rows]
+        return token_rows(input_ids, attention_mask, self.config.text_config.vocab_size)

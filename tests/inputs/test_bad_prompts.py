@@ -27,7 +27,7 @@ def user(content: object) -> dict[str, object]:
         (3, "not int"),
         (user("Hi"), "not dict"),
         ([], "not an empty one"),
-        (["Hi"], r'message 1 must have the form \{"role": …, "content": …\}, not \'Hi\''),
+        (["Hi"], r'message 1 must have the form \{"role": …, "content": …\}, not \'Hi\'; one question alone is a str'),
         ([{"role": "user"}], "message 1 must have the form"),
         ([{"content": "Hi"}], "message 1 must have the form"),
         ([{"role": "tool", "content": "Hi"}], "unknown role 'tool'; known are system, user, assistant"),
@@ -44,6 +44,15 @@ def user(content: object) -> dict[str, object]:
         ([user([{"text": "Hi"}])], "unknown part"),
         ([user([{"type": "image", "source": "a.png"}])], "unknown part"),
         ([user([{"type": "image", "base64": b"data"}])], "unknown part"),
+        ([user([{"type": "text", "text": "a", "style": "bold"}])], r"unknown part .*'style'.*other keys are not"),
+        ([user([{"type": "image", "image": "a.png", "url": "b.png"}])], "unknown part .*'url'"),
+        ([user([{"type": "image_url", "image_url": {"url": "a", "size": 3}}])], "unknown part"),
+        (
+            [{**user("a"), "images": ["a.png"]}],
+            "message 1 has the unknown key 'images'; images are parts of the content",
+        ),
+        (b"Hi", "must be a string or a list of messages, not bytes"),
+        ([user(b"Hi")], r"message 1 \(user\): the content must be a string or a list of parts, not bytes"),
         (
             [user("Hi"), {"role": "assistant", "content": "Yes"}],
             "the last message must be the user's, not the assistant's",
@@ -74,3 +83,11 @@ def test_two_system_texts_are_refused():
 def test_bad_system_text_is_refused(system, message):
     with pytest.raises(PromptError, match=message):
         conversation("Hi", (), system)
+
+
+def test_keys_without_a_value_and_those_of_other_clients_count_as_absent():
+    text = {"type": "text", "text": "a", "image_url": None}
+    picture = {"type": "image_url", "image_url": {"url": "https://a.example/b.png", "detail": "low"}, "text": None}
+    message = {**user([text, picture]), "name": "me", "refusal": None, "tool_calls": []}
+    (_, turn) = conversation([message])
+    assert (turn.text, [image.source for image in turn.images]) == ("a", ["https://a.example/b.png"])

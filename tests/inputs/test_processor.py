@@ -37,7 +37,7 @@ def config(image_size: int = 128, **options: object) -> ModelConfig:
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,
-            vocab_size=384,
+            vocab_size=151_936,
         ),
         eos_token_id=(369, 367),
         **options,
