@@ -23,7 +23,7 @@ class PretendedHub:
         folder: Where it keeps its commits.
         branches: The commit of each branch, by `owner/name@branch`.
         card: The metadata of every model card.
-        requests: Method and path of every request.
+        requests: Method and path of every request, with what it asks for.
         sent: Bytes of all files sent.
         bytes_per_second: How fast it sends.
         ranges: Whether it can send a part of a file.
@@ -82,7 +82,7 @@ class PretendedHub:
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
         path = urlsplit(request.path).path
-        self.requests.append(f"{request.command} {path}")
+        self.requests.append(f"{request.command} {request.path}")
         parts = [unquote(part) for part in path.strip("/").split("/")]
         if self.down:
             self._send(request, 503)

@@ -239,7 +239,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedHu
 
 def asked(hub: PretendedHub) -> int:
     """How often the Hub was asked which commit the branch points to."""
-    return hub.requests.count("GET /api/models/someone/tiny/revision/main")
+    return hub.requests.count("GET /api/models/someone/tiny/revision/main?expand=sha")
 
 
 def days_pass(folder: Path, days: float) -> None:

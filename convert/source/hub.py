@@ -82,7 +82,7 @@ def look_up(repository: str, revision: str | None) -> Repository:
         from huggingface_hub.hf_api import HfApi, RepoFile
 
         api = HfApi()
-        info = api.model_info(repository, revision=revision, timeout=_TIMEOUT)
+        info = api.model_info(repository, revision=revision or "main", timeout=_TIMEOUT)
         commit = str(info.sha)
         tree = api.list_repo_tree(repository, recursive=True, revision=commit)
         sizes = {file.path: file.size for file in tree if isinstance(file, RepoFile) and "/" not in file.path}
