@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from fastvlm_mlx.arguments import choice
 from fastvlm_mlx.checkpoint.released import parse_name
 from fastvlm_mlx.config import LayerQuantization, ModelConfig, QuantizationConfig
 from fastvlm_mlx.convert.arrays import DTYPES, Array
@@ -143,8 +144,7 @@ def open_conversion(
 
     Arguments as for `plan` and `open_source`.
     """
-    if dtype not in DTYPES:
-        raise ConversionError(f"dtype must be {', '.join(DTYPES)}, not {dtype!r}")
+    choice(dtype, "dtype", DTYPES, ConversionError)
     if vision_from is not None:
         parse_name(vision_from)  # a mistake in it costs no download of the other one
 

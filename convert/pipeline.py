@@ -76,7 +76,7 @@ def convert_and_quantize(
         vision_from=vision_from,
         dequantize=dequantize,
         tie_word_embeddings=tie_word_embeddings,
-        images=image_files(map(Path, calibration)),
+        images=image_files(calibration),
         gates=gates,
         notify=notify,
     )
@@ -113,7 +113,8 @@ def planned_steps(
     """
     folder = parse_name(source).path
     converted = ModelConfig.from_path(folder) if folder and is_converted(folder) else None
-    dtype = dtype or (converted.dtype if converted else "float16")
+    if dtype is None:
+        dtype = converted.dtype if converted else "float16"
     options = {
         "dtype": dtype,
         "revision": revision,

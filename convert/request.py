@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastvlm_mlx.arguments import check_kind, items
 from fastvlm_mlx.checkpoint.safetensors import ITEM_BYTES
 from fastvlm_mlx.convert.arrays import DTYPES
 from fastvlm_mlx.convert.compare.gates import Gate
@@ -75,8 +76,10 @@ def planned_request(
         CheckpointError: If the source is missing, incomplete, damaged or of an unknown layout.
         ConversionError: If the request is impossible, or a part of it would change nothing.
     """
-    for gate in gates:
+    for gate in items(gates, "gates", "a list of conditions"):
         Gate.parse(gate)
+    if quantization is not None:
+        check_kind(quantization, "quantization", Quantization, "a Quantization or None")
     if gates and quantization is None:
         raise ConversionError("a gate is a condition on what quantization costs, and nothing is to be quantized")
     if calibration and quantization is None and dtype != "float16":

@@ -148,6 +148,8 @@ def test_a_processor_checks_what_it_is_given(loaded):
             processor.decode(wrong)
     with pytest.raises(PromptError, match="token id 384 is outside the vocabulary of 384"):
         processor.batch_decode(np.array([[1, 2], [3, 384]]))
+    with pytest.raises(PromptError, match="must be rows of whole numbers, not ndarray"):
+        processor.batch_decode(np.array(3))
     with pytest.raises(ConfigError, match="n_images must be a whole number, from 0 to 8192, not -1"):
         processor.encode("Hi", -1)
     with pytest.raises(PromptError, match="turns must be a list of Turn"):

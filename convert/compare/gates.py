@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from fastvlm_mlx.errors import ConversionError
+from fastvlm_mlx.schema import shown
 
 AGREEMENT_METRICS = ("visual_cosine", "kl", "top1", "top5", "greedy")
 """The metrics of an `Agreement`."""
@@ -48,6 +49,8 @@ class Gate:
         Raises:
             ConversionError: If it describes none.
         """
+        if not isinstance(text, str):
+            raise ConversionError(f"a gate must be a text such as 'top1>=0.95', not {shown(text)}")
         match = re.fullmatch(r"\s*(\w+)\s*(>=|<=|>|<)\s*(\d*\.?\d+(?:[eE][-+]?\d+)?)\s*(%?)\s*", text)
         if match is None:
             raise ConversionError(f"gate {text!r} cannot be read; write for instance 'top1>=0.95' or 'kl<0.05'")

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
+from fastvlm_mlx.arguments import file_path, items
 from fastvlm_mlx.convert.arrays import Array
 from fastvlm_mlx.errors import ConversionError
 from fastvlm_mlx.inputs.images import load_image, preprocess
@@ -95,7 +96,7 @@ def scene(seed: int) -> Array:
     return np.asarray(image, np.float32) / 255
 
 
-def image_files(paths: Iterable[Path]) -> list[Path]:
+def image_files(paths: Iterable[str | Path]) -> list[Path]:
     """The images that `paths` name, those of a folder in the order of their names.
 
     Raises:
@@ -103,7 +104,8 @@ def image_files(paths: Iterable[Path]) -> list[Path]:
         ImageError: If a file that is named is no image.
     """
     files = []
-    for path in paths:
+    for name in items(paths, "calibration", "a list of images and folders"):
+        path = file_path(name, "an image for calibration")
         if not path.exists():
             raise ConversionError(f"{path}: no such image or folder of calibration images")
         images = [path]

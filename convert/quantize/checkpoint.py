@@ -1,5 +1,6 @@
 """Quantizes a converted checkpoint and reports what that cost."""
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from fastvlm_mlx.arguments import check_kind, file_path, items
 from fastvlm_mlx.backend import mx
 from fastvlm_mlx.checkpoint.load import load_model
 from fastvlm_mlx.config import ModelConfig
@@ -71,10 +73,11 @@ def quantize_checkpoint(
         GateError: If a gate is not met; nothing is written then.
         ImageError: If a calibration image cannot be read.
     """
-    for gate in gates:
+    for gate in items(gates, "gates", "a list of conditions"):
         Gate.parse(gate)
-    images = image_files(map(Path, calibration))
-    folder, target = Path(source).expanduser(), vacant(destination)
+    check_kind(quantization, "quantization", Quantization, "a Quantization")
+    images = image_files(calibration)
+    folder, target = Path(os.path.expanduser(file_path(source, "source"))), vacant(destination)
     config = ModelConfig.from_path(folder)
     if config.quantization:
         raise ConversionError(

@@ -4,15 +4,18 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Integral
 from types import MappingProxyType
 from typing import Any
 
+from fastvlm_mlx.arguments import as_real
 from fastvlm_mlx.config import QUANTIZATION_MODES, LayerQuantization, ModelConfig, QuantizationConfig
 from fastvlm_mlx.convert.arrays import Shape
 from fastvlm_mlx.convert.fold.modules import parameter_shapes
 from fastvlm_mlx.convert.parts import PARTS, part_of
 from fastvlm_mlx.errors import ConversionError
 from fastvlm_mlx.formatting import names
+from fastvlm_mlx.schema import shown
 
 METHODS = ("rtn", "gptq")
 AUTO = "auto"
@@ -86,6 +89,10 @@ class Quantization:
 
     def __post_init__(self) -> None:
         """Rejects impossible combinations and names the possible ones."""
+        if not isinstance(self.parts, Mapping):
+            raise ConversionError(f"parts must map parts to bits, not {shown(self.parts)}")
+        if self.target_bpw is not None and math.isnan(as_real(self.target_bpw)):
+            raise ConversionError(f"target_bpw must be a number, not {shown(self.target_bpw)}")
         _one_of("mode", self.mode, QUANTIZATION_MODES)
         _one_of("method", self.method, METHODS)
         bits, group_sizes = QUANTIZATION_MODES[self.mode]
@@ -289,6 +296,6 @@ def _natural(path: str) -> list[tuple[int, str]]:
 
 def _one_of(what: str, value: Any, possible: Any) -> None:
     """Raises if `value` is not possible."""
-    if value not in possible:
+    if not isinstance(value, (str, Integral)) or value not in possible:
         choices = f"one of {', '.join(map(str, possible))}" if len(possible) > 1 else str(*possible)
-        raise ConversionError(f"{what} must be {choices}, not {value!r}")
+        raise ConversionError(f"{what} must be {choices}, not {shown(value)}")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from fastvlm_mlx.arguments import file_path
 from fastvlm_mlx.convert.scratch import contents, is_being_written, remove_leftovers, scratch_folder
 from fastvlm_mlx.errors import ConversionError
 from fastvlm_mlx.formatting import readable_bytes
@@ -19,11 +20,18 @@ def vacant(destination: str | Path) -> Path:
 
     Raises:
         ConversionError: If something is there already, or no folder can be made there.
+        ConfigError: If `destination` is no path.
     """
-    target = Path(os.path.expanduser(destination))
-    if target.is_dir():
+    target = Path(os.path.expanduser(file_path(destination, "destination")))
+    try:
+        os.lstat(target)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as err:  # too long, or not to be written in the file system's encoding
+        raise ConversionError(f"{target}: cannot be written: {getattr(err, 'strerror', None) or err}") from err
+    if is_folder := target.is_dir():
         remove_leftovers(target)
-    if os.path.lexists(target) and not (target.is_dir() and not contents(target)):
+    if os.path.lexists(target) and not (is_folder and not contents(target)):
         raise ConversionError(f"{target}: exists already; remove it or choose another destination")
     above = next(parent for parent in (target, *target.absolute().parents) if os.path.lexists(parent))
     if not (above.is_dir() and os.access(above, os.W_OK | os.X_OK)):

@@ -233,7 +233,7 @@ class FastVLMProcessor:
         Raises:
             PromptError: If one of them holds no ids of the vocabulary.
         """
-        if isinstance(rows, (str, bytes)) or not isinstance(rows, Iterable):
+        if isinstance(rows, (str, bytes)) or not isinstance(rows, Iterable) or getattr(rows, "ndim", 1) == 0:
             raise PromptError(f"token ids of a batch must be rows of whole numbers, not {type(rows).__name__}")
         return [self.decode(row) for row in rows]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvlm_mlx import __version__
+from fastvlm_mlx.arguments import check_kind, choice, items, whole
 from fastvlm_mlx.backend import device
 from fastvlm_mlx.engine.options import GenerationConfig
 from fastvlm_mlx.errors import CheckpointError, ConfigError, FastVLMError
@@ -84,9 +85,12 @@ def evaluate(
         ConfigError: If the metric is unknown, there are no questions, or the model cannot run at the resolution.
         CheckpointError: If the model's files are damaged.
     """
-    if metric not in METRICS:
-        raise ConfigError(f"unknown metric {metric!r}; there are {', '.join(METRICS)}")
-    rows = questions if limit is None else sample(questions, limit)
+    choice(metric, "metric", METRICS)
+    rows: list[Question | BadRow] = items(questions, "questions", "rows from read_questions")
+    for row in rows:
+        check_kind(row, "each of the questions", (Question, BadRow), "a row from read_questions")
+    if limit is not None:
+        rows = sample(rows, whole(limit, "limit"))
     if not rows:
         raise ConfigError("there are no questions to evaluate")
     answers: dict[int, Answer] = {}

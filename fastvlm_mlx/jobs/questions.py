@@ -13,6 +13,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, BinaryIO
 
+from fastvlm_mlx.arguments import file_path
 from fastvlm_mlx.errors import ConfigError
 from fastvlm_mlx.formatting import printable
 
@@ -57,8 +58,9 @@ def read_questions(path: Path) -> list[Question | BadRow]:
     """Reads the rows of a question file in order, malformed ones as `BadRow`.
 
     Raises:
-        ConfigError: If the file cannot be read or holds no question.
+        ConfigError: If `path` is no path, or the file cannot be read or holds no question.
     """
+    path = file_path(path, "path")
     try:
         with path.open("rb") as file:
             rows = [_parse(path.parent, number, line) for number, line in _lines(file) if line.strip()]

@@ -61,7 +61,7 @@ def check_pixels(pixel_values: Any) -> mx.array:
         array = _array(pixel_values, "pixel_values", ConfigError)
         if array.dtype != np.uint8 and array.dtype.kind != "f":
             raise ConfigError(f"pixel_values must be uint8, or float in [0, 1], not {array.dtype}")
-        pixel_values = array if array.dtype == np.uint8 else array.astype(np.float32, copy=False)
+        pixel_values = array if array.dtype == np.uint8 else _float32(array)
     pixels: mx.array = mx.array(pixel_values)
     shape = pixels.shape
     if len(shape) != 4 or shape[-1] != 3 or shape[1] % 64 or shape[2] % 64 or 0 in shape:
@@ -86,7 +86,7 @@ def float_array(values: Any, name: str, axes: tuple[str | int, ...]) -> mx.array
         array = _array(values, name, ConfigError)
         if array.dtype.kind != "f":
             raise ConfigError(f"{name} must be floats, not {array.dtype}")
-        values = array.astype(np.float32, copy=False)
+        values = _float32(array)
     floats: mx.array = mx.array(values)
     shape = floats.shape
     lengths = [length if isinstance(axis, str) else axis for axis, length in zip(axes, shape, strict=False)]
@@ -95,6 +95,12 @@ def float_array(values: Any, name: str, axes: tuple[str | int, ...]) -> mx.array
     if not mx.issubdtype(floats.dtype, mx.floating):
         raise ConfigError(f"{name} must be floats, not {floats.dtype}")
     return floats
+
+
+def _float32(array: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """An array in float32; values beyond its range become infinite without a warning, and are refused as such."""
+    with np.errstate(over="ignore"):
+        return array.astype(np.float32, copy=False)
 
 
 def check_cache(cache: Any, layers: int) -> None:

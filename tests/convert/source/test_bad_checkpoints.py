@@ -503,7 +503,7 @@ def test_a_tower_is_asked_for_where_there_is_none(tmp_path: Path) -> None:
 
 
 def test_an_unknown_dtype_is_refused() -> None:
-    with pytest.raises(ConversionError, match="dtype must be float16, bfloat16, float32, not 'int8'"):
+    with pytest.raises(ConversionError, match="dtype must be float16, bfloat16 or float32, not 'int8'"):
         plan(APPLE, dtype="int8")
 
 
