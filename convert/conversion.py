@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -168,6 +169,17 @@ def open_conversion(
         yield Conversion(main, tower, dtype=dtype, dequantize=dequantize, tie=tie_word_embeddings)
 
 
+def check_converted(folder: Path) -> None:
+    """Checks that a converted folder has exactly the tensors that its config describes, and reads them all.
+
+    Raises:
+        CheckpointError: If it has others, or a value is not finite.
+        ConfigError: If its config.json cannot be used.
+    """
+    with open_conversion(folder) as conversion:
+        conversion.check_values()
+
+
 class Conversion:
     """One source on its way to one folder in this project's format.
 
@@ -222,6 +234,17 @@ class Conversion:
             for target, shape in fold.inputs.items():
                 self._weights[target] = checkpoint.weight(target, shape, unscale.get(target, 1.0))
 
+    def check_values(self) -> None:
+        """Reads every tensor.
+
+        Raises:
+            CheckpointError: If a file is truncated or a value is not finite.
+        """
+        for weight in self._weights.values():
+            stored = [weight.stored(part) for part in weight.packed] if weight.packing else [weight.chunks()]
+            for _ in chain.from_iterable(stored):
+                pass
+
     def plan(self) -> Plan:
         """The plan of `write`, derived from headers."""
         main, tower = self._main, self._tower
@@ -244,9 +267,9 @@ class Conversion:
             source=self._provenance(),
         )
         return Plan(
-            source=main.source.name,
+            source=main.source.label,
             layout=main.layout.description,
-            vision_from=(tower.source.name, tower.layout.description) if other else None,
+            vision_from=(tower.source.label, tower.layout.description) if other else None,
             config=config,
             source_bytes=sum(checkpoint.source.nbytes for checkpoint in self._checkpoints),
             output_bytes=sum(tensor.nbytes for tensor in tensors.values()),

@@ -7,6 +7,7 @@ for float16, so it is taken out.
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy.typing as npt
 from fastvlm_mlx.checkpoint.safetensors import Tensor
 from fastvlm_mlx.config import ModelConfig
 from fastvlm_mlx.convert.arrays import DTYPES, Array, Shape, float32
+from fastvlm_mlx.convert.conversion import check_converted
 from fastvlm_mlx.convert.export.configs import PROJECTION_DIM, check_exportable, configs
 from fastvlm_mlx.convert.fold.float16 import Scaling, factors
 from fastvlm_mlx.convert.fold.modules import parameter_shapes
@@ -83,8 +85,9 @@ def export_mlx_vlm(
         ConversionError: If its tower or projector is quantized, or the destination exists.
         GateError: If a gate is not met; nothing is written then.
     """
-    folder, target = Path(source).expanduser(), vacant(destination)
+    folder, target = Path(os.path.expanduser(source)), vacant(destination)
     config = ModelConfig.from_path(folder)
+    check_converted(folder)
     with open_source(folder) as opened:
         check_exportable([name.removesuffix(".scales") for name in opened.tensors if name.endswith(".scales")])
         with partial_folder(target, opened.nbytes) as out:

@@ -18,6 +18,7 @@ from fastvlm_mlx.convert.compare.agreement import Agreement, Reference
 from fastvlm_mlx.convert.compare.gates import Gate
 from fastvlm_mlx.convert.compare.probes import CALIBRATION_SEEDS, Probes, image_files
 from fastvlm_mlx.convert.compare.weights import WeightError
+from fastvlm_mlx.convert.conversion import check_converted
 from fastvlm_mlx.convert.parts import by_part
 from fastvlm_mlx.convert.progress import Meter, Progress
 from fastvlm_mlx.convert.quantize.auto_bits import allocate_bits, sensitivities
@@ -39,7 +40,7 @@ from fastvlm_mlx.convert.write.files import (
     write_json,
 )
 from fastvlm_mlx.convert.write.shards import ShardWriter, Stored, index, shards
-from fastvlm_mlx.errors import ConversionError
+from fastvlm_mlx.errors import CheckpointError, ConversionError
 from fastvlm_mlx.inputs.processor import FastVLMProcessor
 
 Compensated = Mapping[str, tuple[Packed, WeightError]]
@@ -85,6 +86,7 @@ def quantize_checkpoint(
             "from, or dequantize it first (fastvlm quantize --dequantize)"
         )
     allocation = quantization.allocate(config)
+    check_converted(folder)
     with ExitStack() as stack:
         opened = stack.enter_context(open_source(folder))
         needed = sum(stored.nbytes for _, stored in _stored(opened, config.dtype, allocation))
@@ -95,6 +97,11 @@ def quantize_checkpoint(
         if quantization.method == "gptq":
             probes.append(Probes.of(processor, images, CALIBRATION_SEEDS))
         references = Reference.of(folder, probes, meter.notify)
+        if not all(np.isfinite(reference.logits).all() for reference in references):
+            raise CheckpointError(
+                f"{folder}: gives no numbers (its logits are NaN or infinite), with which a quantization could be "
+                "compared; convert it again, with another --dtype or from an undamaged source"
+            )
         reference, answers = references[0], references[-1].answers
         del references  # the logits of long calibration answers take much memory
         mx.clear_cache()
