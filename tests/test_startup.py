@@ -48,6 +48,24 @@ def test_help_imports_no_mlx_numpy_or_transformers(tmp_path: Path, arguments: li
     assert not modules & {"mlx", "mlx_lm", "numpy", "transformers", "PIL", "tokenizers", "huggingface_hub", "rich"}
 
 
+def test_a_start_imports_only_the_command_that_runs() -> None:
+    code = """
+import sys
+from contextlib import suppress
+from fastvlm_mlx.cli import app
+for arguments in (["--help"], ["--version"], ["generate", "--help"]):
+    with suppress(SystemExit):
+        app(arguments)
+print(sorted(name for name in sys.modules if name.startswith("fastvlm_mlx.cli.")))
+print([name for name in ("concurrent.futures", "json", "logging") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    ours, slow = done.stdout.splitlines()[-2:]
+    assert "fastvlm_mlx.cli.generate" in ours
+    assert not [name for name in ("bench", "caption", "convert", "doctor", "evaluate") if f"cli.{name}" in ours]
+    assert slow == "[]"
+
+
 def test_a_dry_run_of_convert_imports_no_mlx(tmp_path: Path) -> None:
     modules, plan = imported_by_command(tmp_path / "modules.json", "convert", str(APPLE / "train"), "--dry-run")
     assert "vision tower" in plan

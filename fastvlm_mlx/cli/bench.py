@@ -27,7 +27,7 @@ from fastvlm_mlx.cli.options import (
     user_path,
 )
 from fastvlm_mlx.cli.terminal import ByteProgress, LiveLine, note, show, warn_of_slow_blas
-from fastvlm_mlx.cli.usage import Command, is_given
+from fastvlm_mlx.cli.usage import Command, CommandGroup, is_given
 from fastvlm_mlx.errors import ConfigError
 from fastvlm_mlx.formatting import as_blocks, as_markdown
 
@@ -49,7 +49,7 @@ _UNUSED_BY_COST = {
 _STDOUT = Path("-")
 """The file that stands for stdout."""
 
-app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
+app = typer.Typer(cls=CommandGroup, invoke_without_command=True, rich_markup_mode=None)
 app.command(cls=Command, short_help="Compare two reports.")(compare)
 
 

@@ -10,14 +10,14 @@ import typer
 
 from fastvlm_mlx.cli.options import is_for_subcommand, refuse
 from fastvlm_mlx.cli.terminal import note, show, show_json
-from fastvlm_mlx.cli.usage import CHECK_FAILED, Command
+from fastvlm_mlx.cli.usage import CHECK_FAILED, Command, CommandGroup
 from fastvlm_mlx.errors import CheckpointError
 from fastvlm_mlx.formatting import as_text, names, printable, readable_bytes
 
 if TYPE_CHECKING:
     from fastvlm_mlx.cache import Item
 
-app = typer.Typer()
+app = typer.Typer(cls=CommandGroup, rich_markup_mode=None)
 
 _UNITS = {"h": 3600, "d": 86400, "w": 7 * 86400}
 

@@ -140,8 +140,10 @@ def _wrong_usage(error: Any) -> str:
         details = cause.errors()[0]
         reason = _REASONS.get(details["type"], details["msg"])
         error.message = reason.format(input=details["input"], **details.get("ctx", {}))
-    message = error.format_message().removesuffix(".")
-    return f"{message}; see `{error.ctx.command_path} --help`" if error.ctx else message
+    message: str = error.format_message().removesuffix(".")
+    if not error.ctx:
+        return message
+    return f"{message}{' See' if message.endswith('?') else '; see'} `{error.ctx.command_path} --help`"
 
 
 def _one_line(error: Exception) -> str:

@@ -10,6 +10,7 @@ import typer
 import typer.main
 from typer.testing import CliRunner, Result
 
+import fastvlm_mlx.cli
 from fastvlm_mlx.cli import app
 from fastvlm_mlx.cli.evaluate import Metric
 from fastvlm_mlx.cli.options import complete_model, user_path
@@ -38,6 +39,14 @@ def test_help_says_what_values_are_and_not_which_type_python_gives_them(command:
     assert max(map(len, text.splitlines())) <= 80
     first = text.partition("Commands:")[2]
     assert "..." not in first  # each command says in one line what it does
+
+
+def test_no_command_is_left_out_of_the_list() -> None:
+    folder = Path(fastvlm_mlx.cli.__file__).parent
+    texts = {path.stem: path.read_text(encoding="utf-8") for path in folder.glob("*.py")}
+    files = {name for name, text in texts.items() if f"\ndef {name}(" in text or "\napp = typer.Typer(" in text}
+    listed = {word for path in commands() for word in path}
+    assert files - {"app"} <= {"evaluate" if name == "eval" else name for name in listed}
 
 
 @pytest.mark.parametrize(
