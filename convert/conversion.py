@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from fastvlm_mlx.arguments import choice
+from fastvlm_mlx.arguments import check_callable, check_kind, choice, flag
 from fastvlm_mlx.checkpoint.released import parse_name
 from fastvlm_mlx.config import LayerQuantization, ModelConfig, QuantizationConfig
 from fastvlm_mlx.convert.arrays import DTYPES, Array
@@ -146,6 +146,13 @@ def open_conversion(
     Arguments as for `plan` and `open_source`.
     """
     choice(dtype, "dtype", DTYPES, ConversionError)
+    if revision is not None:
+        check_kind(revision, "revision", str, "a text or None")
+    dequantize = flag(dequantize, "dequantize")
+    if tie_word_embeddings is not None:
+        tie_word_embeddings = flag(tie_word_embeddings, "tie_word_embeddings")
+    check_callable(notify, "notify")
+    check_callable(progress, "progress")
     if vision_from is not None:
         parse_name(vision_from)  # a mistake in it costs no download of the other one
 

@@ -76,7 +76,8 @@ def planned_request(
         CheckpointError: If the source is missing, incomplete, damaged or of an unknown layout.
         ConversionError: If the request is impossible, or a part of it would change nothing.
     """
-    for gate in items(gates, "gates", "a list of conditions"):
+    gates = items(gates, "gates", "a list of conditions")
+    for gate in gates:
         Gate.parse(gate)
     if quantization is not None:
         check_kind(quantization, "quantization", Quantization, "a Quantization or None")

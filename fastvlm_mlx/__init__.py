@@ -7,12 +7,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastvlm_mlx.config import ModelConfig as ModelConfig
     from fastvlm_mlx.engine.options import GenerationConfig as GenerationConfig
     from fastvlm_mlx.engine.prefix_cache import PrefixCache as PrefixCache
     from fastvlm_mlx.errors import CheckpointError as CheckpointError
     from fastvlm_mlx.errors import ConfigError as ConfigError
     from fastvlm_mlx.errors import ConversionError as ConversionError
     from fastvlm_mlx.errors import FastVLMError as FastVLMError
+    from fastvlm_mlx.errors import GateError as GateError
     from fastvlm_mlx.errors import ImageError as ImageError
     from fastvlm_mlx.errors import PromptError as PromptError
     from fastvlm_mlx.errors import QueueFullError as QueueFullError
@@ -27,6 +29,10 @@ if TYPE_CHECKING:
     from fastvlm_mlx.generation.result import Timings as Timings
     from fastvlm_mlx.inputs.processor import FastVLMProcessor as FastVLMProcessor
     from fastvlm_mlx.inputs.sources import Allow as Allow
+    from fastvlm_mlx.jobs.evaluate import evaluate as evaluate
+    from fastvlm_mlx.jobs.questions import Question as Question
+    from fastvlm_mlx.jobs.questions import read_questions as read_questions
+    from fastvlm_mlx.jobs.scores import EvaluationReport as EvaluationReport
     from fastvlm_mlx.model.fastvlm import FastVLM as FastVLM
     from fastvlm_mlx.resolve import load as load
 
@@ -54,7 +60,13 @@ _HOME = {
     "ConversionError": "errors",
     "ImageError": "errors",
     "PromptError": "errors",
+    "GateError": "errors",
     "Allow": "inputs.sources",
+    "ModelConfig": "config",
+    "EvaluationReport": "jobs.scores",
+    "Question": "jobs.questions",
+    "evaluate": "jobs.evaluate",
+    "read_questions": "jobs.questions",
 }
 
 __all__ = [
@@ -64,22 +76,28 @@ __all__ = [
     "ConfigError",
     "ConversionError",
     "Engine",
+    "EvaluationReport",
     "FastVLM",
     "FastVLMError",
     "FastVLMProcessor",
+    "GateError",
     "GenerationConfig",
     "GenerationResult",
     "Handle",
     "ImageError",
+    "ModelConfig",
     "PrefixCache",
     "PromptError",
+    "Question",
     "QueueFullError",
     "Request",
     "Timings",
     "__version__",
     "choose",
+    "evaluate",
     "generate",
     "load",
+    "read_questions",
     "stream_generate",
 ]
 

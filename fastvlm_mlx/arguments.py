@@ -112,14 +112,14 @@ def items(value: object, name: str, expected: str = "a list") -> list[Any]:
     Raises:
         ConfigError: If `value` is none; the message calls it `name` and says what was `expected`.
     """
-    elements = _elements(value)
-    if elements is None or isinstance(value, (Mapping, os.PathLike)):
+    found = elements(value)
+    if found is None or isinstance(value, (Mapping, os.PathLike)):
         raise ConfigError(f"{name} must be {expected}, not {type(value).__name__}")
-    return elements
+    return found
 
 
-def _elements(value: Any) -> list[Any] | None:
-    """What an iterable yields; None for a text and for what is no iterable."""
+def elements(value: Any) -> list[Any] | None:
+    """What an iterable yields; None for a text and for what is not iterable."""
     if isinstance(value, (str, bytes, bytearray, memoryview)):
         return None
     try:
@@ -152,7 +152,8 @@ def whole_ids(values: Any) -> list[int]:
     Raises:
         PromptError: If `values` are no whole numbers.
     """
-    ids = _elements(values.tolist() if hasattr(values, "tolist") else values)
+    is_array = hasattr(values, "tolist") and not isinstance(values, type)
+    ids = elements(values.tolist() if is_array else values)
     if ids is None:
         raise PromptError(f"token ids must be a list of whole numbers, not {type(values).__name__}")
     for position, value in enumerate([] if set(map(type, ids)) <= {int} else ids):

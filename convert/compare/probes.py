@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
-from fastvlm_mlx.arguments import file_path, items
+from fastvlm_mlx.arguments import StrPath, file_path, items
 from fastvlm_mlx.convert.arrays import Array
 from fastvlm_mlx.errors import ConversionError
 from fastvlm_mlx.inputs.images import load_image, preprocess
@@ -96,12 +96,13 @@ def scene(seed: int) -> Array:
     return np.asarray(image, np.float32) / 255
 
 
-def image_files(paths: Iterable[str | Path]) -> list[Path]:
+def image_files(paths: Iterable[StrPath]) -> list[Path]:
     """The images that `paths` name, those of a folder in the order of their names.
 
     Raises:
         ConversionError: If one does not exist, or a folder holds no image.
         ImageError: If a file that is named is no image.
+        ConfigError: If `paths` is no list of paths.
     """
     files = []
     for name in items(paths, "calibration", "a list of images and folders"):

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from fastvlm_mlx.arguments import as_real, check_callable, items
 from fastvlm_mlx.backend import mx
 from fastvlm_mlx.checkpoint.folder import is_converted
 from fastvlm_mlx.checkpoint.load import load_model
@@ -25,8 +26,9 @@ from fastvlm_mlx.convert.conversion import convert_checkpoint
 from fastvlm_mlx.convert.progress import Notify
 from fastvlm_mlx.convert.scratch import scratch_folder
 from fastvlm_mlx.convert.source.hub import check
-from fastvlm_mlx.errors import ConversionError
+from fastvlm_mlx.errors import ConfigError, ConversionError
 from fastvlm_mlx.inputs.processor import FastVLMProcessor
+from fastvlm_mlx.schema import shown
 
 ROUNDING = 0.02
 """The tolerance for segments of unquantized checkpoints; float16 and bfloat16 stay well below it."""
@@ -180,8 +182,11 @@ def verify(
         CheckpointError: If one of them is missing, incomplete, damaged or of an unknown layout.
         ConversionError: If their architectures or tokenizers differ, or a gate cannot be read.
     """
+    check_callable(notify, "notify")
     notify = notify or (lambda _: None)
-    conditions = [Gate.parse(text, GATE_METRICS) for text in gates]
+    if allowed is not None and not as_real(allowed) >= 0.0:
+        raise ConfigError(f"allowed must be at least 0, not {shown(allowed)}")
+    conditions = [Gate.parse(text, GATE_METRICS) for text in items(gates, "gates", "a list of texts")]
     for location in (parse_name(converted), parse_name(against)):  # a mistake in one costs no download of the other
         if location.path is None:
             check(location.name, None)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from fastvlm_mlx.arguments import check_kind, file_path, items
+from fastvlm_mlx.arguments import check_callable, check_kind, file_path, items
 from fastvlm_mlx.backend import mx
 from fastvlm_mlx.checkpoint.load import load_model
 from fastvlm_mlx.config import ModelConfig
@@ -74,9 +74,11 @@ def quantize_checkpoint(
         GateError: If a gate is not met; nothing is written then.
         ImageError: If a calibration image cannot be read.
     """
-    for gate in items(gates, "gates", "a list of conditions"):
-        Gate.parse(gate)
     check_kind(quantization, "quantization", Quantization, "a Quantization")
+    check_callable(progress, "progress")
+    gates = items(gates, "gates", "a list of conditions")
+    for gate in gates:
+        Gate.parse(gate)
     images = image_files(calibration)
     folder, target = Path(os.path.expanduser(file_path(source, "source"))), vacant(destination)
     config = ModelConfig.from_path(folder)

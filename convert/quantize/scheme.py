@@ -4,11 +4,10 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from numbers import Integral
 from types import MappingProxyType
 from typing import Any
 
-from fastvlm_mlx.arguments import as_real
+from fastvlm_mlx.arguments import as_real, as_whole
 from fastvlm_mlx.config import QUANTIZATION_MODES, LayerQuantization, ModelConfig, QuantizationConfig
 from fastvlm_mlx.convert.arrays import Shape
 from fastvlm_mlx.convert.fold.modules import parameter_shapes
@@ -88,9 +87,16 @@ class Quantization:
     method: str = "rtn"
 
     def __post_init__(self) -> None:
-        """Rejects impossible combinations and names the possible ones."""
+        """Rejects impossible combinations and names the possible ones; None becomes the default."""
+        defaults = {"mode": "affine", "method": "rtn", "parts": {}}
+        for name, default in defaults.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)
         if not isinstance(self.parts, Mapping):
             raise ConversionError(f"parts must map parts to bits, not {shown(self.parts)}")
+        object.__setattr__(self, "parts", {part: _plain(bits) for part, bits in self.parts.items()})
+        for name in ("bits", "group_size"):
+            object.__setattr__(self, name, _plain(getattr(self, name)))
         if self.target_bpw is not None and math.isnan(as_real(self.target_bpw)):
             raise ConversionError(f"target_bpw must be a number, not {shown(self.target_bpw)}")
         _one_of("mode", self.mode, QUANTIZATION_MODES)
@@ -131,11 +137,12 @@ class Quantization:
         assert self.target_bpw is not None
         group_size = self.group_size or QUANTIZATION_MODES[self.mode][1][0]
         least, most = (LayerScheme(group_size=group_size, bits=end).bits_per_weight(scale_bits) for end in _AUTO_RANGE)
-        if not least <= self.target_bpw <= most:
+        if not least <= as_real(self.target_bpw) <= most:
             raise ConversionError(
                 f"target_bpw must be between {least:g} and {most:g}, what {_AUTO_RANGE[0]} and {_AUTO_RANGE[1]} "
-                f"bits come to with the scales of this group size, not {self.target_bpw:g}"
+                f"bits come to with the scales of this group size, not {shown(self.target_bpw)}"
             )
+        object.__setattr__(self, "target_bpw", as_real(self.target_bpw))
 
     @property
     def _all_parts(self) -> bool:
@@ -296,6 +303,12 @@ def _natural(path: str) -> list[tuple[int, str]]:
 
 def _one_of(what: str, value: Any, possible: Any) -> None:
     """Raises if `value` is not possible."""
-    if not isinstance(value, (str, Integral)) or value not in possible:
+    if not isinstance(value, (str, int)) or isinstance(value, bool) or value not in possible:
         choices = f"one of {', '.join(map(str, possible))}" if len(possible) > 1 else str(*possible)
         raise ConversionError(f"{what} must be {choices}, not {shown(value)}")
+
+
+def _plain(value: Any) -> Any:
+    """Python's own whole number in the place of NumPy's; everything else as it is."""
+    number = as_whole(value)
+    return value if number is None else number

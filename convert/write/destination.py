@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from fastvlm_mlx.arguments import file_path
+from fastvlm_mlx.arguments import StrPath, file_path
 from fastvlm_mlx.convert.scratch import contents, is_being_written, remove_leftovers, scratch_folder
 from fastvlm_mlx.errors import ConversionError
 from fastvlm_mlx.formatting import readable_bytes
@@ -15,7 +15,7 @@ from fastvlm_mlx.formatting import readable_bytes
 _OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 
 
-def vacant(destination: str | Path) -> Path:
+def vacant(destination: StrPath) -> Path:
     """The path of a folder to write.
 
     Raises:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastvlm_mlx.arguments import StrPath, check_kind, checked_ids, file_path, whole
+from fastvlm_mlx.arguments import StrPath, check_kind, checked_ids, elements, file_path, whole
 from fastvlm_mlx.config import IMAGE_TOKEN, ModelConfig
 from fastvlm_mlx.errors import PromptError
 from fastvlm_mlx.formatting import counted
@@ -233,9 +233,10 @@ class FastVLMProcessor:
         Raises:
             PromptError: If one of them holds no ids of the vocabulary.
         """
-        if isinstance(rows, (str, bytes)) or not isinstance(rows, Iterable) or getattr(rows, "ndim", 1) == 0:
+        found = elements(rows)
+        if found is None:
             raise PromptError(f"token ids of a batch must be rows of whole numbers, not {type(rows).__name__}")
-        return [self.decode(row) for row in rows]
+        return [self.decode(row) for row in found]
 
     def detokenizer(self) -> StreamingDetokenizer:
         """A new detokenizer for one streamed answer."""

@@ -10,6 +10,7 @@ import numpy as np
 from fastvlm_mlx.errors import ConfigError, ImageError
 from fastvlm_mlx.formatting import printable
 from fastvlm_mlx.inputs.formats import DECODER_ERRORS, MAX_PIXELS, quiet
+from fastvlm_mlx.schema import shown
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -39,9 +40,9 @@ def parse_colour(text: str) -> tuple[int, int, int]:
     from PIL import ImageColor
 
     try:
-        red, green, blue = ImageColor.getrgb(text)[:3]
-    except (ValueError, TypeError, AttributeError) as err:
-        raise ConfigError(f"background must be a colour such as white or #f0f0f0, not {text!r:.80}") from err
+        red, green, blue = ImageColor.getrgb(text if isinstance(text, str) else "")[:3]
+    except ValueError as err:
+        raise ConfigError(f"background must be a colour such as white or #f0f0f0, not {shown(text)}") from err
     return red, green, blue
 
 

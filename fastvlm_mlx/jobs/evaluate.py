@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvlm_mlx import __version__
-from fastvlm_mlx.arguments import check_kind, choice, items, whole
+from fastvlm_mlx.arguments import check_callable, check_kind, choice, items, whole
 from fastvlm_mlx.backend import device
 from fastvlm_mlx.engine.options import GenerationConfig
 from fastvlm_mlx.errors import CheckpointError, ConfigError, FastVLMError
@@ -89,6 +89,10 @@ def evaluate(
     rows: list[Question | BadRow] = items(questions, "questions", "rows from read_questions")
     for row in rows:
         check_kind(row, "each of the questions", (Question, BadRow), "a row from read_questions")
+    if predictions is not None:
+        check_kind(predictions, "predictions", Predictions, "Predictions or None")
+    check_callable(progress, "progress")
+    config = GenerationConfig(max_tokens=ANSWER_TOKENS if max_tokens is None else max_tokens)
     if limit is not None:
         rows = sample(rows, whole(limit, "limit"))
     if not rows:
@@ -116,7 +120,7 @@ def evaluate(
                 image=_as_file(image),
                 prompt=row.question,
                 resolution=resolution,
-                config=GenerationConfig(max_tokens=max_tokens),
+                config=config,
             )
             asked[request] = number, row, image
             yield request

@@ -13,7 +13,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, BinaryIO
 
-from fastvlm_mlx.arguments import file_path
+from fastvlm_mlx.arguments import StrPath, file_path
 from fastvlm_mlx.errors import ConfigError
 from fastvlm_mlx.formatting import printable
 
@@ -54,7 +54,7 @@ class BadRow:
     reason: str
 
 
-def read_questions(path: Path) -> list[Question | BadRow]:
+def read_questions(path: StrPath) -> list[Question | BadRow]:
     """Reads the rows of a question file in order, malformed ones as `BadRow`.
 
     Raises:
