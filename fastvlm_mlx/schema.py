@@ -49,7 +49,7 @@ def read_small_file(path: Path, most: int = LARGEST_FILE, label: str = "") -> by
             if status.st_size > most:
                 size, limit = readable_bytes(status.st_size), readable_bytes(most)
                 raise CheckpointError(f"{label}: has {size}, expected at most {limit}; fetch it again")
-            return file.read(most)
+            return file.read(status.st_size)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as err:  # ValueError: a name that the system cannot have

@@ -203,6 +203,11 @@ def calls(path: Path) -> set[str]:
     return {ast.unparse(node.func) for node in ast.walk(tree_of(path)) if isinstance(node, ast.Call)}
 
 
+@pytest.mark.parametrize("path", [p for p in FILES if layer(p) not in ("bench", "doctor", "jobs", "cli")], ids=name)
+def test_the_json_of_checkpoints_is_decoded_in_one_place(path: Path) -> None:
+    assert layer(path) == "schema" or not calls(path) & {"json.load", "json.loads"}
+
+
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_mlx_comes_from_backend(path: Path) -> None:
     """`backend` loads the BLAS before MLX, so nothing else may load MLX before it."""

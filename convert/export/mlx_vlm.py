@@ -5,7 +5,6 @@ linears, upstream's order of channels, and activations of true magnitude: mlx-vl
 for float16, so it is taken out.
 """
 
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,7 +41,9 @@ from fastvlm_mlx.convert.write.files import (
     write_json,
 )
 from fastvlm_mlx.convert.write.shards import Shard, ShardWriter, Stored, index, shards
+from fastvlm_mlx.errors import CheckpointError
 from fastvlm_mlx.inputs.tokenizer import Tokenizer
+from fastvlm_mlx.schema import read_object
 
 MLX_VLM = Reader(
     tags=("mlx-vlm",),
@@ -111,18 +112,20 @@ def export_mlx_vlm(
 def _resized_report(
     source: Path, export: Path, files: Sequence[Shard], gates: Sequence[str]
 ) -> QuantizationReport | None:
-    """The quantization report of a source with the sizes of its export; None if it has none of this version."""
-    try:
-        report = QuantizationReport.from_dict(json.loads((source / REPORT_FILE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
+    """The quantization report of a source with the sizes of its export; None if it has none that can be shown."""
     sizes = by_part({name: stored.nbytes for file in files for name, stored in file.tensors.items()})
-    return replace(
-        report,
-        parts={part: each.resized(sizes[part]) for part, each in report.parts.items()},
-        folder_bytes_after=folder_bytes(export, without=REPORTS),
-        gates=tuple(gates),
-    )
+    try:
+        report = QuantizationReport.from_dict(read_object(source / REPORT_FILE) or {})
+        resized: QuantizationReport = replace(
+            report,
+            parts={part: each.resized(sizes[part]) for part, each in report.parts.items()},
+            folder_bytes_after=folder_bytes(export, without=REPORTS),
+            gates=tuple(gates),
+        )
+        resized.markdown(), resized.to_dict()
+    except (CheckpointError, KeyError, TypeError, ValueError, AttributeError, ArithmeticError):
+        return None  # another version's, or damaged
+    return resized
 
 
 def _write_card(folder: Path, title: str, config: ModelConfig, report: str) -> None:

@@ -18,7 +18,7 @@ from fastvlm_mlx.convert.quantize.scheme import Quantization
 from fastvlm_mlx.convert.write.files import REPORTS, folder_bytes
 from fastvlm_mlx.convert.write.shards import ShardWriter
 from fastvlm_mlx.errors import ConversionError, GateError
-from tests.checkpoints import APPLE, SOURCES, tensors
+from tests.checkpoints import APPLE, SOURCES, changed, tensors
 from tests.conftest import Converted
 
 
@@ -99,6 +99,16 @@ def test_quantized_layers_of_the_decoder_are_exported_as_they_are(tmp_path: Path
         tensors(tmp_path / "back")["language_model.model.embed_tokens.weight"],
         first["language_model.model.embed_tokens.weight"],
     )
+
+
+@pytest.mark.parametrize("text", ["[" * 5000, "[]", "{}", '{"parts": 5}', '{"a": Infinity}'])
+def test_a_report_that_cannot_be_shown_is_left_out_of_an_export(
+    text: str, converted: Converted, tmp_path: Path
+) -> None:
+    folder = changed(converted("apple"), tmp_path / "ours")
+    (folder / "quantization_report.json").write_text(text)
+    assert export_mlx_vlm(folder, tmp_path / "theirs") is None
+    assert not (tmp_path / "theirs" / "quantization_report.json").exists()
 
 
 def test_the_report_card_and_gates_of_an_export_are_about_the_export(
