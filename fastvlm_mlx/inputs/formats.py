@@ -151,7 +151,8 @@ def _registered() -> list[str]:
     """The formats of plugins that do not come with Pillow."""
     from PIL import Image
 
-    return [name for name, (factory, _) in Image.OPEN.items() if not factory.__module__.startswith("PIL.")]
+    plugins = ((name, getattr(factory, "__module__", "")) for name, (factory, _) in Image.OPEN.items())
+    return [name for name, module in plugins if not module.startswith("PIL.")]
 
 
 def _open_heif(data: bytes, name: str) -> Image:
