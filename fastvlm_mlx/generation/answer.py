@@ -18,6 +18,7 @@ class Answer:
         config: How its tokens are chosen, and where it stops.
         start: When it was asked, a time of `time.perf_counter`.
         preprocess: Seconds from images and prompt to arrays.
+        sentence: Whether the answer ends after its first sentence.
 
     Attributes:
         max_tokens: The most tokens of the answer, within the context.
@@ -27,7 +28,9 @@ class Answer:
         PromptError: If the prompt is too long.
     """
 
-    def __init__(self, inputs: Inputs, config: GenerationConfig, *, start: float, preprocess: float) -> None:
+    def __init__(
+        self, inputs: Inputs, config: GenerationConfig, *, start: float, preprocess: float, sentence: bool = False
+    ) -> None:
         processor, input_ids = inputs.processor, inputs.input_ids
         prompt_tokens = processor.positions(input_ids, inputs.resolution)
         self.max_tokens = min(config.max_tokens, processor.context_length - prompt_tokens)
@@ -35,7 +38,7 @@ class Answer:
         self._inputs = inputs
         self._start = start
         self._first = 0.0
-        self._text = TextStream(processor.detokenizer(), config.stop_strings)
+        self._text = TextStream(processor.detokenizer(), config.stop_strings, sentence=sentence)
         self._piece = GenerationResult(
             text="",
             token_ids=(),

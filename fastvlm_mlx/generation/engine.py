@@ -49,6 +49,7 @@ class Engine:
 
     Attributes:
         max_batch: As a number.
+        processor: From `load`.
 
     Raises:
         ConfigError: If a number is out of range.
@@ -74,7 +75,7 @@ class Engine:
         queue_size = 2 * self.max_batch if queue_size is None else whole(queue_size, "queue_size", 0)
         cache = PrefixCache() if prefix_cache is None else prefix_cache
         check_kind(cache, "prefix_cache", PrefixCache, "a PrefixCache or None")
-        self._processor = processor
+        self.processor = processor
         self._room = threading.Semaphore(self.max_batch + queue_size)
         self._preparing = ThreadPoolExecutor(PREPARING_THREADS, thread_name_prefix="fastvlm-prepare")
         scheduler = Scheduler(model, max_rows=self.max_batch, max_positions=positions, prefix_cache=cache)
@@ -116,7 +117,7 @@ class Engine:
         handle = Handle(request, on_change)
         try:
             self._worker.expect(handle)
-            self._preparing.submit(_prepare, self._processor, self._worker, handle, start)
+            self._preparing.submit(_prepare, self.processor, self._worker, handle, start)
         except RuntimeError as err:
             self._worker.end(handle, CancelledError())
             raise ConfigError("the engine is closed") from err
@@ -159,7 +160,8 @@ def _prepare(processor: FastVLMProcessor, worker: _Worker, handle: Handle, start
             background=request.background,
             allow=request.allow,
         )
-        answer = Answer(inputs, request.config, start=start, preprocess=time.perf_counter() - began)
+        preprocess = time.perf_counter() - began
+        answer = Answer(inputs, request.config, start=start, preprocess=preprocess, sentence=request.sentence)
         row = Row(
             inputs.input_ids,
             inputs.pixel_values,

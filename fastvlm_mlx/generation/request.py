@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
 
+from fastvlm_mlx.arguments import flag
 from fastvlm_mlx.engine.options import GenerationConfig
 from fastvlm_mlx.generation.answer import whole
 from fastvlm_mlx.generation.generate import DEFAULT_PROMPT
@@ -18,10 +19,13 @@ from fastvlm_mlx.inputs.sources import Allow, ImageSource
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Request:
-    """One question; the fields are arguments of `fastvlm_mlx.generate`.
+    """One question; the fields are arguments of `fastvlm_mlx.generate`, but for the last.
+
+    Attributes:
+        sentence: Whether the answer ends after its first whole sentence.
 
     Raises:
-        ConfigError: If `config` is no `GenerationConfig`.
+        ConfigError: If `config` is no `GenerationConfig`, or `sentence` neither True nor False.
     """
 
     image: ImageSource | Sequence[ImageSource] | None = None
@@ -31,11 +35,13 @@ class Request:
     background: str | None = None
     allow: Allow | None = None
     config: GenerationConfig = field(default_factory=GenerationConfig)
+    sentence: bool = False
 
     def __post_init__(self) -> None:
         """Replaces None by the defaults."""
         object.__setattr__(self, "prompt", DEFAULT_PROMPT if self.prompt is None else self.prompt)
         object.__setattr__(self, "config", GenerationConfig.of(self.config, {}))
+        object.__setattr__(self, "sentence", flag(self.sentence, "sentence"))
 
 
 class Handle:

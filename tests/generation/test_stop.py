@@ -1,8 +1,8 @@
-"""Stop strings."""
+"""What ends an answer: stop strings, or its first sentence."""
 
 import pytest
 
-from fastvlm_mlx.generation.stop import StopStrings
+from fastvlm_mlx.generation.stop import FirstSentence, StopStrings, TextStream
 
 
 @pytest.mark.parametrize(
@@ -23,3 +23,65 @@ def test_what_may_begin_a_stop_string_is_held_back(stop, pieces, shown):
         if ended:
             break
     assert got == shown
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("A dog runs. It is brown.", "A dog runs."),
+        ("A dog.\n\nA cat.", "A dog."),
+        ("What?! Where.", "What?!"),
+        ('He says "Hi." Then he goes.', 'He says "Hi."'),
+        ("**A dog.** It runs.", "**A dog.**"),
+        ("Dr. J. Doe sits at No. 5 of St. James. Cars pass.", "Dr. J. Doe sits at No. 5 of St. James."),
+        ("The U.S. flag, e.g. here, is 3.5 m. long. It waves.", "The U.S. flag, e.g. here, is 3.5 m. long."),
+        ("1. A dog. 2. A cat.", "1. A dog."),
+        ("一只狗。它跑。", "一只狗。"),
+        (" . A dog. It runs.", " . A dog."),
+    ],
+)
+def test_an_answer_can_end_with_its_first_sentence(text, sentence):
+    for size in range(1, len(text) + 1):
+        stream, shown, ended = FirstSentence(), "", False
+        for start in range(0, len(text), size):
+            piece, ended = stream.add(text[start : start + size])
+            shown += piece
+            if ended:
+                break
+        assert (shown, ended) == (sentence, True)
+
+
+class Letters:
+    """A detokenizer whose ids are characters; the last one waits for the end."""
+
+    def __init__(self):
+        self._last = ""
+
+    def add(self, token):
+        text, self._last = self._last, chr(token)
+        return text
+
+    def finish(self):
+        return self._last
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "shown", "ended"),
+    [
+        ("A dog. It", (), "A dog.", True),
+        ("A dog. I", (), "A dog.", True),  # what decides comes with the last text
+        ("A dog. ", (), "A dog. ", False),
+        ("A dog. It", ("d",), "A ", True),
+        ("A dog. It", ("It",), "A dog. ", True),
+    ],
+)
+def test_sentences_and_stop_strings_go_together(text, stop, shown, ended):
+    stream = TextStream(Letters(), stop, sentence=True)
+    pieces = []
+    for char in text:
+        pieces.append(stream.add(ord(char)))
+        if pieces[-1][1]:
+            break
+    else:
+        pieces.append(stream.finish())
+    assert ("".join(piece for piece, _ in pieces).rstrip(), pieces[-1][1]) == (shown.rstrip(), ended)
