@@ -2,79 +2,31 @@
 
 import hashlib
 import os
+import threading
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
-from fastvlm_mlx import __version__
-from fastvlm_mlx.engine.options import GenerationConfig
+import numpy as np
+from numpy.typing import NDArray
+
 from fastvlm_mlx.errors import ConfigError, FastVLMError, ImageError
 from fastvlm_mlx.formatting import names, printable
 from fastvlm_mlx.generation.engine import Engine
 from fastvlm_mlx.generation.request import Handle, Request
 from fastvlm_mlx.inputs.formats import DECODER_ERRORS, open_image, quiet
-from fastvlm_mlx.inputs.images import Resolution
 from fastvlm_mlx.inputs.sources import Encoded, read
 from fastvlm_mlx.jobs.captions import PromptTemplate, exif_values, path_values, remove_opening
 from fastvlm_mlx.jobs.fingerprints import fingerprint
 from fastvlm_mlx.jobs.journal import FINGERPRINT, Journal
 from fastvlm_mlx.jobs.pictures import Picture
 from fastvlm_mlx.jobs.sidecars import read_sidecars
-
-CAPTION = "text"
-"""The field of a record that holds the caption."""
+from fastvlm_mlx.jobs.task import CAPTION, Task, essence
 
 Record = dict[str, Any]
 """What is known of a picture: `file`, and either the answers with their statistics or an `error`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """What is asked about every picture, and of which model.
-
-    Attributes:
-        questions: The prompt for each field of a record, `CAPTION` among them or others.
-        model: The model's name, for records.
-        weights: The `checkpoint_fingerprint` of the model.
-        dtype: What it computes in.
-        system: Replaces the default system text.
-        resolution: Side in pixels that images are resized to; None for the model's own.
-        background: Colour under transparent pixels.
-        config: How tokens are chosen.
-        keep_openings: Whether phrases such as "The image shows" stay.
-    """
-
-    questions: Mapping[str, str]
-    model: str
-    weights: str
-    dtype: str
-    system: str | None = None
-    resolution: Resolution = None
-    background: str | None = None
-    config: GenerationConfig = field(default_factory=GenerationConfig)
-    keep_openings: bool = False
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What every answer depends on besides the picture, as a JSON object; in every record."""
-        config, defaults = self.config, GenerationConfig()
-        chosen = {name: value for name, value in vars(config).items() if value != getattr(defaults, name)}
-        optional = {
-            "system": self.system,
-            "resolution": self.resolution,
-            "background": self.background,
-            "keep_openings": self.keep_openings or None,
-        }
-        return {
-            "model": self.model,
-            "weights": self.weights,
-            "dtype": self.dtype,
-            "version": __version__,
-            "questions": dict(self.questions),
-            **chosen,
-            **{name: value for name, value in optional.items() if value is not None},
-        }
 
 
 class Plan(NamedTuple):
@@ -99,12 +51,14 @@ class CaptionJob:
         journal: Where records are kept, and those of earlier runs are; None keeps none.
 
     Raises:
-        ConfigError: If the journal holds records that were made otherwise, unless `mixed`.
+        ConfigError: If the journal holds only records with other settings, unless `mixed`. Once it holds some with
+            these, the others are none of this job's business.
     """
 
     def __init__(self, task: Task, journal: Journal | None = None, *, mixed: bool = False) -> None:
         self._task = task
         self._settings = task.settings
+        self._essence = essence(self._settings)
         self._templates = {name: PromptTemplate(text) for name, text in task.questions.items()}
         self._journal = journal
         self._shares = not any(template.fields for template in self._templates.values())
@@ -112,19 +66,19 @@ class CaptionJob:
         self._seen: dict[str, str] = {}
         self._outcomes: dict[str, Record] = {}
         self._ambiguous: set[str] = set()
-        if journal is None:
-            return
-        for record in journal:
-            if record.get("settings") == self._settings:
+        other: Record | None = None
+        for record in journal or ():
+            if essence(record.get("settings")) == self._essence:
                 self._remember(record)
-            elif not mixed:
-                raise ConfigError(f"{printable(journal.path)}: {self._difference(record)}")
+            else:
+                other = record
+        if journal is not None and other is not None and not self._known and not mixed:
+            raise ConfigError(f"{printable(journal.path)}: {self._difference(other)}")
 
     def _difference(self, record: Record) -> str:
         """What sets a record of an earlier run apart."""
-        settings = record.get("settings")
-        settings = settings if isinstance(settings, dict) else {}
-        keys = [key for key in {**settings, **self._settings} if settings.get(key) != self._settings.get(key)]
+        settings = essence(record.get("settings"))
+        keys = [key for key in {**settings, **self._essence} if settings.get(key) != self._essence.get(key)]
         return f"holds captions with other settings ({names(keys)}); name another file, or add to it with --force"
 
     def _remember(self, record: Record) -> None:
@@ -184,9 +138,9 @@ class CaptionJob:
             for picture in pictures:
                 queue.append(self._begin(engine, picture))
                 while queue and queue[0].is_ready:
-                    yield self._finish(queue.popleft())
+                    yield self._finish(engine, queue.popleft())
             while queue:
-                yield self._finish(queue.popleft())
+                yield self._finish(engine, queue.popleft())
         finally:
             for work in queue:
                 for handle in work.handles.values():
@@ -198,7 +152,7 @@ class CaptionJob:
         try:
             encoded = read(picture.path)
             work.sha256 = hashlib.sha256(encoded.data).hexdigest()
-            work.key = fingerprint(self._settings, self._name(picture), work.sha256)
+            work.key = fingerprint(self._essence, self._name(picture), work.sha256)
             work.same = self._seen.get(work.sha256)
             if work.same is not None:
                 return work
@@ -208,18 +162,26 @@ class CaptionJob:
             values = self._values(picture, encoded)
         except FastVLMError as err:
             work.error = err
-            return work
+        else:
+            self._ask(engine, work, values)
+        return work
+
+    def _ask(self, engine: Engine, work: "_Work", values: Mapping[str, str]) -> None:
+        """Submits the questions about a picture, which is read once for all of them."""
+        task, path = self._task, work.picture.path
+        prepare = partial(engine.processor.prepare_images, [path], task.resolution, background=task.background)
+        source: Any = _Shared(prepare) if len(self._templates) > 1 else path
         for name, template in self._templates.items():
             request = Request(
-                image=picture.path,
+                image=source,
                 prompt=template.render(values),
-                system=self._task.system,
-                resolution=self._task.resolution,
-                background=self._task.background,
-                config=self._task.config,
+                system=task.system,
+                resolution=task.resolution,
+                background=task.background,
+                config=task.config,
+                sentence=task.sentence,
             )
             work.handles[name] = engine.submit(request)
-        return work
 
     def _values(self, picture: Picture, encoded: Encoded) -> dict[str, str]:
         """What the placeholders of the prompts stand for."""
@@ -232,14 +194,17 @@ class CaptionJob:
             values |= {"existing": "" if beside.is_own else beside.description, "tags": ", ".join(beside.tags)}
         return values
 
-    def _finish(self, work: "_Work") -> tuple[Picture, Record]:
+    def _finish(self, engine: Engine, work: "_Work") -> tuple[Picture, Record]:
         """Waits for the answers about a picture, and keeps its record."""
         try:
-            outcome = self._outcome(work)
+            outcome = self._outcome(engine, work)
         except FastVLMError as err:
             outcome = {"error": {"type": type(err).__name__, "message": str(err)}}
+        except MemoryError:
+            message = f"{printable(work.picture.path)}: there is not enough memory for this picture; reduce it"
+            outcome = {"error": {"type": ImageError.__name__, "message": message}}
         name = self._name(work.picture)
-        work.key = work.key or fingerprint(self._settings, name)
+        work.key = work.key or fingerprint(self._essence, name)
         record = {
             "file": name,
             **outcome,
@@ -254,7 +219,7 @@ class CaptionJob:
         self._known[name] = _Known(work.key, work.stat, "error" in outcome)
         return work.picture, {FINGERPRINT: work.key, **record}
 
-    def _outcome(self, work: "_Work") -> Record:
+    def _outcome(self, engine: Engine, work: "_Work") -> Record:
         """The answers about a picture, with their statistics.
 
         Raises:
@@ -263,7 +228,10 @@ class CaptionJob:
         if work.error is not None:
             raise work.error
         if work.same is not None:
-            return self._copied(work.same, self._name(work.picture))
+            copied = self._copied(work.same, self._name(work.picture))
+            if "error" not in copied:
+                return copied
+            self._ask(engine, work, {})  # what failed for the other one fails for this one, with its own name
         results = {name: handle.result() for name, handle in work.handles.items()}
         if _stat(work.picture.path) != work.stat:
             raise ImageError(f"{printable(work.picture.path)}: changed while it was read; run the command again")
@@ -329,6 +297,26 @@ class _Work:
     def is_ready(self) -> bool:
         """Whether its record can be made without waiting."""
         return all(handle.done for handle in self.handles.values())
+
+
+class _Shared:
+    """The picture of several questions, as an array: made once, in the thread that needs it first.
+
+    Args:
+        prepare: Returns pixel values (1, R, R, 3). Preparing these once more changes nothing.
+    """
+
+    def __init__(self, prepare: Callable[[], NDArray[np.uint8]]) -> None:
+        self._prepare = prepare
+        self._pixels: NDArray[np.uint8] | None = None
+        self._lock = threading.Lock()
+
+    def __array__(self, *_: object, **__: object) -> NDArray[np.uint8]:
+        """The pixels (R, R, 3)."""
+        with self._lock:
+            if self._pixels is None:
+                self._pixels = self._prepare()[0]
+            return self._pixels
 
 
 def _size(encoded: Encoded) -> tuple[int, int] | None:

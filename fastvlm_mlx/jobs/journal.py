@@ -73,8 +73,8 @@ class Journal:
         return fingerprint in self._places
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Yields the record that counts of each fingerprint, in the order in which the fingerprints came."""
-        for place in self._places.values():
+        """Yields the record that counts of each fingerprint, in the order in which these records were added."""
+        for place in sorted(self._places.values()):
             yield self._read(*place)
 
     def get(self, fingerprint: str) -> dict[str, Any] | None:

@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from fastvlm_mlx import Engine, FastVLM, FastVLMProcessor, GenerationConfig, generate
 from fastvlm_mlx.errors import ConfigError
-from fastvlm_mlx.jobs.caption import CaptionJob, Record, Task
+from fastvlm_mlx.inputs import images, processor
+from fastvlm_mlx.jobs.caption import CaptionJob, Record
 from fastvlm_mlx.jobs.captions import remove_opening
 from fastvlm_mlx.jobs.journal import Journal
 from fastvlm_mlx.jobs.pictures import Picture, find_pictures
+from fastvlm_mlx.jobs.task import Task
 from tests.checkpoints import APPLE
 
 TASK = Task(
@@ -161,3 +164,84 @@ def test_a_picture_that_changes_while_it_is_read_is_an_error(
     assert {record["error"]["message"].partition(": ")[2] for record in records[1:]} == {
         "changed while it was read; run the command again"
     }
+
+
+def test_copies_of_what_cannot_be_read_are_named_each(engine: Engine, folder: Path) -> None:
+    shutil.copy(folder / "broken.jpg", folder / "more" / "broken too.jpg")
+    for record in run(engine, folder, None):
+        if "error" in record:
+            assert record["error"]["message"].startswith(f"{folder / record['file']}: not an image")
+            assert "duplicate_of" not in record
+
+
+def test_a_picture_that_is_changed_back_is_done_once_more_and_then_known(
+    engine: Engine, folder: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "captions.jsonl"
+    first = folder / "portrait.png"
+    for content in ("portrait", "large", "portrait"):
+        first.write_bytes((APPLE / "images" / f"{content}.png").read_bytes())
+        assert "portrait.png" in files(run(engine, folder, output))
+    assert run(engine, folder, output) == []
+
+
+def test_records_of_other_settings_do_not_count_once_there_are_some_of_these(
+    engine: Engine, folder: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "captions.jsonl"
+    other = Task(**{**vars(TASK), "questions": {"text": "Why?"}})
+    run(engine, folder, output)
+    with Journal(output) as journal:
+        job = CaptionJob(other, journal, mixed=True)
+        todo = job.plan(find(folder), force=True).todo[:2]  # and then it was interrupted
+        assert len(list(job.run(engine, todo, fresh=True))) == 2
+    assert len(run(engine, folder, output, other)) == 3
+    assert run(engine, folder, output) == []
+
+
+def test_a_model_of_another_name_continues_if_its_weights_are_the_same(
+    engine: Engine, folder: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "captions.jsonl"
+    run(engine, folder, output)
+    assert run(engine, folder, output, Task(**{**vars(TASK), "model": "elsewhere/golden"})) == []
+
+
+def test_several_questions_read_a_picture_once(
+    engine: Engine, folder: Path, loaded: tuple[FastVLM, FastVLMProcessor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads: list[object] = []
+
+    def load(source: Any, **rest: Any) -> Image.Image:
+        loads.append(source)
+        return images.load_image(source, **rest)
+
+    monkeypatch.setattr(processor, "load_image", load)
+    questions = {"colour": "What colour is it?", "name": "What is it?", "text": "Describe it."}
+    task = Task(**{**vars(TASK), "questions": questions, "resolution": "auto", "keep_openings": True})
+    shutil.rmtree(folder / "more")
+    records = run(engine, folder, None, task)
+    assert [loads.count(str(folder / file)) for file in files(records)] == [0, 1, 1, 1]
+    monkeypatch.undo()
+    for record in records[1:]:
+        for name, prompt in questions.items():
+            alone = generate(
+                *loaded, image=folder / record["file"], prompt=prompt, resolution="auto", config=TASK.config
+            )
+            assert {**record["answers"], "text": record["text"]}[name] == alone.text.strip()
+
+
+def test_a_picture_for_which_there_is_no_memory_fails_alone(
+    engine: Engine, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preprocess = images.preprocess
+
+    def preprocess_small(image: Any, side: int) -> Any:
+        if image.width > image.height:
+            raise MemoryError
+        return preprocess(image, side)
+
+    monkeypatch.setattr(processor, "preprocess", preprocess_small)
+    records = {record["file"]: record for record in run(engine, folder, None)}
+    assert "landscape.png: there is not enough memory" in records["landscape.png"]["error"]["message"]
+    assert "text" in records["portrait.png"]

@@ -32,7 +32,7 @@ def test_records_are_found_again_and_the_last_one_counts(tmp_path: Path) -> None
         assert (len(journal), "b" in journal, "c" in journal, journal.get("c")) == (2, True, False, None)
         journal.add("a", {"text": "später\u2028\udcff"})
     with Journal(path) as journal:
-        assert [record["text"] for record in journal] == ["später\u2028\udcff", "text of b"]
+        assert [record["text"] for record in journal] == ["text of b", "später\u2028\udcff"]
     assert len(path.read_bytes().decode().split("\n")) == 4  # UTF-8, three lines, each with its end
 
 

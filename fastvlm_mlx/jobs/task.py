@@ -1,0 +1,68 @@
+"""What is asked about every picture of a job."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastvlm_mlx import __version__
+from fastvlm_mlx.engine.options import GenerationConfig
+from fastvlm_mlx.inputs.images import Resolution
+
+CAPTION = "text"
+"""The field of a record that holds the caption."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What is asked about every picture, and of which model.
+
+    Attributes:
+        questions: The prompt for each field of a record, `CAPTION` among them or others.
+        model: The model's name, for records.
+        weights: The `checkpoint_fingerprint` of the model.
+        dtype: What it computes in.
+        system: Replaces the default system text.
+        resolution: Side in pixels that images are resized to; None for the model's own.
+        background: Colour under transparent pixels.
+        config: How tokens are chosen.
+        keep_openings: Whether phrases such as "The image shows" stay.
+        sentence: Whether each answer ends after its first sentence.
+    """
+
+    questions: Mapping[str, str]
+    model: str
+    weights: str
+    dtype: str
+    system: str | None = None
+    resolution: Resolution = None
+    background: str | None = None
+    config: GenerationConfig = field(default_factory=GenerationConfig)
+    keep_openings: bool = False
+    sentence: bool = False
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What every answer depends on besides the picture, as a JSON object; in every record."""
+        config, defaults = self.config, GenerationConfig()
+        chosen = {name: value for name, value in vars(config).items() if value != getattr(defaults, name)}
+        optional = {
+            "system": self.system,
+            "resolution": self.resolution,
+            "background": self.background,
+            "keep_openings": self.keep_openings or None,
+            "sentence": self.sentence or None,
+        }
+        return {
+            "model": self.model,
+            "weights": self.weights,
+            "dtype": self.dtype,
+            "version": __version__,
+            "questions": dict(self.questions),
+            **chosen,
+            **{name: value for name, value in optional.items() if value is not None},
+        }
+
+
+def essence(settings: object) -> dict[str, Any]:
+    """What of a record's settings matters for its answers: a model is known by its weights, not by its name."""
+    return {key: value for key, value in settings.items() if key != "model"} if isinstance(settings, dict) else {}
