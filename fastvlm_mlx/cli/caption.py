@@ -2,16 +2,15 @@
 
 import re
 import sys
-import time
 from collections import Counter
-from collections.abc import Mapping
 from contextlib import ExitStack
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fastvlm_mlx.cli.captioning import NAMED, Run, run
 from fastvlm_mlx.cli.options import (
     CHECK_FAILED,
     DEFAULT_MODEL,
@@ -26,22 +25,18 @@ from fastvlm_mlx.cli.options import (
     refuse,
     user_path,
 )
-from fastvlm_mlx.cli.terminal import ByteProgress, LiveLine, note, show_json, warn_of_slow_blas
+from fastvlm_mlx.cli.terminal import ByteProgress, LiveLine, note
 from fastvlm_mlx.cli.usage import usage_errors
 from fastvlm_mlx.errors import ConfigError
 from fastvlm_mlx.formatting import printable
 
 if TYPE_CHECKING:
-    from fastvlm_mlx.jobs.caption import CaptionJob, Plan
-    from fastvlm_mlx.jobs.exports import Exporter, Exports
+    from fastvlm_mlx.jobs.caption import Plan
+    from fastvlm_mlx.jobs.exports import Exports
     from fastvlm_mlx.jobs.pictures import Pictures
 
 _FIELD = re.compile(r"[A-Za-z_]\w{0,63}")
 _RESERVED = frozenset("file text width height finish_reason error answers".split())
-_BOOKKEEPING = frozenset(("fingerprint", "stat", "settings"))
-"""Fields of a record that only a later run needs."""
-_NAMED = 5
-"""The most failures that are named on stderr; the output has all."""
 
 
 class XMPName(str, Enum):
@@ -85,6 +80,7 @@ def caption(
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", "-n", metavar="N", min=1, help="Longest answer, in tokens.")
     ] = 128,
+    sentence: Annotated[bool, typer.Option("--sentence", help="End each answer after its first sentence.")] = False,
     keep_openings: Annotated[
         bool, typer.Option("--keep-openings", help="Keep phrases such as “The image shows”.")
     ] = False,
@@ -128,9 +124,10 @@ def caption(
     """
     from fastvlm_mlx import __version__
     from fastvlm_mlx.engine.options import GenerationConfig
-    from fastvlm_mlx.jobs.caption import CaptionJob, Plan, Task
+    from fastvlm_mlx.jobs.caption import CaptionJob, Plan
     from fastvlm_mlx.jobs.exports import Exporter, Exports
     from fastvlm_mlx.jobs.journal import Journal
+    from fastvlm_mlx.jobs.task import Task
 
     if not paths and not filelist:
         raise typer.BadParameter("give pictures or folders, or names with --filelist", param_hint="PATH")
@@ -157,6 +154,9 @@ def caption(
         raise typer.BadParameter("--ask alone gives no caption; add --prompt", param_hint="--txt, --xmp, --hf")
     _check_outputs(output, exports)
     found = _find(paths or [], filelist, include or [], exclude or [])
+    exporter = Exporter(exports, found.found, fields=list(questions), generator=f"fastvlm-mlx {__version__}, {model}")
+    if not dry_run:
+        exporter.check()
     folder = _folder(model, revision, dry_run)
     config = GenerationConfig(max_tokens=max_tokens)
     with ExitStack() as stack:
@@ -171,24 +171,26 @@ def caption(
                 background=background,
                 config=config,
                 keep_openings=keep_openings,
+                sentence=sentence,
             )
             if output is not None and not (dry_run and not output.exists()):
                 journal = stack.enter_context(Journal(output, notify=note))
         job = CaptionJob(task, journal, mixed=force) if task else None
         plan = job.plan(found.found, retry_errors=retry_errors, force=force) if job else Plan(found.found, 0, 0)
         note(_plan_line(found, plan, retry_errors))
-        for unreadable in found.unreadable[:_NAMED]:
+        for unreadable in found.unreadable[:NAMED]:
             note(f"{unreadable.path}: {unreadable.reason}")
         if dry_run or job is None or folder is None:
             return
-        exporter = Exporter(
-            exports, found.found, fields=list(questions), generator=f"fastvlm-mlx {__version__}, {model}"
-        )
-        failed = plan.failed + _run(job, plan, exporter, _Run(model, folder, dtype, batch, force, output))
+        failed = plan.failed + run(job, plan, exporter, Run(model, folder, dtype, batch, force, output))
         exporter.write_data_sets(job.record)
     for reason, count in exporter.left_out.items():
         note(f"{count} text{'s' * (count > 1)} not written: {reason}")
-    if failed or found.unreadable:
+    for failure in exporter.failures[:NAMED]:
+        note(f"not written: {failure}")
+    if len(exporter.failures) > NAMED:
+        note(f"not written: {len(exporter.failures) - NAMED} more for such reasons")
+    if failed or found.unreadable or exporter.failures:
         raise typer.Exit(CHECK_FAILED)
 
 
@@ -217,12 +219,11 @@ def _check_outputs(output: Path | None, exports: "Exports") -> None:
     paths = [path for path in (output, exports.csv) if path is not None]
     if len({path.absolute() for path in paths}) < len(paths):
         raise typer.BadParameter("is --output; name another file", param_hint="--csv")
-    for path in paths:
-        if path != output or path.exists():
-            check_output(path)
     for path in paths + [path for path in (exports.webdataset,) if path is not None]:
         if not path.absolute().parent.is_dir():
             raise ConfigError(f"{printable(path)}: cannot be written, since its folder does not exist")
+    if output is not None and output.exists():
+        check_output(output)
 
 
 def _find(paths: list[str], filelist: Path | None, include: list[str], exclude: list[str]) -> "Pictures":
@@ -242,7 +243,7 @@ def _find(paths: list[str], filelist: Path | None, include: list[str], exclude: 
         line.wait_for("looking for pictures")
         found = find_pictures(names, include=include, exclude=exclude)
     if not found.found:
-        for missing in found.unreadable[:_NAMED]:
+        for missing in found.unreadable[:NAMED]:
             note(f"{missing.path}: {missing.reason}")
         raise ConfigError(f"there are no pictures{_skipped(found)}")
     return found
@@ -251,7 +252,7 @@ def _find(paths: list[str], filelist: Path | None, include: list[str], exclude: 
 def _skipped(found: "Pictures") -> str:
     """What was left out, by reason."""
     reasons = Counter(skipped.reason.partition(" of the Live Photo")[0] for skipped in found.skipped)
-    return "".join(f", {count} skipped ({reason})" for reason, count in reasons.most_common(_NAMED))
+    return "".join(f", {count} skipped ({reason})" for reason, count in reasons.most_common(NAMED))
 
 
 def _plan_line(found: "Pictures", plan: "Plan", retry_errors: bool) -> str:
@@ -287,75 +288,3 @@ def _identity(folder: Path, dtype: DType | None) -> dict[str, str]:
         weights = checkpoint_fingerprint(folder, cache_folder() / "digests.json", progress)
     stored = dtype.value if dtype else ModelConfig.from_path(folder).dtype
     return {"weights": weights, "dtype": str(compute_dtype(stored)).rpartition(".")[2]}
-
-
-class _Run(NamedTuple):
-    """The options that the run itself needs."""
-
-    model: str
-    folder: Path
-    dtype: DType | None
-    batch: int | None
-    force: bool
-    output: Path | None
-
-
-def _run(job: "CaptionJob", plan: "Plan", exporter: "Exporter", options: _Run) -> int:
-    """Asks about the pictures of a plan; returns how many failed."""
-    from fastvlm_mlx.generation.engine import Engine
-    from fastvlm_mlx.resolve import load
-
-    todo = set(plan.todo)
-    earlier = {picture: job.record(picture) for picture in plan.todo if exporter.exports.txt}
-    for picture in exporter.pictures:
-        record = None if picture in todo else job.record(picture)
-        if record is not None:
-            exporter.write_beside(picture, record, record)
-    if not plan.todo:
-        return 0
-    warn_of_slow_blas()
-    with LiveLine() as line:
-        line.wait_for(f"loading {options.model}")
-        network, processor = load(options.folder, dtype=options.dtype.value if options.dtype else None)
-        counts: Counter[str] = Counter()
-        start = time.monotonic()
-        with Engine(network, processor, max_batch=options.batch or "auto") as engine:
-            try:
-                for picture, record in job.run(engine, plan.todo, fresh=options.force):
-                    counts["pictures"] += 1
-                    counts["failed"] += "error" in record
-                    counts["duplicates"] += "duplicate_of" in record
-                    if "error" in record and counts["failed"] <= _NAMED:
-                        message = record["error"]["message"]
-                        note(message if printable(picture.path) in message else f"{picture.name}: {message}")
-                    exporter.write_beside(picture, record, earlier.get(picture))
-                    if options.output is None:
-                        line.clear()
-                        show_json({key: value for key, value in record.items() if key not in _BOOKKEEPING})
-                    line.show(_progress(counts["pictures"], len(plan.todo), time.monotonic() - start))
-            except KeyboardInterrupt:
-                line.clear()
-                note(f"interrupted after {counts['pictures']} of {len(plan.todo)} pictures" + _how_to_continue(options))
-                raise
-    note(_summary(counts, time.monotonic() - start))
-    return counts["failed"]
-
-
-def _how_to_continue(options: _Run) -> str:
-    return "" if options.output is None else f"; the same command continues {options.output}"
-
-
-def _progress(done: int, total: int, seconds: float) -> str:
-    left = seconds / done * (total - done)
-    time_left = f"{left:.0f} s" if left < 90 else f"{left / 60:.0f} min" if left < 5400 else f"{left / 3600:.1f} h"
-    return f"{done} of {total} pictures, {done / seconds:.2g} a second, {time_left} left"
-
-
-def _summary(counts: Mapping[str, int], seconds: float) -> str:
-    parts = [f"{counts['pictures'] - counts['failed']} captioned in {seconds:.1f} s"]
-    parts.append(f"{counts['pictures'] / seconds:.2g} pictures/s")
-    if counts["duplicates"]:
-        parts.append(f"{counts['duplicates']} with the content of another")
-    if counts["failed"]:
-        parts.append(f"{counts['failed']} failed")
-    return ", ".join(parts)

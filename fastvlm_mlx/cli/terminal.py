@@ -93,7 +93,7 @@ def _to_null(descriptor: int) -> None:
     os.close(null)
 
 
-def _is_terminal() -> bool:
+def is_terminal() -> bool:
     """Whether stderr is a terminal on which a line can be written over."""
     return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
@@ -112,7 +112,7 @@ class LiveLine:
         self._ended = threading.Event()
 
     def __enter__(self) -> "LiveLine":
-        if _is_terminal():
+        if is_terminal():
             _LIVE.append(self)
             threading.Thread(target=self._tick, daemon=True).start()
         return self
@@ -153,7 +153,7 @@ class LiveLine:
 
     def _draw(self) -> None:
         with self._lock:
-            if not self._text or self._ended.is_set() or not _is_terminal():
+            if not self._text or self._ended.is_set() or not is_terminal():
                 return
             seconds = int(time.monotonic() - self._since)
             text = printable(f"{self._text}, {seconds} s" if seconds else self._text, MESSAGE_LENGTH)
@@ -190,7 +190,7 @@ class ByteProgress:
 
     def __call__(self, done: int, total: int, what: str) -> None:
         """Shows that `done` of `total` bytes or layers are through, and what is being done to them."""
-        if not _is_terminal():
+        if not is_terminal():
             return
         if self._bar is None:
             from rich.console import Console

@@ -16,12 +16,28 @@ from typing import Any
 
 from fastvlm_mlx.errors import ConfigError
 from fastvlm_mlx.formatting import printable
-from fastvlm_mlx.outputs import json_line, writing
+from fastvlm_mlx.outputs import check_output, json_line, writing
 
 GENERATOR = "fastvlm-mlx"
 """What marks rows and files as ours."""
 
 _SHARD_BYTES = 1 << 30
+
+
+def check_csv(path: Path, columns: Sequence[str]) -> None:
+    """Raises if `write_csv` could not write to `path`; changes nothing.
+
+    Raises:
+        ConfigError: If the file exists with other columns, or cannot be written.
+    """
+    check_output(path)
+    header = ",".join(columns).encode() + b"\n"
+    if path.is_file():
+        with path.open("rb") as earlier:
+            if earlier.readline(len(header) + 1) not in (header, b""):
+                raise ConfigError(
+                    f"{printable(path)}: exists, and is not a table with these columns; name another file"
+                )
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
@@ -30,19 +46,24 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, An
     Raises:
         ConfigError: If the file exists with other columns, or cannot be written.
     """
-    header = ",".join(columns).encode() + b"\n"
-    if path.is_file():
-        with path.open("rb") as earlier:
-            if earlier.readline(len(header) + 1) not in (header, b""):
-                raise ConfigError(
-                    f"{printable(path)}: exists, and is not a table with these columns; name another file"
-                )
+    check_csv(path, columns)
     with writing(path) as file:
         text = io.TextIOWrapper(file, "utf-8", errors="backslashreplace", newline="", write_through=True)
         table = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
         table.writeheader()
         table.writerows(rows)
         text.detach()
+
+
+def check_metadata(folder: Path) -> None:
+    """Raises if `write_metadata` could not write into `folder`; changes nothing.
+
+    Raises:
+        ConfigError: If the file exists and is something else, or cannot be written.
+    """
+    path = folder / "metadata.jsonl"
+    check_output(path)
+    _rows_of_others(path)
 
 
 def write_metadata(folder: Path, rows: Iterable[Mapping[str, Any]]) -> int:
@@ -126,6 +147,7 @@ class WebDataset:
         self._open = ExitStack()
         self._tar: tarfile.TarFile | None = None
         self._replaced = [path for path in self._existing() if _is_ours(path)]
+        check_output(self._path(0))
 
     def __enter__(self) -> "WebDataset":
         return self

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from fastvlm_mlx.errors import FastVLMError
-from fastvlm_mlx.jobs.caption import CAPTION, Record
-from fastvlm_mlx.jobs.datasets import WebDataset, write_csv, write_metadata
-from fastvlm_mlx.jobs.pictures import Picture
+from fastvlm_mlx.formatting import printable
+from fastvlm_mlx.jobs.caption import Record
+from fastvlm_mlx.jobs.datasets import WebDataset, check_csv, check_metadata, write_csv, write_metadata
+from fastvlm_mlx.jobs.pictures import Picture, in_library
 from fastvlm_mlx.jobs.sidecars import Habit, Outcome, shared_names, write_text, write_xmp
+from fastvlm_mlx.jobs.task import CAPTION
 
 READ_ONLY = "in a Photos library or on the web"
 SHARED = "of two pictures with one name"
@@ -56,50 +58,61 @@ class Exporter:
     Attributes:
         pictures: All pictures of the job.
         left_out: How many texts were not written, by reason.
+        failures: Why texts could not be written: a file, and what happened to it.
     """
 
     def __init__(self, exports: Exports, pictures: Sequence[Picture], *, fields: Sequence[str], generator: str) -> None:
         self.exports = exports
         self.pictures = pictures
-        self._fields = fields
+        self._columns = ["file", *fields, "width", "height", "finish_reason", "error"]
         self._generator = generator
         self._shared = shared_names(picture.path for picture in pictures) if exports.txt or exports.xmp else set()
         self.left_out: Counter[str] = Counter()
+        self.failures: list[str] = []
+
+    def check(self) -> None:
+        """Finds out before the work whether the tables and data sets can be written, and changes nothing.
+
+        Raises:
+            ConfigError: If one cannot, or would take the place of somebody else's file.
+        """
+        if self.exports.csv is not None:
+            check_csv(self.exports.csv, self._columns)
+        if self.exports.hf:
+            for root in {picture.root for picture in self.pictures if _has_place(picture)}:
+                check_metadata(Path(root or "."))
+        if self.exports.webdataset is not None:
+            WebDataset(self.exports.webdataset)
 
     def write_beside(self, picture: Picture, record: Record, earlier: Record | None = None) -> None:
         """Writes the sidecars of a picture; `earlier` is its record before this run.
 
-        A sidecar that cannot be written is counted, and the job goes on.
+        The job goes on if one cannot be written.
         """
         if "error" in record or not (self.exports.txt or self.exports.xmp):
             return
         if picture.read_only:
             self.left_out[READ_ONLY] += 1
             return
+        caption, overwrite = record[CAPTION], self.exports.overwrite
         shared = picture.path in self._shared
-        try:
-            if self.exports.txt and shared:
-                self.left_out[SHARED] += 1
-            elif self.exports.txt:
-                own = [text for text in ((earlier or {}).get(CAPTION),) if isinstance(text, str)]
-                self._count(write_text(picture.path, record[CAPTION], own=own, overwrite=self.exports.overwrite))
-            if self.exports.xmp:
-                habit: Habit | None = "ext" if shared else self.exports.xmp_name
-                self._count(
-                    write_xmp(
-                        picture.path,
-                        record[CAPTION],
-                        generator=self._generator,
-                        habit=habit,
-                        overwrite=self.exports.overwrite,
-                    )
-                )
-        except FastVLMError as err:
-            self.left_out[str(err)] += 1
+        if self.exports.txt and shared:
+            self.left_out[SHARED] += 1
+        elif self.exports.txt:
+            own = [text for text in ((earlier or {}).get(CAPTION),) if isinstance(text, str)]
+            self._write(lambda: write_text(picture.path, caption, own=own, overwrite=overwrite))
+        if self.exports.xmp:
+            habit: Habit | None = "ext" if shared else self.exports.xmp_name
+            self._write(
+                lambda: write_xmp(picture.path, caption, generator=self._generator, habit=habit, overwrite=overwrite)
+            )
 
-    def _count(self, outcome: Outcome) -> None:
-        if outcome is Outcome.KEPT:
-            self.left_out["where somebody else's text is; --overwrite replaces it"] += 1
+    def _write(self, write: Callable[[], Outcome]) -> None:
+        try:
+            if write() is Outcome.KEPT:
+                self.left_out["where somebody else's text is; --overwrite replaces it"] += 1
+        except FastVLMError as err:
+            self.failures.append(str(err))
 
     def write_data_sets(self, record_of: Callable[[Picture], Record | None]) -> None:
         """Writes the tables and data sets of all pictures that have a record.
@@ -111,17 +124,16 @@ class Exporter:
             ConfigError: If one cannot be written, or would take the place of somebody else's file.
         """
         if self.exports.csv is not None:
-            columns = ["file", *self._fields, "width", "height", "finish_reason", "error"]
-            write_csv(self.exports.csv, columns, (_row(record) for _, record in self._records(record_of)))
+            write_csv(self.exports.csv, self._columns, (_row(record) for _, record in self._records(record_of)))
         if self.exports.hf:
             rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
             for picture, record in self._records(record_of):
                 if "error" in record:
                     continue
-                if picture.path.startswith(("http://", "https://")):
-                    self.left_out[READ_ONLY] += 1
-                else:
+                if _has_place(picture):
                     rows[picture.root].append({"file_name": picture.name, **_answers(record)})
+                else:
+                    self.left_out[READ_ONLY] += 1
             for root, lines in rows.items():
                 left_out = write_metadata(Path(root or "."), lines)
                 if left_out:
@@ -134,13 +146,18 @@ class Exporter:
                     try:
                         dataset.add(picture.path, {"file": picture.name, **_answers(record)})
                     except OSError as err:
-                        self.left_out[f"that cannot be read ({err.strerror or err})"] += 1
+                        self.failures.append(f"{printable(picture.path)}: cannot be read ({err.strerror or err})")
 
     def _records(self, record_of: Callable[[Picture], Record | None]) -> Iterable[tuple[Picture, Record]]:
         for picture in self.pictures:
             record = record_of(picture)
             if record is not None:
                 yield picture, record
+
+
+def _has_place(picture: Picture) -> bool:
+    """Whether there is a folder for the metadata of a picture."""
+    return not (picture.read_only and (not picture.root or in_library(f"{picture.root}/metadata.jsonl")))
 
 
 def _answers(record: Record) -> dict[str, Any]:

@@ -131,7 +131,7 @@ def test_an_answer_is_escaped_only_on_a_terminal(
 @pytest.fixture
 def screen(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> pytest.CaptureFixture[str]:
     """Captures what a terminal on stderr would get."""
-    monkeypatch.setattr(terminal, "_is_terminal", lambda: True)
+    monkeypatch.setattr(terminal, "is_terminal", lambda: True)
     monkeypatch.setattr(terminal, "_PATIENCE", 0.01)
     return capsys
 
