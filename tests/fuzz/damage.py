@@ -1,5 +1,6 @@
 """Seeded damage: to bytes, to JSON and its values, to safetensors files, and to the files of a folder."""
 
+import copy
 import json
 import math
 from collections.abc import Callable
@@ -18,6 +19,11 @@ VALUES: tuple[Any, ...] = (
     *(DEEP, DIGITS, TWICE),
 )
 """Values of the wrong kind, out of range, or strange."""
+
+
+def some_wrong(random: Random) -> Any:
+    """One of `VALUES`, which may be changed."""
+    return copy.deepcopy(random.choice(VALUES))
 
 
 def some_bytes(random: Random, data: bytes) -> bytes:
@@ -48,7 +54,7 @@ def some_value(random: Random, value: Any) -> Any:
     """`value` with one of the values in it changed; containers are changed in place."""
     places = _places(value)
     if not places:
-        return random.choice(VALUES)
+        return some_wrong(random)
     container, key = random.choice(places)
     old = container[key]
     choice = random.random()
@@ -62,7 +68,7 @@ def some_value(random: Random, value: Any) -> Any:
         other, name = random.choice(places)
         container[key] = json.loads(json.dumps(other[name]))
     else:
-        container[key] = random.choice(VALUES)
+        container[key] = some_wrong(random)
     return value
 
 
@@ -98,7 +104,7 @@ def some_json(random: Random, data: bytes) -> bytes:
         return random.choice(odd)
     value = json.loads(data)
     for _ in range(random.choice((1, 1, 1, 2, 3))):
-        value = some_value(random, value) if isinstance(value, (dict, list)) else random.choice(VALUES)
+        value = some_value(random, value) if isinstance(value, (dict, list)) else some_wrong(random)
     return to_json(value)
 
 

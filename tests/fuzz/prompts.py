@@ -104,7 +104,7 @@ def messages(random: Random, room: Room) -> None:
     """A conversation with values of the wrong kind in it."""
     talk: Any = _conversation(random)
     for _ in range(random.choice((0, 1, 1, 2))):
-        talk = damage.some_value(random, talk) if isinstance(talk, (dict, list)) else random.choice(damage.VALUES)
+        talk = damage.some_value(random, talk) if isinstance(talk, (dict, list)) else damage.some_wrong(random)
     if random.random() < 0.1:
         place = random.choice(talk) if isinstance(talk, list) and talk else {}
         if isinstance(place, dict):

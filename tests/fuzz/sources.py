@@ -164,7 +164,7 @@ def _data_url(random: Random, room: Room, png: bytes) -> str:
 def _pillow(random: Random, room: Room, png: bytes) -> Any:
     match random.randrange(8):
         case 0:
-            return Image.open(io.BytesIO(png[: random.randrange(33, len(png))]))
+            return Image.open(io.BytesIO(png[: random.randrange(60, len(png))]))
         case 1:
             image = Image.open(io.BytesIO(png))
             image.close()

@@ -9,7 +9,8 @@ from random import Random
 import pytest
 
 from fastvlm_mlx import ImageError
-from tests.fuzz import classes, driver
+from tests.checkpoints import APPLE
+from tests.fuzz import classes, damage, driver
 from tests.fuzz.room import Room
 from tests.fuzz.subject import FastVLMError, Refused
 
@@ -110,6 +111,12 @@ def test_the_seeds_of_a_class_do_not_depend_on_how_many_are_tried() -> None:
     assert {name.partition(":")[0] for name in few} == set(driver.SHARES) == set(classes.CLASSES)
     assert set(few) <= set(many)
     assert len(set(many)) == len(many) >= 5000
+
+
+def test_damage_depends_on_the_seed_alone_whatever_came_before() -> None:
+    data = (APPLE / "reparam" / "config.json").read_bytes()
+    first = [damage.some_json(Random(seed), data) for seed in range(300)]
+    assert [damage.some_json(Random(seed), data) for seed in range(300)] == first
 
 
 def test_the_command_line_runs_one_case(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
