@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fastvlm_mlx.errors import ImageError as ImageError
     from fastvlm_mlx.errors import PromptError as PromptError
     from fastvlm_mlx.errors import QueueFullError as QueueFullError
+    from fastvlm_mlx.errors import RangeError as RangeError
     from fastvlm_mlx.generation.choose import Choice as Choice
     from fastvlm_mlx.generation.choose import choose as choose
     from fastvlm_mlx.generation.engine import Engine as Engine
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
     from fastvlm_mlx.generation.result import GenerationResult as GenerationResult
     from fastvlm_mlx.generation.result import Timings as Timings
     from fastvlm_mlx.inputs.processor import FastVLMProcessor as FastVLMProcessor
+    from fastvlm_mlx.inputs.prompts import Message as Message
     from fastvlm_mlx.inputs.sources import Allow as Allow
+    from fastvlm_mlx.inputs.sources import ImageSource as ImageSource
     from fastvlm_mlx.jobs.evaluate import evaluate as evaluate
     from fastvlm_mlx.jobs.questions import Question as Question
     from fastvlm_mlx.jobs.questions import read_questions as read_questions
@@ -61,7 +64,10 @@ _HOME = {
     "ImageError": "errors",
     "PromptError": "errors",
     "GateError": "errors",
+    "RangeError": "errors",
     "Allow": "inputs.sources",
+    "ImageSource": "inputs.sources",
+    "Message": "inputs.prompts",
     "ModelConfig": "config",
     "EvaluationReport": "jobs.scores",
     "Question": "jobs.questions",
@@ -85,11 +91,14 @@ __all__ = [
     "GenerationResult",
     "Handle",
     "ImageError",
+    "ImageSource",
+    "Message",
     "ModelConfig",
     "PrefixCache",
     "PromptError",
     "Question",
     "QueueFullError",
+    "RangeError",
     "Request",
     "Timings",
     "__version__",

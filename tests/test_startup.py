@@ -1,5 +1,7 @@
 """What is imported, and so what a start costs."""
 
+import importlib
+import inspect
 import json
 import subprocess
 import sys
@@ -8,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import fastvlm_mlx
+import fastvlm_mlx.errors
 from tests.checkpoints import APPLE
 
 RUN = """
@@ -88,14 +91,21 @@ def test_the_blas_is_loaded_before_mlx_whatever_is_imported_first() -> None:
     assert "mlx" in imported_by(code)
 
 
-def test_public_names_resolve_and_unknown_ones_do_not() -> None:
-    import fastvlm_mlx
-
-    for public in fastvlm_mlx.__all__:
-        assert getattr(fastvlm_mlx, public) is not None
-    assert set(fastvlm_mlx.__all__) <= set(dir(fastvlm_mlx))
+@pytest.mark.parametrize("name", ["fastvlm_mlx", "fastvlm_mlx.convert"])
+def test_public_names_resolve_and_unknown_ones_do_not(name: str) -> None:
+    package = importlib.import_module(name)
+    for public in package.__all__:
+        value = getattr(package, public)
+        assert not inspect.ismodule(value)
+        assert inspect.getdoc(value) or not (inspect.isclass(value) or inspect.isfunction(value)), public
+    assert dir(package) == sorted(package.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
-        fastvlm_mlx.nonsense  # noqa: B018
+        package.nonsense  # noqa: B018
+
+
+def test_every_error_can_be_imported_from_the_package() -> None:
+    errors = {name for name, value in vars(fastvlm_mlx.errors).items() if inspect.isclass(value)} - {"Any"}
+    assert errors <= set(fastvlm_mlx.__all__)
 
 
 def test_the_module_runs_the_command_line() -> None:

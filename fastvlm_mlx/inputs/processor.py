@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
@@ -21,6 +21,17 @@ from fastvlm_mlx.inputs.tokenizer import END_OF_TEXT, IM_END, IM_START, Streamin
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+
+class _TokenIds(TypedDict):
+    input_ids: NDArray[np.int32]
+
+
+class ModelInputs(_TokenIds, total=False):
+    """What `FastVLM.generate` and `FastVLM.embed` take as keywords; see `FastVLMProcessor.__call__`."""
+
+    pixel_values: NDArray[np.uint8]
+    attention_mask: NDArray[np.bool_]
 
 
 class FastVLMProcessor:
@@ -68,7 +79,7 @@ class FastVLMProcessor:
         system: str | None = None,
         background: str | None = None,
         allow: Allow | None = None,
-    ) -> dict[str, NDArray[Any]]:
+    ) -> ModelInputs:
         """The arrays that `FastVLM.generate` and `FastVLM.embed` take as keywords.
 
         `input_ids` (B, T), int32, with `IMAGE_TOKEN` in the place of each image; `pixel_values` (images, R, R, 3),
@@ -98,14 +109,15 @@ class FastVLMProcessor:
         for row in rows:
             self.check_length(row, pixel_values.shape[1])
         length = max(map(len, rows))
-        inputs: dict[str, NDArray[Any]] = {}
+        uneven = any(len(row) < length for row in rows)
+        pad = [self.tokenizer.token_id(END_OF_TEXT)] if uneven else []
+        inputs = ModelInputs(
+            input_ids=np.array([pad * (length - len(row)) + row for row in rows], dtype=np.int32),
+        )
         if len(pixel_values):
             inputs["pixel_values"] = pixel_values
-        if any(len(row) < length for row in rows):
-            pad = [self.tokenizer.token_id(END_OF_TEXT)]
+        if uneven:
             inputs["attention_mask"] = np.array([[False] * (length - len(row)) + [True] * len(row) for row in rows])
-            rows = [pad * (length - len(row)) + row for row in rows]
-        inputs["input_ids"] = np.array(rows, dtype=np.int32)
         return inputs
 
     def prepare(
