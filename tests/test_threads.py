@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from fastvlm_mlx import PrefixCache, generate, load, stream_generate
+from fastvlm_mlx import PrefixCache, Question, evaluate, generate, load, stream_generate
 from tests.checkpoints import APPLE
 
 IMAGES = [APPLE / "images" / f"{name}.png" for name in ("landscape", "portrait", "square")]
@@ -65,6 +65,31 @@ def test_asyncio_may_ask_in_threads(loaded, expected):
         return await asyncio.gather(*(asyncio.to_thread(generate, *loaded, **question) for question in QUESTIONS[:6]))
 
     assert [answer.token_ids for answer in asyncio.run(ask_all())] == expected[:6]
+
+
+def test_asyncio_may_call_everything_in_threads(converted, loaded):
+    async def call_all():
+        model, processor = await asyncio.to_thread(load, converted("apple"), lazy=True)
+        inputs = await asyncio.to_thread(processor, IMAGES[:2], ["What is it?", "Where?"], resolution=128)
+        rows = await asyncio.to_thread(model.generate, **inputs, max_tokens=4)
+        texts = await asyncio.to_thread(processor.batch_decode, rows)
+        features = await asyncio.to_thread(model.vision_features, inputs["pixel_values"])
+        visual_tokens = await asyncio.to_thread(model.project, features)
+        embedded = await asyncio.to_thread(
+            model.embed, inputs["input_ids"], attention_mask=inputs["attention_mask"], visual_tokens=visual_tokens
+        )
+        question = Question(line=1, image=IMAGES[0], question="What is it?", answers=("x",))
+        report = await asyncio.to_thread(evaluate, model, processor, [question], resolution=128, max_tokens=2)
+        await asyncio.to_thread(model.free_vision_tower)
+        return rows, texts, np.asarray(embedded), report.failed
+
+    model, processor = loaded
+    inputs = processor(IMAGES[:2], ["What is it?", "Where?"], resolution=128)
+    rows, texts, embedded, failed = asyncio.run(call_all())
+    assert rows == model.generate(**inputs, max_tokens=4)
+    assert texts == processor.batch_decode(rows)
+    np.testing.assert_array_equal(embedded, np.asarray(model.embed(**inputs)))
+    assert not failed
 
 
 def test_loading_and_asking_leaves_no_thread_behind(converted):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +14,7 @@ import numpy as np
 from fastvlm_mlx.arguments import StrPath, check_kind, checked_ids, elements, file_path, whole
 from fastvlm_mlx.config import IMAGE_TOKEN, ModelConfig
 from fastvlm_mlx.errors import PromptError
-from fastvlm_mlx.formatting import counted
+from fastvlm_mlx.formatting import counted, readable_bytes
 from fastvlm_mlx.inputs.images import Resolution, choose_resolution, load_image, preprocess
 from fastvlm_mlx.inputs.prompts import CHAT_TEMPLATE, ImageReference, Mark, Prompt, Turn, conversation, render
 from fastvlm_mlx.inputs.sources import Allow, ImageSource
@@ -21,6 +22,10 @@ from fastvlm_mlx.inputs.tokenizer import END_OF_TEXT, IM_END, IM_START, Streamin
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+
+_LONG = 8
+"""Characters for each position of the context from which on a text is suspected to be too long."""
 
 
 class _TokenIds(TypedDict):
@@ -183,10 +188,11 @@ class FastVLMProcessor:
         """Token ids of a conversation.
 
         Raises:
-            PromptError: If these are no turns.
+            PromptError: If these are no turns, or their text is far too long.
         """
         if not isinstance(turns, (list, tuple)) or not all(isinstance(turn, Turn) for turn in turns):
             raise PromptError(f"turns must be a list of Turn, as `conversation` makes them, not {type(turns).__name__}")
+        self._check_size("".join(turn.text for turn in turns))
         marks = {
             Mark.IM_START: self.tokenizer.token_id(IM_START),
             Mark.IM_END: self.tokenizer.token_id(IM_END),
@@ -196,6 +202,18 @@ class FastVLMProcessor:
         for piece in render(turns):
             ids += [marks[piece]] if isinstance(piece, Mark) else self.tokenizer.encode(piece)
         return ids
+
+    def _check_size(self, text: str) -> None:
+        """Refuses a text that cannot fit, since tokenizing ten megabytes takes a minute."""
+        if len(text) <= _LONG * self.context_length:
+            return
+        size = len(unicodedata.normalize("NFC", text).encode())  # as the tokenizer composes it
+        least = size // self.tokenizer.longest
+        if least >= self.context_length:
+            raise PromptError(
+                f"the prompt has {readable_bytes(size)} of text, which take at least {least} positions, but the "
+                f"context has {self.context_length}; shorten it"
+            )
 
     def num_visual_tokens(self, resolution: int) -> int:
         """N, the number of positions that an image takes."""

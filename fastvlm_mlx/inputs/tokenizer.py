@@ -161,6 +161,11 @@ class Tokenizer:
             raise self._beyond_rows(max(ids))
         return ids
 
+    @cached_property
+    def longest(self) -> int:
+        """The most bytes of text that one token stands for; in the byte alphabet, a character is a byte."""
+        return max(map(len, self._backend.get_vocab(with_added_tokens=False)), default=1)
+
     def check_ids(self) -> None:
         """Checks that each token has an id of its own, and a row of the embedding.
 

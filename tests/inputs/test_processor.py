@@ -215,6 +215,20 @@ def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused(processor):
         _ = inputs.input_ids
 
 
+@pytest.mark.parametrize("text", ["a", "word ", "🙂", "e\u0301"])
+def test_megabytes_of_text_are_refused_without_being_tokenized(processor, monkeypatch, text):
+    monkeypatch.setattr(type(processor.tokenizer), "encode", lambda self, text: pytest.fail("tokenized"))
+    for prompt in (text * 1_000_000, [{"role": "user", "content": text * 1_000_000}]):
+        with pytest.raises(PromptError, match=r"MB of text, which take at least \d+ positions, but the context has 8"):
+            processor(None, prompt)
+
+
+def test_a_long_text_that_fits_is_tokenized(qwen2):
+    spaces = qwen2.tokenizer.token_bytes(qwen2.tokenizer.encode(" " * 64)[0])
+    assert len(spaces) > 30
+    assert qwen2(None, spaces.decode() * 4000 + "x")["input_ids"].shape[1] < 8192
+
+
 @pytest.mark.parametrize(
     ("images", "prompts", "message"),
     [
