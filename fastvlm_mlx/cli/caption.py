@@ -174,7 +174,7 @@ def caption(
                 sentence=sentence,
             )
             if output is not None and not (dry_run and not output.exists()):
-                journal = stack.enter_context(Journal(output, notify=note))
+                journal = stack.enter_context(Journal(output, read_only=dry_run, notify=note))
         job = CaptionJob(task, journal, mixed=force) if task else None
         plan = job.plan(found.found, retry_errors=retry_errors, force=force) if job else Plan(found.found, 0, 0)
         note(_plan_line(found, plan, retry_errors))

@@ -37,6 +37,7 @@ class Journal:
         path: The file; made if it does not exist.
         own: Whether the file is the program's own, as in a cache; what is no record is then removed from it. In a
             user's file it stays, and a file that holds nothing else is refused.
+        read_only: Whether to change nothing, and to look at a file that another run has open, too.
         notify: Called with a one-line message about lines that are no records.
 
     Raises:
@@ -44,14 +45,17 @@ class Journal:
         OSError: If it cannot be opened or written.
     """
 
-    def __init__(self, path: Path, *, own: bool = False, notify: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self, path: Path, *, own: bool = False, read_only: bool = False, notify: Callable[[str], None] | None = None
+    ) -> None:
         self.path = path
+        self._read_only = read_only
         self._places: dict[str, tuple[int, int]] = {}
-        self._file = path.open("a+b", buffering=0)
+        self._file: BinaryIO = path.open("rb" if read_only else "a+b", buffering=0)
         try:
             if not stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
                 raise ConfigError(f"{printable(path)}: is not a regular file, in which earlier records could be found")
-            self._locked = self._lock(own)
+            self._locked = not read_only and self._lock(own)
             message = self._heal(own)
         except BaseException:
             self._file.close()
@@ -154,6 +158,8 @@ class Journal:
                 f"{printable(self.path)}: holds no records of earlier runs but something else ({intact[0].shown()}); "
                 "name another file"
             )
+        if self._read_only:
+            return ""
         if own and not self._places:
             os.ftruncate(self._file.fileno(), 0)
         else:

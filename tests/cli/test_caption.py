@@ -1,6 +1,7 @@
 """`fastvlm caption` on the command line."""
 
 import csv
+import fcntl
 import json
 import shutil
 import signal
@@ -142,6 +143,18 @@ def test_a_dry_run_says_what_is_to_do_and_writes_nothing(model: str, folder: Pat
         *("README.md", "landscape.png", "portrait.png", "square.png")
     ]
     assert not Path("out.jsonl").exists()
+
+
+def test_a_dry_run_looks_into_the_file_of_a_run_that_goes_on(model: str, folder: Path) -> None:
+    arguments = ("photos", "-m", model, "-n", "2", "-o", "out.jsonl")
+    assert run(*arguments).exit_code == 0
+    whole = Path("out.jsonl").read_bytes()
+    with Path("out.jsonl").open("r+b") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        other.truncate(len(whole) - 9)
+        result = run(*arguments, "--dry-run")
+        assert (result.exit_code, result.stderr) == (0, "3 pictures, 2 done, 1 to do, 1 skipped (not a picture)\n")
+    assert Path("out.jsonl").read_bytes() == whole[:-9]
 
 
 @pytest.mark.parametrize(
