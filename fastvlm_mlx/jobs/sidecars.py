@@ -3,6 +3,7 @@
 The picture is never touched, and neither is the text of a person. Nothing is written into a library of Apple's Photos.
 """
 
+import errno
 import os
 from collections import Counter
 from collections.abc import Iterable
@@ -132,10 +133,12 @@ def _check(picture: str) -> None:
 
 
 def _read(path: Path) -> bytes:
-    """The content of a file; nothing if it does not exist."""
+    """The content of a file; nothing if it does not exist, or cannot, since its name is too long."""
     try:
         return path.read_bytes()
     except FileNotFoundError:
         return b""
     except OSError as err:
+        if err.errno == errno.ENAMETOOLONG:
+            return b""
         raise ConfigError(f"{printable(path)}: cannot be read ({err.strerror or err})") from err
