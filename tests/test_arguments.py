@@ -2,6 +2,7 @@
 
 from decimal import Decimal
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from fastvlm_mlx import (
     PrefixCache,
     PromptError,
     Request,
+    choose,
     generate,
     load,
 )
@@ -83,7 +85,7 @@ def test_a_misspelt_option_names_those_that_exist(loaded):
 
 def test_model_and_processor_cannot_be_confused(loaded):
     model, processor = loaded
-    for call in (generate, Engine):
+    for call in (generate, Engine, partial(choose, choices=["yes", "no"], prompt="Is it?")):
         with pytest.raises(ConfigError, match="model must be a FastVLM, the first of the two that load returns, not "):
             call(processor, model)
         with pytest.raises(ConfigError, match=r"processor must be a FastVLMProcessor, the second of the two.*not N"):

@@ -11,6 +11,7 @@ from fastvlm_mlx.engine.options import GenerationConfig
 from fastvlm_mlx.engine.prefix_cache import PrefixCache
 from fastvlm_mlx.errors import PromptError
 from fastvlm_mlx.formatting import printable
+from fastvlm_mlx.generation.doors import check_loaded
 from fastvlm_mlx.inputs.images import Resolution
 from fastvlm_mlx.inputs.processor import FastVLMProcessor
 from fastvlm_mlx.inputs.prompts import Prompt
@@ -73,6 +74,7 @@ def choose(
         ImageError: As in `generate`.
         ConfigError: As in `generate`.
     """
+    check_loaded(model, processor, prefix_cache)
     check_choices(choices)
     sequences = [_tokens(processor, choice) for choice in choices]
     inputs = processor.prepare(image, prompt, resolution=resolution, system=system, background=background, allow=allow)

@@ -17,11 +17,11 @@ from fastvlm_mlx.engine.row import Row
 from fastvlm_mlx.engine.scheduler import Scheduler
 from fastvlm_mlx.errors import ConfigError, QueueFullError
 from fastvlm_mlx.generation.answer import Answer
+from fastvlm_mlx.generation.doors import check_loaded
 from fastvlm_mlx.generation.request import Handle, Request
 from fastvlm_mlx.inputs.processor import FastVLMProcessor
 from fastvlm_mlx.machine import describe
 from fastvlm_mlx.model.fastvlm import FastVLM
-from fastvlm_mlx.streams import check_process
 
 PREPARING_THREADS = 2
 """Threads that read and resize images while the model computes."""
@@ -64,17 +64,12 @@ class Engine:
         queue_size: int | None = None,
         prefix_cache: PrefixCache | None = None,
     ) -> None:
-        check_process()
-        check_kind(model, "model", FastVLM, "a FastVLM, the first of the two that load returns")
-        check_kind(
-            processor, "processor", FastVLMProcessor, "a FastVLMProcessor, the second of the two that load returns"
-        )
+        check_loaded(model, processor, prefix_cache)
         positions = free_positions(model, describe().memory)
         is_auto = max_batch is None or (isinstance(max_batch, str) and max_batch == "auto")
         self.max_batch = default_rows(positions) if is_auto else whole(max_batch, "max_batch")
         queue_size = 2 * self.max_batch if queue_size is None else whole(queue_size, "queue_size", 0)
         cache = PrefixCache() if prefix_cache is None else prefix_cache
-        check_kind(cache, "prefix_cache", PrefixCache, "a PrefixCache or None")
         self.processor = processor
         self._room = threading.Semaphore(self.max_batch + queue_size)
         self._preparing = ThreadPoolExecutor(PREPARING_THREADS, thread_name_prefix="fastvlm-prepare")

@@ -6,18 +6,18 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from fastvlm_mlx.arguments import check_kind, flag
+from fastvlm_mlx.arguments import flag
 from fastvlm_mlx.engine.decode import RowDecoder
 from fastvlm_mlx.engine.options import GenerationConfig, GenerationOptions
 from fastvlm_mlx.engine.prefix_cache import PrefixCache
 from fastvlm_mlx.generation.answer import Answer, whole
+from fastvlm_mlx.generation.doors import check_loaded
 from fastvlm_mlx.generation.result import GenerationResult
 from fastvlm_mlx.inputs.images import Resolution
 from fastvlm_mlx.inputs.processor import FastVLMProcessor, Inputs
 from fastvlm_mlx.inputs.prompts import Prompt
 from fastvlm_mlx.inputs.sources import Allow, ImageSource
 from fastvlm_mlx.model.fastvlm import FastVLM
-from fastvlm_mlx.streams import check_process
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -70,11 +70,7 @@ def stream_generate(
         FastVLMError: If the model's logits are NaN or infinite, or the process was forked from one that has used MLX.
     """
     start = time.perf_counter()
-    check_process()
-    check_kind(model, "model", FastVLM, "a FastVLM, the first of the two that load returns")
-    check_kind(processor, "processor", FastVLMProcessor, "a FastVLMProcessor, the second of the two that load returns")
-    if prefix_cache is not None:
-        check_kind(prefix_cache, "prefix_cache", PrefixCache, "a PrefixCache or None")
+    check_loaded(model, processor, prefix_cache)
     free_tower = flag(free_tower, "free_tower")
     config = GenerationConfig.of(config, options)
     prompt = DEFAULT_PROMPT if prompt is None else prompt
