@@ -18,6 +18,8 @@ _BOOKKEEPING = frozenset(("fingerprint", "stat", "settings"))
 """Fields of a record that only a later run needs."""
 NAMED = 5
 """The most failures that are named on stderr; the output has all."""
+_PREFIX_BYTES = 32 << 20
+"""For the questions about the pictures at work; a picture that is done is not asked about again."""
 _REPORT_SECONDS = 60.0
 """How often progress is noted where it cannot be shown in place, as in a log."""
 
@@ -35,6 +37,7 @@ class Run(NamedTuple):
 
 def run(job: "CaptionJob", plan: "Plan", exporter: "Exporter", options: Run) -> int:
     """Asks about the pictures of a plan; returns how many failed."""
+    from fastvlm_mlx.engine.prefix_cache import PrefixCache
     from fastvlm_mlx.generation.engine import Engine
     from fastvlm_mlx.resolve import load
 
@@ -52,7 +55,8 @@ def run(job: "CaptionJob", plan: "Plan", exporter: "Exporter", options: Run) -> 
         network, processor = load(options.folder, dtype=options.dtype.value if options.dtype else None)
         counts: Counter[str] = Counter()
         start = reported = time.monotonic()
-        with Engine(network, processor, max_batch=options.batch or "auto") as engine:
+        prefixes = PrefixCache(_PREFIX_BYTES)
+        with Engine(network, processor, max_batch=options.batch or "auto", prefix_cache=prefixes) as engine:
             try:
                 for picture, record in job.run(engine, plan.todo, fresh=options.force):
                     counts["pictures"] += 1

@@ -240,8 +240,7 @@ class Scheduler:
             self._prefix_cache.clear()
         mx.clear_cache()
         if len(rows) == 1:
-            short = is_out_of_memory(error)
-            rows[0].error = ConfigError(f"not enough memory for this request: {error}") if short else error
+            rows[0].error = _for_the_user(error)
             self._suspects.discard(rows[0])
             return rows
         if is_out_of_memory(error):
@@ -281,6 +280,14 @@ class _Prompt:
     def shape(self) -> tuple[int, ...]:
         """What prompts that are prefilled together have in common."""
         return len(self.ids), len(self.images), self.visual_tokens, self.cache[0].offset if self.cache else 0
+
+
+def _for_the_user(error: Exception) -> FastVLMError:
+    """What one row's error means for who asked."""
+    if isinstance(error, FastVLMError):
+        return error
+    reason = "there is not enough memory for" if is_out_of_memory(error) else "MLX cannot compute"
+    return ConfigError(f"{reason} this request ({error}); ask about fewer or smaller images")
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -64,5 +64,9 @@ class Task:
 
 
 def essence(settings: object) -> dict[str, Any]:
-    """What of a record's settings matters for its answers: a model is known by its weights, not by its name."""
-    return {key: value for key, value in settings.items() if key != "model"} if isinstance(settings, dict) else {}
+    """What of a record's settings tells it from those of other tasks.
+
+    A model is known by its weights, not by its name; and whoever updates the program goes on with the same file.
+    """
+    names = ("model", "version")
+    return {key: value for key, value in settings.items() if key not in names} if isinstance(settings, dict) else {}

@@ -79,7 +79,7 @@ def test_a_request_that_does_not_fit_alone_is_told_so(loaded, monkeypatch):
     rows = make_rows(3)
     answers(loaded[0], rows, max_rows=4)
     assert all(isinstance(row.error, ConfigError) for row in rows)
-    assert "not enough memory for this request: std::bad_alloc" in str(rows[0].error)
+    assert "there is not enough memory for this request (std::bad_alloc)" in str(rows[0].error)
 
 
 def test_rows_join_only_while_their_keys_and_values_fit(loaded):
@@ -116,7 +116,7 @@ def test_an_error_in_a_step_fails_only_the_row_that_causes_it(loaded, monkeypatc
     answers(model, rows, max_rows=5)
     assert [str(row.error) if row.error else row.tokens for row in rows] == [
         *expected[:3],
-        "a fault of row 3",
+        "MLX cannot compute this request (a fault of row 3); ask about fewer or smaller images",
         expected[4],
     ]
 
