@@ -238,7 +238,12 @@ def _find(paths: list[str], filelist: Path | None, include: list[str], exclude: 
     for path in paths:
         names += read_names(sys.stdin.buffer.read(), "stdin") if path == "-" else [path]
     if filelist is not None:
-        names += read_names(filelist.read_bytes(), str(filelist))
+        try:
+            listed = filelist.read_bytes()
+        except (OSError, ValueError) as err:  # a name with half a character
+            reason = getattr(err, "strerror", None) or err
+            raise ConfigError(f"{printable(filelist)}: cannot be read as a list of names ({reason})") from err
+        names += read_names(listed, str(filelist))
     with LiveLine() as line:
         line.wait_for("looking for pictures")
         found = find_pictures(names, include=include, exclude=exclude)

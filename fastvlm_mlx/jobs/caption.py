@@ -68,10 +68,10 @@ class CaptionJob:
         self._ambiguous: set[str] = set()
         other: Record | None = None
         for record in journal or ():
-            if essence(record.get("settings")) == self._essence:
-                self._remember(record)
-            else:
+            if essence(record.get("settings")) != self._essence:
                 other = record
+            elif self._is_whole(record):
+                self._remember(record)
         if journal is not None and other is not None and not self._known and not mixed:
             raise ConfigError(f"{printable(journal.path)}: {self._difference(other)}")
 
@@ -80,6 +80,16 @@ class CaptionJob:
         settings = essence(record.get("settings"))
         keys = [key for key in {**settings, **self._essence} if settings.get(key) != self._essence.get(key)]
         return f"holds captions with other settings ({names(keys)}); name another file, or add to it with --force"
+
+    def _is_whole(self, record: Record) -> bool:
+        """Whether a record has all that is used of it; if somebody has changed it, its picture is asked about again."""
+        error, answers = record.get("error"), record.get("answers", {})
+        if not isinstance(record.get("file"), str) or not isinstance(answers, dict):
+            return False
+        if "error" in record:
+            return isinstance(error, dict) and isinstance(error.get("message"), str)
+        texts = {**answers, CAPTION: record.get(CAPTION)}
+        return all(isinstance(texts.get(name), str) for name in self._task.questions)
 
     def _remember(self, record: Record) -> None:
         version, failed = record.get("stat"), "error" in record

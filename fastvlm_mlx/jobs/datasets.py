@@ -137,10 +137,14 @@ class WebDataset:
         shard_bytes: A new file begins with the sample that would make the current one larger than this.
 
     Raises:
-        ConfigError: If there is such a file that is not ours, or one cannot be written.
+        ConfigError: If `prefix` has no name, there is such a file that is not ours, or one cannot be written.
     """
 
     def __init__(self, prefix: Path, *, shard_bytes: int = _SHARD_BYTES) -> None:
+        if not prefix.name:
+            raise ConfigError(
+                f"{printable(prefix)}: has no name that files could begin with; add one, as in out/photos"
+            )
         self._prefix = prefix
         self._shard_bytes = shard_bytes
         self._samples = self._shards = 0

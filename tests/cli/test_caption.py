@@ -183,6 +183,9 @@ def test_wrong_usage_is_found_before_any_work(folder: Path, arguments: tuple[str
         (("nowhere",), "there are no pictures"),
         (("photos", "-o", "missing/out.jsonl"), "missing/out.jsonl: cannot be written"),
         (("photos", "--csv", "photos"), "photos: cannot be written"),
+        (("photos", "--webdataset", "."), ".: has no name that files could begin with"),
+        (("--filelist", "missing.txt"), "missing.txt: cannot be read as a list of names"),
+        (("--filelist", "\ud800"), "cannot be read as a list of names"),
     ],
 )
 def test_what_cannot_work_is_found_before_the_model_is_looked_for(

@@ -3,7 +3,18 @@
 from collections.abc import Callable
 from random import Random
 
-from tests.fuzz import arguments, checkpoints, commands, headers, pictures, prompts, questions, servers, sources
+from tests.fuzz import (
+    arguments,
+    captions,
+    checkpoints,
+    commands,
+    headers,
+    pictures,
+    prompts,
+    questions,
+    servers,
+    sources,
+)
 from tests.fuzz.room import Room
 
 Case = Callable[[Random, Room], None]
@@ -15,7 +26,7 @@ CLASSES: dict[str, Case] = {
         *(checkpoints.upstream, checkpoints.converted, checkpoints.cache, checkpoints.archive),
         *(pictures.picture, headers.header, sources.array, sources.source, servers.server),
         *(prompts.prompt, prompts.messages, prompts.ids),
-        *(questions.questions, questions.journal),
+        *(questions.questions, questions.journal, captions.captions),
         *(arguments.python, commands.command_line),
     )
 }

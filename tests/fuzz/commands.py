@@ -27,6 +27,7 @@ def command_line(random: Random, room: Room) -> None:
     questions.write_text('{"image": "a.png", "question": "What?", "answers": ["x"]}\n')
     right: dict[str, list[str]] = {
         "generate": [str(picture), "-m", folder, "-n", "1"],
+        "caption": [str(room.input), "-m", folder, "-n", "1", "-o", "captions.jsonl"],
         "convert": [folder, str(room.out)],
         "quantize": [folder, str(room.out), "--q-group-size", "32"],
         "eval": ["-m", folder, "--data", str(questions), "-n", "1"],
@@ -34,7 +35,7 @@ def command_line(random: Random, room: Room) -> None:
         "verify": [folder, "--against", folder],
         "bench": ["-m", folder, "--runs", "1", "--warmup", "0"],
     }
-    (name,) = random.choices(list(right), (6, 3, 2, 3, 3, 1, 1))
+    (name,) = random.choices(list(right), (6, 3, 3, 2, 3, 3, 1, 1))
     texts = (*_TEXTS, str(room.input), str(picture), str(room.out))
     arguments = [name, *right[name]]
     for _ in range(random.choice((0, 1, 1, 2))):

@@ -102,6 +102,21 @@ def test_a_second_run_does_only_what_is_new_or_changed(engine: Engine, folder: P
     assert "seconds" not in again  # known by its content
 
 
+@pytest.mark.parametrize(
+    "damage", [{"text": None}, {"text": 5}, {"file": ["a"]}, {"answers": 5}, {"error": None}, {"error": {"type": "x"}}]
+)
+def test_a_picture_whose_record_was_damaged_is_asked_about_again(
+    damage: dict[str, Any], engine: Engine, folder: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "captions.jsonl"
+    (_, *records) = run(engine, folder, output)
+    lines = output.read_text().splitlines()
+    lines[1] = json.dumps({**json.loads(lines[1]), **damage})
+    output.write_text("\n".join(lines) + "\n")
+    (again,) = run(engine, folder, output)
+    assert (again["file"], again["text"]) == ("landscape.png", records[0]["text"])
+
+
 def test_force_asks_again_about_everything(engine: Engine, folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "captions.jsonl"
     run(engine, folder, output)
