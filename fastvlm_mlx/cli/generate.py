@@ -78,7 +78,14 @@ def generate(
     resolution: Resolution = None,
     background: Background = None,
     dtype: LoadDType = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming text.")] = False,
+    as_json: Annotated[
+        bool,
+        typer.Option(
+            "--json",
+            help="Print one JSON object instead of streaming text; generated_tokens counts the end token, which "
+            "token_ids leaves out, and prompt_tokens counts an image as its visual_tokens.",
+        ),
+    ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Token counts, speed and memory on stderr.")] = False,
 ) -> None:
     """Answer a question about images.
