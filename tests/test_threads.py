@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from fastvlm_mlx import PrefixCache, Question, evaluate, generate, load, stream_generate
+from fastvlm_mlx.convert import quantize_checkpoint
+from fastvlm_mlx.convert.quantize.scheme import Quantization
 from tests.checkpoints import APPLE
 
 IMAGES = [APPLE / "images" / f"{name}.png" for name in ("landscape", "portrait", "square")]
@@ -126,3 +128,12 @@ print(len({{future.result().text for future in done}}))
     for _ in range(3):
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
+
+
+def test_any_thread_may_quantize(converted, tmp_path):
+    request = Quantization(bits=8, group_size=32)
+    quantize_checkpoint(converted("apple"), tmp_path / "here", request)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(quantize_checkpoint, converted("apple"), tmp_path / "there", request).result()
+    here, there = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("here", "there"))
+    assert here == there

@@ -13,6 +13,7 @@ from fastvlm_mlx.convert.compare.weights import WeightError
 from fastvlm_mlx.convert.quantize.scheme import LayerScheme
 from fastvlm_mlx.machine import cpu_threads
 from fastvlm_mlx.model.cpu.quantized import column_slices
+from fastvlm_mlx.streams import turn, worker_streams
 
 _CHUNK = 2**22
 """Weights quantized at a time on each stream."""
@@ -20,18 +21,19 @@ _CHUNK = 2**22
 
 def rounded(tensor: Tensor, scheme: LayerScheme) -> tuple[Packed, WeightError]:
     """A layer with each weight rounded to the nearest level, and the error; each stream handles a part of the rows."""
-    streams = _streams()
+    streams = cpu_threads() if device() == "cpu" else 1
     rows, columns = tensor.shape
-    step = max(1, min(_CHUNK // columns, -(-rows // len(streams))))
+    step = max(1, min(_CHUNK // columns, -(-rows // streams)))
     parts: dict[str, list[npt.NDArray[np.generic]]] = {}
     change = norm = 0.0
-    for first in range(0, rows, step * len(streams)):
+    for first in range(0, rows, step * streams):
         work = []
-        for stream, start in zip(streams, range(first, rows, step), strict=False):
-            exact = tensor.read(start, min(step, rows - start))
-            with mx.stream(stream):
-                work.append(_rounded(to_mlx(exact, tensor.dtype), scheme))
-        mx.eval(work)
+        with turn():
+            for stream, start in zip(_streams(streams), range(first, rows, step), strict=False):
+                exact = tensor.read(start, min(step, rows - start))
+                with mx.stream(stream):
+                    work.append(_rounded(to_mlx(exact, tensor.dtype), scheme))
+            mx.eval(work)
         for arrays, squares in work:
             for name, value in zip(("weight", "scales", "biases"), arrays, strict=False):
                 parts.setdefault(name, []).append(from_mlx(value))
@@ -39,10 +41,9 @@ def rounded(tensor: Tensor, scheme: LayerScheme) -> tuple[Packed, WeightError]:
     return {name: np.concatenate(pieces) for name, pieces in parts.items()}, WeightError(change, norm)
 
 
-@functools.cache
-def _streams() -> list[mx.Stream]:
-    """A stream per CPU thread: MLX runs each CPU stream on a thread of its own."""
-    return [mx.new_stream(mx.default_device()) for _ in range(cpu_threads() if device() == "cpu" else 1)]
+def _streams(count: int) -> list[mx.Stream]:
+    """The streams to share the work among, for use within a turn: MLX runs each CPU stream on a thread of its own."""
+    return worker_streams(count) if device() == "cpu" else [mx.default_stream(mx.default_device())]
 
 
 def _rounded(exact: mx.array, scheme: LayerScheme) -> tuple[Sequence[mx.array], tuple[mx.array, mx.array]]:
