@@ -43,7 +43,6 @@ def command_line(random: Random, room: Room) -> None:
         arguments += [option] if flag else [option, random.choice(texts)]
     if name != "bench" and random.random() < 0.35:
         arguments[random.randrange(1, len(arguments))] = random.choice(texts)
-    room.watch(picture)
     command(arguments, stdin=random.choice((b"", b"What?", b"\xff", files()["PNG RGB 4"])))
     results = (room.out, *room.work.rglob("*"), *room.home.rglob("*"))
     room.written.update(path for path in results if path.exists())

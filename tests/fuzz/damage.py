@@ -59,7 +59,9 @@ def some_value(random: Random, value: Any) -> Any:
     old = container[key]
     choice = random.random()
     if choice < 0.15 and isinstance(old, (int, float)) and not isinstance(old, bool):
-        container[key] = random.choice((old + 1, old - 1, old * 2, old * 64, -old, old / 2, float(old), str(old)))
+        container[key] = random.choice(
+            (old + 1, old - 1, old * 2, old * 64, -old, old * 0.5 if abs(old) < 2**99 else old // 2, str(old))
+        )
     elif choice < 0.25:
         del container[key]
     elif choice < 0.32 and isinstance(container, dict):
