@@ -1,7 +1,7 @@
 """`fastvlm convert`: converts any published layout of FastVLM checkpoints to this project's folded MLX format."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -90,22 +90,21 @@ def convert(
     with usage_errors():
         quantization = options.request(output) if quantize or options.given else None
     check_request(gates, upload_repo)
+    request: dict[str, Any] = {
+        "quantization": quantization,
+        "mlx_vlm": output is Format.mlx_vlm,
+        "dtype": dtype.value,
+        "revision": revision,
+        "vision_from": vision_from,
+        "dequantize": dequantize,
+        "tie_word_embeddings": tie_word_embeddings,
+        "calibration": calibration or (),
+        "gates": gates or (),
+    }
     if dry_run:
         from fastvlm_mlx.convert.request import planned_request  # without MLX
 
-        planned = planned_request(
-            source,
-            quantization=quantization,
-            mlx_vlm=output is Format.mlx_vlm,
-            dtype=dtype.value,
-            revision=revision,
-            vision_from=vision_from,
-            dequantize=dequantize,
-            tie_word_embeddings=tie_word_embeddings,
-            calibration=calibration or (),
-            gates=gates or (),
-        )
-        show(str(planned))
+        show(str(planned_request(source, **request)))
         if upload_repo:
             show(f"{'then upload':<13} to {upload_repo}")
         return
@@ -116,20 +115,6 @@ def convert(
     from fastvlm_mlx.convert.pipeline import convert_and_quantize
 
     with failed_report_shown(), ByteProgress() as progress:
-        report = convert_and_quantize(
-            source,
-            destination,
-            quantization=quantization,
-            mlx_vlm=output is Format.mlx_vlm,
-            dtype=dtype.value,
-            revision=revision,
-            vision_from=vision_from,
-            dequantize=dequantize,
-            tie_word_embeddings=tie_word_embeddings,
-            calibration=calibration or (),
-            gates=gates or (),
-            notify=note,
-            progress=progress,
-        )
+        report = convert_and_quantize(source, destination, **request, notify=note, progress=progress)
     show_output(destination, report)
     upload_output(destination, upload_repo)
