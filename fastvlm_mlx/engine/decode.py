@@ -9,7 +9,7 @@ from fastvlm_mlx.backend import mx
 from fastvlm_mlx.config import IMAGE_TOKEN
 from fastvlm_mlx.engine.choices import score
 from fastvlm_mlx.engine.options import GenerationConfig
-from fastvlm_mlx.engine.prefix_cache import PrefixCache, PrefixKey, check_prefix_cache, prefix_key
+from fastvlm_mlx.engine.prefix_cache import PrefixCache, PrefixKey, prefix_key
 from fastvlm_mlx.engine.sampling import Sampler, read_tokens, sample
 from fastvlm_mlx.model.fastvlm import FastVLM
 from fastvlm_mlx.model.kv_cache import KVCache
@@ -50,7 +50,6 @@ class RowDecoder:
         self._free_tower = free_tower
         self._visual_tokens: mx.array | None = None
         self.reused = 0
-        check_prefix_cache(prefix_cache)
         if prefix_cache is not None:
             prefix_cache.bind(model)
         if len(pixel_values) and (prefix_cache is None or len(prefix_cache) == 0):
@@ -78,8 +77,10 @@ class RowDecoder:
             submitted = sample(logits, samplers)
             mx.async_eval(submitted)
         first = read_tokens(submitted)
-        keep()
-        yield from first
+        try:
+            yield from first
+        finally:
+            keep()
         waiting = None
         for _ in range(1, max_tokens):
             with turn():
@@ -128,5 +129,4 @@ class RowDecoder:
         )
         if prefix_cache is None:
             return logits, cache, lambda: None
-        prompt = [layer.prefix(layer.offset) for layer in cache]
-        return logits, cache, lambda: prefix_cache.store(key, prompt)
+        return logits, cache, lambda: prefix_cache.store(key, cache)

@@ -3,21 +3,26 @@
 A prompt is known by its token ids and by the content, never the name, of its images.
 """
 
+from __future__ import annotations
+
 import hashlib
 import itertools
 import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy.typing as npt
 
 from fastvlm_mlx.arguments import whole
+from fastvlm_mlx.backend import mx
 from fastvlm_mlx.config import IMAGE_TOKEN
 from fastvlm_mlx.errors import ConfigError
 from fastvlm_mlx.model.fastvlm import FastVLM
 from fastvlm_mlx.model.kv_cache import KVCache
+from fastvlm_mlx.streams import turn
 
 PrefixKey = tuple[int | bytes, ...]
 """A prompt's token ids, each image's replaced by a hash of its pixels."""
@@ -40,16 +45,6 @@ def _digest(pixels: npt.NDArray[Any]) -> bytes:
     return described.digest()
 
 
-def check_prefix_cache(value: object) -> None:
-    """Checks an argument.
-
-    Raises:
-        ConfigError: If it is neither a `PrefixCache` nor None.
-    """
-    if not isinstance(value, PrefixCache | None):
-        raise ConfigError(f"prefix_cache must be a PrefixCache or None, not {type(value).__name__}")
-
-
 class PrefixCache:
     """The keys and values of recent prompts of one model; the least recently used go first.
 
@@ -68,7 +63,7 @@ class PrefixCache:
 
     def __init__(self, max_bytes: int | None = DEFAULT_BYTES) -> None:
         self.max_bytes = DEFAULT_BYTES if max_bytes is None else whole(max_bytes, "max_bytes", 0)
-        self._entries: OrderedDict[PrefixKey, tuple[PrefixKey, list[KVCache], int]] = OrderedDict()
+        self._entries: OrderedDict[PrefixKey, _Entry] = OrderedDict()
         self._by_pictures: dict[PrefixKey, dict[PrefixKey, None]] = {}
         self._nbytes = 0
         self._lock = threading.RLock()
@@ -122,15 +117,14 @@ class PrefixCache:
         with self._lock:
             candidates = self._candidates(key)
             while candidates:
-                name = max(candidates, key=lambda name: _common(key[:-1], self._entries[name][0]))
-                known, cache, _ = self._entries[name]
-                shared = _common(key[:-1], known)
+                name = max(candidates, key=lambda name: _common(key[:-1], self._entries[name].key))
+                entry = self._entries[name]
+                shared = _common(key[:-1], entry.key)
                 if not shared:
                     break
-                if all(_is_whole(layer) for layer in cache):
+                if entry.is_whole:
                     self._entries.move_to_end(name)
-                    positions = _positions(key[:shared], num_visual_tokens)
-                    return shared, [layer.prefix(positions) for layer in cache]
+                    return shared, entry.prefix(_positions(key[:shared], num_visual_tokens))
                 self._remove(name)
                 candidates.remove(name)
             return 0, None
@@ -146,32 +140,64 @@ class PrefixCache:
         """Keeps what a prompt left in `cache`, in place of an older one that is the same up to its last image."""
         pictures = _pictures(key)
         name = pictures[-1] if pictures else ()
+        entry = _Entry.of(key, cache)
         with self._lock:
             if name in self._entries:
                 self._remove(name)
-            nbytes = sum(layer.nbytes for layer in cache)
-            self._entries[name] = key, [layer.prefix(layer.offset) for layer in cache], nbytes
-            self._nbytes += nbytes
+            self._entries[name] = entry
+            self._nbytes += entry.nbytes
             for prefix in _pictures(name):
                 self._by_pictures.setdefault(prefix, {})[name] = None
             while self._entries and self._nbytes > self.max_bytes:
                 self._remove(next(iter(self._entries)))
 
     def _remove(self, name: PrefixKey) -> None:
-        self._nbytes -= self._entries.pop(name)[2]
+        self._nbytes -= self._entries.pop(name).nbytes
         for prefix in _pictures(name):
             del self._by_pictures[prefix][name]
             if not self._by_pictures[prefix]:
                 del self._by_pictures[prefix]
 
 
+@dataclass(kw_only=True, eq=False)
+class _Entry:
+    """What a prompt left.
+
+    Attributes:
+        key: Of the prompt.
+        positions: S, the positions that it takes.
+        nbytes: Bytes held.
+        layers: Keys and values of all layers, (2 · layers, 1, heads, S, head_dim), as one array: MLX reuses buffers
+            that are a little larger than asked for, and nobody counts what many small arrays waste in that way.
+    """
+
+    key: PrefixKey
+    positions: int
+    nbytes: int
+    layers: mx.array
+
+    @classmethod
+    def of(cls, key: PrefixKey, cache: Sequence[KVCache]) -> _Entry:
+        """A copy of a prompt's cache."""
+        with turn():
+            layers = mx.stack([part for layer in cache for part in layer.filled])
+            mx.async_eval(layers)
+        return cls(key=key, positions=cache[0].offset, nbytes=layers.nbytes, layers=layers)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing of it is missing."""
+        return bool(self.layers.shape[3] == self.positions)
+
+    def prefix(self, positions: int) -> list[KVCache]:
+        """A cache of the first positions for each layer, which grows on its own."""
+        parts = self.layers[..., :positions, :]
+        return [KVCache.of(parts[place], parts[place + 1]) for place in range(0, len(parts), 2)]
+
+
 def _pictures(key: PrefixKey) -> list[PrefixKey]:
     """The beginnings of a prompt that end with an image."""
     return [key[: place + 1] for place, token in enumerate(key) if isinstance(token, bytes)]
-
-
-def _is_whole(layer: KVCache) -> bool:
-    return all(part is not None and part.shape[2] == layer.offset for part in layer.state)
 
 
 def _common(first: PrefixKey, second: PrefixKey) -> int:

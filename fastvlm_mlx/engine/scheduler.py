@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fastvlm_mlx.backend import device, mx
 from fastvlm_mlx.config import IMAGE_TOKEN
-from fastvlm_mlx.engine.prefix_cache import PrefixCache, PrefixKey, check_prefix_cache
+from fastvlm_mlx.engine.prefix_cache import PrefixCache, PrefixKey
 from fastvlm_mlx.engine.row import Row
 from fastvlm_mlx.engine.sampling import Sampler, read_tokens, sample
 from fastvlm_mlx.errors import ConfigError, FastVLMError
@@ -64,7 +64,6 @@ class Scheduler:
         self._max_positions = max_positions
         self._model = model
         self._prefix_cache = prefix_cache
-        check_prefix_cache(prefix_cache)
         if prefix_cache is not None:
             prefix_cache.bind(model)
         self._waiting: deque[Row] = deque()
@@ -221,9 +220,8 @@ class Scheduler:
         self._submitted = first if self._submitted is None else mx.concatenate([self._submitted, first])
         mx.async_eval(self._submitted)
         if self._prefix_cache is not None:
-            kept = [_row_of(cache, number) for number in range(len(prompts))]
+            kept = [[layer.row(number) for layer in cache] for number in range(len(prompts))]
             self._prompts += zip([prompt.row for prompt in prompts], kept, strict=True)
-            mx.async_eval([layer.state for prompt in kept for layer in prompt])
 
     def _keep_prompts(self) -> None:
         """Adds the prompts that have been read to the prefix cache."""
@@ -329,8 +327,3 @@ def _joined(caches: Sequence[list[KVCache] | None]) -> list[KVCache] | None:
     if caches[0] is None or len(caches) == 1:
         return caches[0]
     return [KVCache.stack(layers) for layers in zip(*caches, strict=True)]
-
-
-def _row_of(cache: Sequence[KVCache], row: int) -> list[KVCache]:
-    """One row of a batch's cache, which holds nothing else."""
-    return [layer.row(row) for layer in cache]

@@ -58,43 +58,23 @@ class KVCache:
         # A padding position sees itself, so that no row of the softmax is empty.
         return (queries == keys) | (queries >= keys) & (keys >= padding)
 
-    def filter(self, rows: Sequence[int]) -> None:
-        """Keeps only these rows of the batch, in this order."""
-        if self.keys is not None and self.values is not None:
-            kept = mx.array(list(rows))
-            self.keys, self.values = self.keys[kept], self.values[kept]
-        if self.left_padding is not None:
-            self.left_padding = [self.left_padding[row] for row in rows]
-
-    def prefix(self, length: int) -> "KVCache":
-        """A cache of the first `length` positions that grows on its own; it shares their memory until it does."""
-        copy = KVCache(self.left_padding)
-        copy.offset = length
-        if self.keys is not None and self.values is not None:
-            whole = length == self.keys.shape[2]
-            copy.keys = self.keys if whole else self.keys[..., :length, :]
-            copy.values = self.values if whole else self.values[..., :length, :]
-        return copy
+    @classmethod
+    def of(cls, keys: mx.array, values: mx.array) -> "KVCache":
+        """A cache that holds keys and values, (B, heads, S, head_dim) each."""
+        cache = cls()
+        cache.keys, cache.values, cache.offset = keys, values, keys.shape[2]
+        return cache
 
     @classmethod
     def stack(cls, rows: "Sequence[KVCache]") -> "KVCache":
         """One cache of rows that hold equally many positions."""
-        stacked = cls()
-        stacked.offset = rows[0].offset
-        parts = [row.filled for row in rows]
-        stacked.keys = mx.concatenate([keys for keys, _ in parts])
-        stacked.values = mx.concatenate([values for _, values in parts])
-        return stacked
+        keys, values = zip(*(row.filled for row in rows), strict=True)
+        return cls.of(mx.concatenate(list(keys)), mx.concatenate(list(values)))
 
     def row(self, number: int) -> "KVCache":
-        """A cache of one row, which shares no memory with the others."""
-        copy = KVCache()
-        copy.offset = self.offset
+        """A cache of one row, which shares the memory of the others."""
         keys, values = self.filled
-        if self.batch > 1:
-            keys, values = (mx.contiguous(part[number : number + 1]) for part in (keys, values))
-        copy.keys, copy.values = keys, values
-        return copy
+        return KVCache.of(keys[number : number + 1], values[number : number + 1])
 
     @property
     def filled(self) -> tuple[mx.array, mx.array]:

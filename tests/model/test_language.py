@@ -6,6 +6,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from fastvlm_mlx.backend import mx
 from fastvlm_mlx.config import TextConfig
+from fastvlm_mlx.model.kv_cache import KVCache
 from fastvlm_mlx.model.language import Qwen2
 
 SIZES = {
@@ -97,10 +98,10 @@ def test_left_padded_rows_equal_rows_by_themselves(decoder):
         np.testing.assert_allclose(after[index], decoder(longer)[0, -1], **ROUNDING)
 
 
-def test_a_prefix_is_not_disturbed_by_what_follows(decoder):
+def test_caches_that_share_memory_do_not_disturb_each_other(decoder):
     cache = decoder.make_cache()
     decoder(TOKENS, cache=cache)
-    kept = [layer.prefix(layer.offset) for layer in cache]
-    first = decoder(mx.array([[1]]), cache=[layer.prefix(layer.offset) for layer in kept])
+    kept = [KVCache.of(*layer.filled) for layer in cache]
+    first = decoder(mx.array([[1]]), cache=[KVCache.of(*layer.filled) for layer in kept])
     decoder(mx.array([[50, 51]]), cache=cache)
     np.testing.assert_array_equal(decoder(mx.array([[1]]), cache=kept), first)
