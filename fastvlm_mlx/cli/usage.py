@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 an error (one line on stderr), 2 wrong usage, 3 a check fa
 130 interrupted, 128 and the signal's number if ended by SIGTERM or SIGHUP.
 """
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from fastvlm_mlx.cli.terminal import complain, drop_stdout
 from fastvlm_mlx.errors import FastVLMError, GateError
+from fastvlm_mlx.formatting import printable
 
 CHECK_FAILED = 3
 """Exit code of a command that did its work and found that a check has failed; 1 is for errors."""
@@ -94,10 +96,15 @@ class Program(CommandGroup):
         sys.exit(code)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Shows the help where no command is given."""
+        """Shows the help where no command is given, and refuses what no file name or question can hold."""
         if not args and not ctx.resilient_parsing:
             typer.echo(ctx.get_help(), err=True)
             raise typer.Exit(2)
+        for text in args:
+            try:
+                os.fsencode(text)
+            except UnicodeEncodeError as err:
+                raise typer.BadParameter(f"{printable(text, 60)} is not valid Unicode") from err
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:

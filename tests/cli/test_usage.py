@@ -158,3 +158,10 @@ def test_commands_that_ask_a_model_share_their_options(command: str) -> None:
 
 def test_every_metric_can_be_chosen() -> None:
     assert {metric.value for metric in Metric} == set(METRICS)
+
+
+@pytest.mark.parametrize("command", ["generate", "caption", "bench", "convert"])
+def test_an_argument_that_no_file_name_can_be_is_wrong_usage(command: str) -> None:
+    result = invoke(command, "\ud800")
+    assert result.exit_code == 2
+    assert "\\ud800 is not valid Unicode" in result.stderr
