@@ -72,7 +72,8 @@ class Answer:
             return [self._last("stop")]
         text, ended = self._text.add(token)
         if ended:
-            return [replace(piece, text=text, token_ids=(token,), finish_reason="stop")]
+            stop = self._text.stop_string
+            return [replace(piece, text=text, token_ids=(token,), finish_reason="stop", stop_string=stop)]
         pieces = [replace(piece, text=text, token_ids=(token,))]
         if piece.generated_tokens == self.max_tokens:
             pieces.append(self._last("length"))
@@ -80,7 +81,8 @@ class Answer:
 
     def _last(self, reason: str) -> GenerationResult:
         text, ended = self._text.finish()
-        return replace(self._piece, text=text, finish_reason="stop" if ended else reason)
+        stop = self._text.stop_string
+        return replace(self._piece, text=text, finish_reason="stop" if ended else reason, stop_string=stop)
 
 
 def whole(pieces: list[GenerationResult]) -> GenerationResult:

@@ -35,6 +35,7 @@ class GenerationResult:
         reused_tokens: How many of those came from a `PrefixCache`.
         generated_tokens: Tokens generated so far, the end token included.
         finish_reason: `stop` (an end token or a stop string), `length`, or None while streaming.
+        stop_string: The stop string that ended it; None if an end token or a sentence did, or nothing has.
         timings: Seconds so far.
     """
 
@@ -45,6 +46,7 @@ class GenerationResult:
     reused_tokens: int = 0
     generated_tokens: int
     finish_reason: str | None
+    stop_string: str | None = None
     timings: Timings
 
     @property

@@ -20,6 +20,12 @@ class TextStream:
         self._stop = StopStrings(stop)
         self._sentence = FirstSentence() if sentence else None
 
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that has ended the text; None if there is none, or if a sentence ended it before."""
+        is_whole = self._sentence is not None and self._sentence.complete
+        return None if is_whole else self._stop.found
+
     def add(self, token: int) -> tuple[str, bool]:
         """Adds a token id; returns the text that can be shown now, and whether a stop string has ended it."""
         return self._within_sentence(*self._stop.add(self._detokenizer.add(token)))
@@ -38,19 +44,23 @@ class TextStream:
 
 
 class StopStrings:
-    """Ends a stream of text before the first stop string, holding back what may be the beginning of one."""
+    """Ends a stream of text before the first stop string, holding back what may be the beginning of one.
+
+    Attributes:
+        found: The stop string that ended it; None while there is none.
+    """
 
     def __init__(self, stop: Sequence[str]) -> None:
+        self.found: str | None = None
         self._stop = tuple(stop)
         self._held = ""
 
     def add(self, text: str) -> tuple[str, bool]:
         """Adds `text`; returns the part of the stream that can be shown now, and whether it has ended."""
         text = self._held + text
-        ends = [position for stop in self._stop if (position := text.find(stop)) >= 0]
-        if ends:
-            self._held = ""
-            return text[: min(ends)], True
+        if found := [stop for stop in self._stop if stop in text]:
+            self._held, self.found = "", min(found, key=text.find)
+            return text[: text.find(self.found)], True
         held = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held], False
@@ -71,9 +81,13 @@ class FirstSentence:
 
     What follows a full stop decides whether it ends one, so spaces are held back until that is known: no sentence
     begins with a small letter. Neither do `Dr.`, `J.` and the `1.` of a list end one.
+
+    Attributes:
+        complete: Whether the sentence has ended.
     """
 
     def __init__(self) -> None:
+        self.complete = False
         self._text = ""
         self._shown = 0
 
@@ -82,6 +96,7 @@ class FirstSentence:
         self._text += text
         for match in _SENTENCE_END.finditer(self._text):
             if self._ends(match):
+                self.complete = True
                 return self._show(match.end()), True
         return self._show(len(self._text.rstrip())), False
 

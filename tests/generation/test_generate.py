@@ -68,10 +68,11 @@ def test_a_stop_string_ends_the_answer_before_it(loaded):
     whole = generate(*loaded, image=IMAGE, max_tokens=20).text
     stop = whole[5:8]
     cut = generate(*loaded, image=IMAGE, max_tokens=20, stop=["never there", stop])
-    assert cut.finish_reason == "stop"
+    assert (cut.finish_reason, cut.stop_string) == ("stop", stop)
     assert cut.text == whole[: whole.index(stop)]
     pieces = list(stream_generate(*loaded, image=IMAGE, max_tokens=20, stop=stop))
     assert "".join(piece.text for piece in pieces) == cut.text
+    assert [piece.stop_string for piece in pieces] == [None] * (len(pieces) - 1) + [stop]
 
 
 def test_a_question_without_an_image_is_answered(loaded):

@@ -66,16 +66,16 @@ class Letters:
 
 
 @pytest.mark.parametrize(
-    ("text", "stop", "shown", "ended"),
+    ("text", "stop", "shown", "ended", "stop_string"),
     [
-        ("A dog. It", (), "A dog.", True),
-        ("A dog. I", (), "A dog.", True),  # what decides comes with the last text
-        ("A dog. ", (), "A dog. ", False),
-        ("A dog. It", ("d",), "A ", True),
-        ("A dog. It", ("It",), "A dog. ", True),
+        ("A dog. It", (), "A dog.", True, None),
+        ("A dog. I", (), "A dog.", True, None),  # what decides comes with the last text
+        ("A dog. ", (), "A dog. ", False, None),
+        ("A dog. It", ("d",), "A ", True, "d"),
+        ("A dog. It", ("It",), "A dog. ", True, "It"),
     ],
 )
-def test_sentences_and_stop_strings_go_together(text, stop, shown, ended):
+def test_sentences_and_stop_strings_go_together(text, stop, shown, ended, stop_string):
     stream = TextStream(Letters(), stop, sentence=True)
     pieces = []
     for char in text:
@@ -85,3 +85,4 @@ def test_sentences_and_stop_strings_go_together(text, stop, shown, ended):
     else:
         pieces.append(stream.finish())
     assert ("".join(piece for piece, _ in pieces).rstrip(), pieces[-1][1]) == (shown.rstrip(), ended)
+    assert stream.stop_string == stop_string
