@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastvlm_mlx.config import ModelConfig as ModelConfig
+    from fastvlm_mlx.engine.logprobs import TokenLogprob as TokenLogprob
     from fastvlm_mlx.engine.options import GenerationConfig as GenerationConfig
     from fastvlm_mlx.engine.prefix_cache import PrefixCache as PrefixCache
     from fastvlm_mlx.errors import CheckpointError as CheckpointError
@@ -49,6 +50,7 @@ _HOME = {
     "GenerationResult": "generation.result",
     "PrefixCache": "engine.prefix_cache",
     "Timings": "generation.result",
+    "TokenLogprob": "engine.logprobs",
     "Choice": "generation.choose",
     "choose": "generation.choose",
     "Engine": "generation.engine",
@@ -101,6 +103,7 @@ __all__ = [
     "RangeError",
     "Request",
     "Timings",
+    "TokenLogprob",
     "__version__",
     "choose",
     "evaluate",

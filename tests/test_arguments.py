@@ -1,5 +1,6 @@
 """Every public call checks its arguments: the wrong kind is an error that names it, None is the default."""
 
+from dataclasses import fields
 from decimal import Decimal
 from fractions import Fraction
 from functools import partial
@@ -29,7 +30,7 @@ IMAGE = APPLE / "images" / "landscape.png"
 
 
 def test_none_is_the_default_of_every_setting():
-    names = ("max_tokens", "temperature", "top_p", "min_p", "top_k", "repetition_penalty", "seed", "stop", "ignore_eos")
+    names = [each.name for each in fields(GenerationConfig)]
     assert GenerationConfig(**dict.fromkeys(names)) == GenerationConfig()
     assert GenerationConfig.of(GenerationConfig(top_k=3), dict.fromkeys(names)) == GenerationConfig(top_k=3)
 
@@ -46,8 +47,12 @@ def test_none_is_the_default_of_every_argument(loaded):
 
 def test_scalars_of_numpy_are_numbers(loaded):
     given = {"max_tokens": np.int64(4), "temperature": np.float32(0.5), "top_k": np.uint8(9), "seed": np.uint64(2**63)}
-    config = GenerationConfig(**given, top_p=Fraction(1, 2), ignore_eos=np.bool_(True))
-    assert [type(value) for value in vars(config).values()] == [int, float, float, float, int, float, int, tuple, bool]
+    more = {"logprobs": np.int8(2), "presence_penalty": np.float32(1), "logit_bias": {np.int64(3): np.float16(2)}}
+    config = GenerationConfig(**given, **more, top_p=Fraction(1, 2), ignore_eos=np.bool_(True))
+    kinds = {"max_tokens": int, "top_k": int, "seed": int, "logprobs": int, "stop": tuple, "logit_bias": tuple}
+    for name, value in vars(config).items():
+        assert type(value) is {**kinds, "ignore_eos": bool}.get(name, float)
+    assert [type(number) for pair in config.logit_bias for number in pair] == [int, float]
     known = generate(*loaded, image=IMAGE, resolution=128, max_tokens=4, temperature=0.5, top_k=9, seed=2**63)
     assert generate(*loaded, image=IMAGE, resolution=np.int32(128), **given).token_ids == known.token_ids
     assert PrefixCache(np.int64(5)).max_bytes == 5
@@ -64,6 +69,17 @@ def test_scalars_of_numpy_are_numbers(loaded):
         ({"stop": 5}, "stop must be strings, not int"),
         ({"stop": b"x"}, "stop must be strings, not bytes"),
         ({"stop": np.array(5)}, "stop must be strings, not ndarray"),
+        ({"presence_penalty": 2.1}, "presence_penalty must be between -2 and 2, not 2.1"),
+        ({"frequency_penalty": "1"}, "frequency_penalty must be between -2 and 2, not '1'"),
+        ({"logprobs": 21}, "logprobs must be from 0 to 20, not 21"),
+        ({"logprobs": True}, "logprobs must be from 0 to 20, not True"),
+        ({"logit_bias": 5}, "logit_bias must be a mapping of token ids and numbers from -100 to 100, not int"),
+        ({"logit_bias": [5]}, "logit_bias must be pairs of token ids and numbers from -100 to 100, not 5"),
+        ({"logit_bias": {"x": 5}}, "logit_bias must map token ids to numbers, not 'x'"),
+        ({"logit_bias": {-1: 5}}, "logit_bias must map token ids to numbers, not -1"),
+        ({"logit_bias": {1: 101}}, "logit_bias of token 1 must be between -100 and 100, not 101"),
+        ({"logit_bias": {1: None}}, "logit_bias of token 1 must be between -100 and 100, not None"),
+        ({"logit_bias": {384: 1}}, "logit_bias has token id 384, outside the vocabulary of 384"),
         ({"ignore_eos": "no"}, "ignore_eos must be True or False, not 'no'"),
         ({"config": {"max_tokens": 5}}, "config must be a GenerationConfig, not dict"),
         ({"prefix_cache": True}, "prefix_cache must be a PrefixCache or None, not bool"),

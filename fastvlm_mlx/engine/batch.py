@@ -60,6 +60,8 @@ def generate_rows(
     if len(each_config) != len(prompts):
         raise ConfigError(f"{len(each_config)} configs for {len(prompts)} rows; give one for each, or one for all")
     configs = [GenerationConfig.of(each, options) for each in each_config]
+    for each in configs:
+        each.check_vocabulary(model.config.text_config.vocab_size)
     if any(each.stop for each in configs):
         raise ConfigError("stop strings are about text, and this returns token ids; use fastvlm_mlx.generate")
     pixels = _pixels(pixel_values)

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from fastvlm_mlx.backend import mx
 from fastvlm_mlx.config import IMAGE_TOKEN
 from fastvlm_mlx.engine.choices import score
+from fastvlm_mlx.engine.logprobs import TokenLogprob
 from fastvlm_mlx.engine.options import GenerationConfig
 from fastvlm_mlx.engine.prefix_cache import PrefixCache, PrefixKey, prefix_key
 from fastvlm_mlx.engine.sampling import Sampler, read_tokens, sample
@@ -31,6 +32,7 @@ class RowDecoder:
 
     Attributes:
         reused: Tokens of the prompt whose keys and values came from the prefix cache; known after the first token.
+        logprob: Of the token that `tokens` yielded last, if the config asks for it.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class RowDecoder:
         self._free_tower = free_tower
         self._visual_tokens: mx.array | None = None
         self.reused = 0
+        self.logprob: TokenLogprob | None = None
         if prefix_cache is not None:
             prefix_cache.bind(model)
         if len(pixel_values) and (prefix_cache is None or len(prefix_cache) == 0):
@@ -72,25 +75,30 @@ class RowDecoder:
         """
         decoder = self._model.language_model
         with turn():
-            samplers = [Sampler(self._config, [token for token in input_ids if token != IMAGE_TOKEN])]
+            sampler = Sampler(self._config, [token for token in input_ids if token != IMAGE_TOKEN])
             logits, cache, keep = self._prefill(input_ids)
-            submitted = sample(logits, samplers)
+            submitted = sample(logits, [sampler])
             mx.async_eval(submitted)
-        first = read_tokens(submitted)
+        first = self._read(submitted, sampler)
         try:
-            yield from first
+            yield first
         finally:
             keep()
         waiting = None
         for _ in range(1, max_tokens):
             with turn():
-                submitted = sample(decoder(submitted[:, None], cache)[:, -1], samplers)
+                submitted = sample(decoder(submitted[:, None], cache)[:, -1], [sampler])
                 mx.async_eval(submitted)
             if waiting is not None:
-                yield from read_tokens(waiting)
+                yield self._read(waiting, sampler)
             waiting = submitted
         if waiting is not None:
-            yield from read_tokens(waiting)
+            yield self._read(waiting, sampler)
+
+    def _read(self, submitted: mx.array, sampler: Sampler) -> int:
+        (token,) = read_tokens(submitted)
+        self.logprob = sampler.take_logprob()
+        return token
 
     def score(self, input_ids: list[int], choices: Sequence[Sequence[int]]) -> list[float]:
         """The logarithm of the probability of each choice as the answer; see `fastvlm_mlx.engine.choices.score`.

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastvlm_mlx.config import IMAGE_TOKEN
+from fastvlm_mlx.engine.logprobs import TokenLogprob
 from fastvlm_mlx.engine.options import GenerationConfig
 from fastvlm_mlx.engine.prefix_cache import PrefixKey, prefix_key
 from fastvlm_mlx.engine.sampling import Sampler
@@ -25,6 +26,7 @@ class Row:
 
     Attributes:
         tokens: The ids generated so far, an end token included.
+        logprobs: Of each of them, if the config asks for it.
         reused: Tokens of the prompt whose keys and values came from the prefix cache.
         cancelled: Set this to end the row at the next step.
         error: Why it failed; None if it did not.
@@ -47,6 +49,7 @@ class Row:
         self.max_tokens = max_tokens
         self.end_tokens = frozenset(end_tokens)
         self.tokens: list[int] = []
+        self.logprobs: list[TokenLogprob] = []
         self.reused = 0
         self.cancelled = False
         self.error: Exception | None = None

@@ -1,11 +1,13 @@
 """From logits to token ids, on the device. Shapes: B rows, V vocabulary."""
 
 import math
+from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
 
 from fastvlm_mlx.backend import mx
+from fastvlm_mlx.engine.logprobs import PendingLogprob, TokenLogprob
 from fastvlm_mlx.engine.options import GenerationConfig
 from fastvlm_mlx.errors import CheckpointError
 from fastvlm_mlx.streams import read
@@ -28,7 +30,11 @@ class Sampler:
     def __init__(self, config: GenerationConfig, prompt_ids: Sequence[int] = ()) -> None:
         self._config = config
         self._prompt_ids = list(prompt_ids)
+        self._answer_ids: list[int] = []
         self._seen: mx.array | None = None
+        self._counts: mx.array | None = None
+        self._biases: mx.array | None = None
+        self._pending: deque[PendingLogprob] = deque()
         self._key: mx.array | None = None
         if not self.is_greedy:
             seed = config.seed if config.seed is not None else int(np.random.default_rng().integers(2**63))
@@ -42,19 +48,37 @@ class Sampler:
     @property
     def is_argmax(self) -> bool:
         """Whether it does nothing else, so that many rows can be chosen from at once."""
-        return self.is_greedy and self._config.repetition_penalty == 1.0
+        return self.is_greedy and not self._changes_logits
+
+    @property
+    def reports(self) -> bool:
+        """Whether the probabilities of its tokens are wanted."""
+        return self._config.logprobs is not None
+
+    @property
+    def _changes_logits(self) -> bool:
+        config = self._config
+        return bool(config.repetition_penalty != 1.0 or config.logit_bias or self._counts_tokens)
+
+    @property
+    def _counts_tokens(self) -> bool:
+        return self._config.presence_penalty != 0.0 or self._config.frequency_penalty != 0.0
 
     def skip(self, tokens: Sequence[int]) -> None:
         """Goes on behind tokens that it has chosen already, with the key and the memory that they leave."""
-        self._prompt_ids += tokens
+        self._answer_ids += tokens
         for _ in tokens:
             if self._key is not None:
                 self._key, _ = mx.random.split(self._key)
 
     def __call__(self, logits: mx.array) -> mx.array:
         """The next token id (1,) from logits (1, V)."""
+        if self._config.logit_bias:
+            logits = self._biased(logits)
         if self._config.repetition_penalty != 1.0:
             logits = self._penalized(logits)
+        if self._counts_tokens:
+            logits = self._discouraged(logits)
         if self._key is None:
             token = mx.argmax(logits, axis=-1)
         else:
@@ -62,12 +86,38 @@ class Sampler:
             token = mx.random.categorical(self.logprobs(logits) * (1 / self._config.temperature), key=key)
         if self._seen is not None:
             self._seen = mx.put_along_axis(self._seen, token[:, None], mx.array(True), axis=-1)
+        if self._counts is not None:
+            self._counts = self._counts.at[:, token].add(1.0)
         return token
+
+    def report(self, logits: mx.array, token: mx.array) -> list[mx.array]:
+        """The arrays to submit with a token (1,) from logits (1, V), so that `take_logprob` has something to read."""
+        self._pending.append(PendingLogprob(logits, token, self._config.logprobs or 0))
+        return self._pending[-1].arrays
+
+    def take_logprob(self) -> TokenLogprob | None:
+        """Waits for the `TokenLogprob` of the earliest token for which that was not done; None if none is wanted."""
+        return self._pending.popleft().read() if self._pending else None
+
+    def _biased(self, logits: mx.array) -> mx.array:
+        if self._biases is None:
+            biases = np.zeros(logits.shape, dtype=np.float32)
+            biases[:, list(self._config.biases)] = list(self._config.biases.values())
+            self._biases = mx.array(biases)
+        return logits.astype(mx.float32) + self._biases
+
+    def _discouraged(self, logits: mx.array) -> mx.array:
+        if self._counts is None:
+            counts = np.bincount(np.array(self._answer_ids, dtype=np.int64), minlength=logits.shape[-1])
+            self._counts = mx.array(counts[None], mx.float32)
+        config = self._config
+        presence = config.presence_penalty * (self._counts > 0).astype(mx.float32)
+        return logits.astype(mx.float32) - presence - config.frequency_penalty * self._counts
 
     def _penalized(self, logits: mx.array) -> mx.array:
         if self._seen is None:
             seen = np.zeros(logits.shape, dtype=np.bool_)
-            seen[:, self._prompt_ids] = True
+            seen[:, self._prompt_ids + self._answer_ids] = True
             self._seen = mx.array(seen)
         penalty = self._config.repetition_penalty
         return mx.where(self._seen, mx.where(logits > 0, logits / penalty, logits * penalty), logits)
@@ -103,7 +153,16 @@ def sample(logits: mx.array, samplers: Sequence[Sampler]) -> mx.array:
     else:
         tokens = mx.concatenate([sampler(logits[row : row + 1]) for row, sampler in enumerate(samplers)])
     largest = mx.max(logits, axis=-1)  # NaN if any is
-    return mx.where(mx.abs(largest) < mx.inf, tokens.astype(mx.int32), NO_TOKEN)
+    chosen = mx.where(mx.abs(largest) < mx.inf, tokens.astype(mx.int32), NO_TOKEN)
+    reports = [
+        array
+        for row, sampler in enumerate(samplers)
+        if sampler.reports
+        for array in sampler.report(logits[row : row + 1], tokens[row : row + 1])
+    ]
+    if reports:
+        mx.async_eval(chosen, *reports)
+    return chosen
 
 
 def read_tokens(tokens: mx.array) -> list[int]:

@@ -99,16 +99,19 @@ class Scheduler:
             with turn():
                 self._leave()
                 self._join()
-                rows, latest = list(self._rows), self._submitted
+                rows, samplers, latest = list(self._rows), list(self._samplers), self._submitted
                 if latest is None:
                     return []
                 self._submitted = self._forward(latest) if any(_wants_more(row) for row in rows) else None
             tokens = read_tokens(latest)
+            logprobs = [sampler.take_logprob() for sampler in samplers]
         except (FastVLMError, RuntimeError, MemoryError) as error:
             return self._recover(error)
         self._keep_prompts()
-        for row, token in zip(rows, tokens, strict=True):
+        for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
             row.tokens.append(token)
+            if logprob is not None:
+                row.logprobs.append(logprob)
         return rows
 
     def _forward(self, tokens: mx.array) -> mx.array:

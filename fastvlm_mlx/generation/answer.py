@@ -4,6 +4,7 @@ import time
 from dataclasses import replace
 
 from fastvlm_mlx.config import IMAGE_TOKEN
+from fastvlm_mlx.engine.logprobs import TokenLogprob
 from fastvlm_mlx.engine.options import GenerationConfig
 from fastvlm_mlx.generation.result import GenerationResult, Timings
 from fastvlm_mlx.generation.stop import TextStream
@@ -49,11 +50,14 @@ class Answer:
             timings=Timings(preprocess=preprocess, ttft=0.0, decode=0.0, total=0.0),
         )
 
-    def add(self, token: int, *, reused: int = 0, joined: float | None = None) -> list[GenerationResult]:
+    def add(
+        self, token: int, *, logprob: TokenLogprob | None = None, reused: int = 0, joined: float | None = None
+    ) -> list[GenerationResult]:
         """The pieces that a token brings; the last one of an answer has a `finish_reason`.
 
         Args:
             token: The next id.
+            logprob: How probable it was, if that was asked.
             reused: Tokens of the prompt whose keys and values came from a prefix cache.
             joined: When the prompt began to be computed, if it had to wait for others.
         """
@@ -71,10 +75,10 @@ class Answer:
         if token in self.end_tokens:
             return [self._last("stop")]
         text, ended = self._text.add(token)
+        piece = replace(piece, text=text, token_ids=(token,), logprobs=() if logprob is None else (logprob,))
         if ended:
-            stop = self._text.stop_string
-            return [replace(piece, text=text, token_ids=(token,), finish_reason="stop", stop_string=stop)]
-        pieces = [replace(piece, text=text, token_ids=(token,))]
+            return [replace(piece, finish_reason="stop", stop_string=self._text.stop_string)]
+        pieces = [piece]
         if piece.generated_tokens == self.max_tokens:
             pieces.append(self._last("length"))
         return pieces
@@ -87,5 +91,9 @@ class Answer:
 
 def whole(pieces: list[GenerationResult]) -> GenerationResult:
     """The pieces of an answer as one result."""
-    text = "".join(piece.text for piece in pieces)
-    return replace(pieces[-1], text=text, token_ids=tuple(token for piece in pieces for token in piece.token_ids))
+    return replace(
+        pieces[-1],
+        text="".join(piece.text for piece in pieces),
+        token_ids=tuple(token for piece in pieces for token in piece.token_ids),
+        logprobs=tuple(logprob for piece in pieces for logprob in piece.logprobs),
+    )

@@ -144,6 +144,7 @@ def _prepare(processor: FastVLMProcessor, worker: _Worker, handle: Handle, start
     """Turns a request into a row for the worker; ends it if that fails."""
     request, began = handle.request, time.perf_counter()
     try:
+        request.config.check_vocabulary(processor.vocab_size)
         if handle.cancelled:
             worker.end(handle, None)
             return
@@ -265,7 +266,8 @@ class _Worker:
             if row.error is not None:
                 self._end_row(row, row.error)
                 continue
-            pieces = answer.add(row.tokens[-1], reused=row.reused, joined=row.joined)
+            logprob = row.logprobs[-1] if row.logprobs else None
+            pieces = answer.add(row.tokens[-1], logprob=logprob, reused=row.reused, joined=row.joined)
             handle.add(pieces)
             if pieces[-1].finish_reason is not None:
                 self._end_row(row)

@@ -73,6 +73,7 @@ def stream_generate(
     check_loaded(model, processor, prefix_cache)
     free_tower = flag(free_tower, "free_tower")
     config = GenerationConfig.of(config, options)
+    config.check_vocabulary(processor.vocab_size)
     prompt = DEFAULT_PROMPT if prompt is None else prompt
     inputs = processor.prepare(image, prompt, resolution=resolution, system=system, background=background, allow=allow)
     prepared = time.perf_counter()
@@ -92,7 +93,7 @@ def stream_generate(
 
 def _pieces(inputs: Inputs, decoder: RowDecoder, answer: Answer) -> Iterator[GenerationResult]:
     for token in decoder.tokens(inputs.input_ids, answer.max_tokens):
-        for piece in answer.add(token, reused=decoder.reused):
+        for piece in answer.add(token, logprob=decoder.logprob, reused=decoder.reused):
             yield piece
             if piece.finish_reason:
                 return

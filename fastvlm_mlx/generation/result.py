@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from fastvlm_mlx.engine.logprobs import TokenLogprob
+
 
 @dataclass(frozen=True, kw_only=True)
 class Timings:
@@ -30,6 +32,8 @@ class GenerationResult:
         text: The answer's text; of a piece, what is new since the piece before.
         token_ids: The ids generated, without the end token; of a piece, those since the piece before. Text that a stop
             string cut off still has its ids here.
+        logprobs: How probable the model found each of `token_ids`, as (token_id, logprob, top); empty unless
+            `GenerationConfig.logprobs` asks for it.
         prompt_tokens: Positions of the prompt; an image counts as its visual tokens.
         visual_tokens: How many of those are images.
         reused_tokens: How many of those came from a `PrefixCache`.
@@ -48,6 +52,7 @@ class GenerationResult:
     finish_reason: str | None
     stop_string: str | None = None
     timings: Timings
+    logprobs: tuple[TokenLogprob, ...] = ()
 
     @property
     def tokens_per_second(self) -> float:

@@ -40,6 +40,57 @@ def test_a_repetition_penalty_counts_prompt_and_answer():
     assert [int(sampler(LOGITS).item()) for _ in range(3)] == [5, 2, 1]
 
 
+def drawn(logits, count, **settings):
+    """The first tokens that a sampler chooses, always from the same logits."""
+    sampler = Sampler(GenerationConfig(**settings))
+    return [int(sampler(mx.array([logits])).item()) for _ in range(count)]
+
+
+def test_a_presence_penalty_counts_a_token_of_the_answer_once():
+    assert drawn([2.0, 1.5, 0.0], 5, presence_penalty=1.0) == [0, 1, 0, 0, 0]
+    assert Sampler(GenerationConfig(presence_penalty=2.0), [1])(LOGITS).item() == 1, "the prompt does not count"
+
+
+def test_a_frequency_penalty_counts_a_token_of_the_answer_each_time():
+    assert drawn([2.0, 1.3, 0.0], 6, frequency_penalty=0.5) == [0, 0, 1, 0, 1, 0]
+
+
+def test_a_negative_penalty_favours_what_is_there():
+    assert drawn([2.0, 1.9, 0.0], 4, presence_penalty=-2.0) == [0, 0, 0, 0]
+
+
+def test_a_bias_adds_to_the_logit_of_its_token():
+    assert drawn([2.0, 1.5, 0.0], 1, logit_bias={2: 1.9}) == [0]
+    assert drawn([2.0, 1.5, 0.0], 1, logit_bias={"2": 2.1}) == [2]
+    assert drawn([2.0, 1.5, 0.0], 2, logit_bias=[(0, -100), (1, -100)], repetition_penalty=2.0) == [2, 2]
+
+
+def test_a_row_that_begins_again_goes_on_as_it_would_have():
+    config = GenerationConfig(
+        temperature=1.0, seed=7, presence_penalty=0.7, frequency_penalty=0.3, repetition_penalty=1.2, logit_bias={4: 2}
+    )
+    whole, again = Sampler(config, [3]), Sampler(config, [3])
+    tokens = [int(whole(LOGITS).item()) for _ in range(9)]
+    again.skip(tokens[:4])
+    assert [int(again(LOGITS).item()) for _ in range(5)] == tokens[4:]
+
+
+def test_logprobs_are_those_of_the_model_before_every_setting():
+    expected = np.array(LOGITS[0]) - np.log(np.exp(np.array(LOGITS[0])).sum())
+    sampler = Sampler(GenerationConfig(logprobs=3, logit_bias={0: 50}, temperature=2.0, seed=1, top_k=1))
+    read_tokens(sample(LOGITS, [sampler]))
+    token, logprob, top = sampler.take_logprob()
+    assert (token, [each for each, _ in top]) == (0, [1, 5, 2])
+    np.testing.assert_allclose([logprob, *(value for _, value in top)], expected[[0, 1, 5, 2]], rtol=1e-6)
+    assert sampler.take_logprob() is None
+
+
+def test_logprobs_of_zero_report_the_token_alone():
+    sampler = Sampler(GenerationConfig(logprobs=0))
+    read_tokens(sample(LOGITS, [sampler]))
+    assert sampler.take_logprob()[::2] == (1, ())
+
+
 @pytest.mark.parametrize("temperature", [1e-30, 1e-320])
 def test_a_temperature_near_zero_takes_the_most_probable_token(temperature):
     assert Sampler(GenerationConfig(temperature=temperature, seed=1))(LOGITS).item() == 1
@@ -53,6 +104,8 @@ def test_a_row_draws_what_it_draws_alone():
         GenerationConfig(temperature=0.8, top_k=20, repetition_penalty=1.3, seed=5),
         GenerationConfig(temperature=1.5, top_p=0.9, seed=6),
         GenerationConfig(repetition_penalty=1.5),
+        GenerationConfig(presence_penalty=2.0, logprobs=2),
+        GenerationConfig(frequency_penalty=1.5, logit_bias={3: 4.0, 7: -100.0}, temperature=1.0, seed=7),
     ]
     steps = [mx.array(rng.normal(0, 3, (len(configs), 50)), mx.float32) for _ in range(12)]
     together = [Sampler(config, [1, 2]) for config in configs]

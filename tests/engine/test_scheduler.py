@@ -50,7 +50,16 @@ def test_rows_of_any_number_give_the_same_tokens(loaded):
         assert answers(model, make_rows(7, temperature=1.0), max_rows=max_rows) == expected
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "repetition_penalty": 1.3}], ids=["greedy", "sampled"])
+SAMPLED = {
+    "temperature": 1.0,
+    "repetition_penalty": 1.3,
+    "frequency_penalty": 0.7,
+    "presence_penalty": 0.5,
+    "logprobs": 2,
+}
+
+
+@pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
 def test_short_memory_halves_the_batch_and_loses_nothing(loaded, monkeypatch, options):
     model, _ = loaded
     expected = answers(model, make_rows(8, **options), max_rows=8)
@@ -67,6 +76,7 @@ def test_short_memory_halves_the_batch_and_loses_nothing(loaded, monkeypatch, op
     scheduler.add(rows)
     finish(scheduler)
     assert [row.tokens for row in rows] == expected
+    assert [[each.token_id for each in row.logprobs] for row in rows] == [row * bool(options) for row in expected]
     assert sizes[:6] == [8, 8, 8, 8, 8, 4]
     assert scheduler.max_rows == 2
 

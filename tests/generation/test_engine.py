@@ -35,6 +35,10 @@ def random_request(rng):
         top_p=float(rng.choice([0.8, 1.0])),
         top_k=int(rng.choice([0, 5])),
         repetition_penalty=float(rng.choice([1.0, 1.2])),
+        presence_penalty=float(rng.choice([0.0, 0.0, 1.5])),
+        frequency_penalty=float(rng.choice([0.0, 0.0, 0.4])),
+        logit_bias={int(rng.integers(0, 384)): float(rng.uniform(-9, 9))} if rng.random() < 0.3 else {},
+        logprobs=int(rng.integers(0, 5)) if rng.random() < 0.3 else None,
         seed=int(rng.integers(2**32)),
         stop=tuple(rng.choice(["e", "a ", "\n", "qu"], rng.choice([0, 0, 1, 2]), replace=False).tolist()),
         ignore_eos=bool(rng.choice([False, True])),
@@ -66,6 +70,14 @@ def seen(result):
     return result.text, result.token_ids, result.finish_reason, result.generated_tokens, result.prompt_tokens
 
 
+def check_logprobs(result, expected):
+    """Checks that two answers report the same probabilities, up to the rounding of a batch."""
+    assert [each.token_id for each in result.logprobs] == [each.token_id for each in expected.logprobs]
+    for mine, other in zip(result.logprobs, expected.logprobs, strict=True):
+        values = [[each.logprob, *(value for _, value in each.top)] for each in (mine, other)]
+        np.testing.assert_allclose(*values, atol=1e-4)  # the tolerance of logits
+
+
 @pytest.mark.parametrize("max_batch", [1, 3, 16])
 def test_every_answer_is_the_one_that_a_request_gets_alone(loaded, pytestconfig, max_batch):
     """Whatever arrives with it, before it and after it, and whatever is cancelled meanwhile."""
@@ -81,7 +93,9 @@ def test_every_answer_is_the_one_that_a_request_gets_alone(loaded, pytestconfig,
         for handle, cancel in zip(handles, cancelled, strict=True):
             assert handle.wait(60)
             if not cancel:
-                assert seen(handle.result()) == seen(alone(*loaded, handle.request))
+                expected = alone(*loaded, handle.request)
+                assert seen(handle.result()) == seen(expected)
+                check_logprobs(handle.result(), expected)
 
 
 def test_a_request_streams_the_pieces_of_its_answer(loaded):

@@ -29,6 +29,19 @@ def test_pieces_add_up_to_the_answer(loaded):
     assert [piece.generated_tokens for piece in pieces] == sorted(piece.generated_tokens for piece in pieces)
 
 
+def test_each_token_comes_with_its_probability(loaded):
+    pieces = list(stream_generate(*loaded, image=IMAGE, max_tokens=20, logprobs=3))
+    for piece in pieces:
+        assert [each.token_id for each in piece.logprobs] == list(piece.token_ids)
+    whole = generate(*loaded, image=IMAGE, max_tokens=20, logprobs=3)
+    assert whole.logprobs == tuple(each for piece in pieces for each in piece.logprobs)
+    assert len(whole.logprobs) == 20
+    for token_id, logprob, top in whole.logprobs:
+        assert top[0] == (token_id, logprob), "a greedy answer takes the most probable token"
+        assert 0 >= top[0][1] >= top[1][1] >= top[2][1]
+    assert generate(*loaded, image=IMAGE, max_tokens=3).logprobs == ()
+
+
 def test_messages_may_name_files_only_where_the_caller_allows_it(loaded):
     part = {"type": "image_url", "image_url": {"url": str(IMAGE)}}
     prompt = [{"role": "user", "content": [part, {"type": "text", "text": "Describe the image."}]}]
