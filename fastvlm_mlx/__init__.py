@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from fastvlm_mlx.errors import PromptError as PromptError
     from fastvlm_mlx.errors import QueueFullError as QueueFullError
     from fastvlm_mlx.errors import RangeError as RangeError
-    from fastvlm_mlx.generation.choose import Choice as Choice
     from fastvlm_mlx.generation.choose import choose as choose
     from fastvlm_mlx.generation.engine import Engine as Engine
     from fastvlm_mlx.generation.generate import generate as generate
     from fastvlm_mlx.generation.generate import stream_generate as stream_generate
     from fastvlm_mlx.generation.request import Handle as Handle
     from fastvlm_mlx.generation.request import Request as Request
+    from fastvlm_mlx.generation.result import Choice as Choice
     from fastvlm_mlx.generation.result import GenerationResult as GenerationResult
     from fastvlm_mlx.generation.result import Timings as Timings
     from fastvlm_mlx.inputs.processor import FastVLMProcessor as FastVLMProcessor
@@ -51,7 +51,7 @@ _HOME = {
     "PrefixCache": "engine.prefix_cache",
     "Timings": "generation.result",
     "TokenLogprob": "engine.logprobs",
-    "Choice": "generation.choose",
+    "Choice": "generation.result",
     "choose": "generation.choose",
     "Engine": "generation.engine",
     "Handle": "generation.request",

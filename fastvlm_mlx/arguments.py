@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TypeAlias, Union
 
 from fastvlm_mlx.errors import ConfigError, FastVLMError, PromptError
+from fastvlm_mlx.formatting import printable
 from fastvlm_mlx.schema import shown
 
 StrPath: TypeAlias = Union[str, "os.PathLike[str]"]
@@ -172,3 +173,21 @@ def checked_ids(values: Any, vocabulary: int, *others: int) -> list[int]:
     if wrong := [each for each in set(ids) if not 0 <= each < vocabulary and each not in others]:
         raise PromptError(f"token id {shown(wrong[0])} is outside the vocabulary of {vocabulary}")
     return ids
+
+
+def check_choices(choices: Sequence[str]) -> None:
+    """Checks the choices of a question.
+
+    Raises:
+        PromptError: If there are fewer than two, or one is no text, empty or given twice.
+    """
+    if isinstance(choices, str) or not isinstance(choices, Sequence):
+        raise PromptError("choices must be a list of texts")
+    for choice in choices:
+        if not isinstance(choice, str) or not choice.strip():
+            raise PromptError(f"a choice must be a text that is not empty, not {printable(repr(choice), 60)}")
+    if len(choices) < 2:
+        raise PromptError("give at least two choices")
+    for place, choice in enumerate(choices):
+        if choice in choices[:place]:
+            raise PromptError(f"the choice {printable(choice, 60)} is given twice")

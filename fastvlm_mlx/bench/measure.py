@@ -38,8 +38,9 @@ from fastvlm_mlx.engine.sampling import Sampler
 from fastvlm_mlx.errors import CheckpointError
 from fastvlm_mlx.generation.generate import stream_generate
 from fastvlm_mlx.generation.result import GenerationResult
-from fastvlm_mlx.inputs.images import Resolution, load_image
+from fastvlm_mlx.inputs.images import load_image
 from fastvlm_mlx.inputs.processor import FastVLMProcessor
+from fastvlm_mlx.inputs.resolution import Resolution
 from fastvlm_mlx.model.fastvlm import FastVLM
 from fastvlm_mlx.streams import turn
 

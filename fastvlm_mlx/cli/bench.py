@@ -33,7 +33,7 @@ from fastvlm_mlx.formatting import as_blocks, as_markdown
 
 if TYPE_CHECKING:
     from fastvlm_mlx.bench.candidate import Candidate
-    from fastvlm_mlx.inputs.images import Resolution
+    from fastvlm_mlx.inputs.resolution import Resolution
 
 _UNUSED_BY_COST = {
     "--image": "image",

@@ -23,7 +23,7 @@ from fastvlm_mlx.cli.terminal import ByteProgress, LiveLine, note, show, show_js
 from fastvlm_mlx.formatting import as_text, names, printable
 
 if TYPE_CHECKING:
-    from fastvlm_mlx.inputs.images import Resolution as Pixels
+    from fastvlm_mlx.inputs.resolution import Resolution as Pixels
     from fastvlm_mlx.jobs.questions import BadRow, Question
     from fastvlm_mlx.jobs.scores import EvaluationReport
 

@@ -99,7 +99,7 @@ def generate(
     if not images:
         refuse(["--resolution"] if is_given(context, "resolution") else [], "without an image")
     if choice:
-        from fastvlm_mlx.generation.choose import check_choices
+        from fastvlm_mlx.arguments import check_choices
 
         options = (
             "max_tokens",

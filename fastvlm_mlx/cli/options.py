@@ -72,7 +72,7 @@ def parse_resolution(text: str) -> int | str:
         return text
     if not text.isdecimal() or len(text) > 9 or int(text) == 0 or int(text) % 64:
         raise typer.BadParameter(f"{text!r} is neither a positive multiple of 64 nor 'auto'")
-    from fastvlm_mlx.inputs.images import check_resolution
+    from fastvlm_mlx.inputs.resolution import check_resolution
 
     with usage_errors():
         return check_resolution(int(text))
@@ -80,7 +80,7 @@ def parse_resolution(text: str) -> int | str:
 
 def parse_background(text: str) -> str:
     """A colour's name or code."""
-    from fastvlm_mlx.inputs.samples import parse_colour
+    from fastvlm_mlx.inputs.colours import parse_colour
 
     with usage_errors():
         parse_colour(text)

@@ -87,13 +87,3 @@ class Answer:
         text, ended = self._text.finish()
         stop = self._text.stop_string
         return replace(self._piece, text=text, finish_reason="stop" if ended else reason, stop_string=stop)
-
-
-def whole(pieces: list[GenerationResult]) -> GenerationResult:
-    """The pieces of an answer as one result."""
-    return replace(
-        pieces[-1],
-        text="".join(piece.text for piece in pieces),
-        token_ids=tuple(token for piece in pieces for token in piece.token_ids),
-        logprobs=tuple(logprob for piece in pieces for logprob in piece.logprobs),
-    )

@@ -4,39 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from fastvlm_mlx.arguments import check_choices
 from fastvlm_mlx.engine.decode import RowDecoder
 from fastvlm_mlx.engine.options import GenerationConfig
 from fastvlm_mlx.engine.prefix_cache import PrefixCache
 from fastvlm_mlx.errors import PromptError
-from fastvlm_mlx.formatting import printable
 from fastvlm_mlx.generation.doors import check_loaded
-from fastvlm_mlx.inputs.images import Resolution
+from fastvlm_mlx.generation.result import Choice
 from fastvlm_mlx.inputs.processor import FastVLMProcessor
 from fastvlm_mlx.inputs.prompts import Prompt
+from fastvlm_mlx.inputs.resolution import Resolution
 from fastvlm_mlx.inputs.sources import Allow, ImageSource
 from fastvlm_mlx.inputs.tokenizer import IM_END
 from fastvlm_mlx.model.fastvlm import FastVLM
-
-
-@dataclass(frozen=True, kw_only=True)
-class Choice:
-    """One of the answers that a question offers.
-
-    Attributes:
-        text: The answer.
-        probability: That the model gives it rather than one of the others; those of all choices sum to 1.
-        corrected: The same with the geometric mean of its tokens' probabilities, which favours no short answer.
-        logprob: The logarithm of the probability of exactly this answer, among all that the model could give.
-        tokens: The number of its tokens, the end token included.
-    """
-
-    text: str
-    probability: float
-    corrected: float
-    logprob: float
-    tokens: int
 
 
 def choose(
@@ -93,24 +74,6 @@ def choose(
         Choice(text=text, probability=probability, corrected=corrected, logprob=logprob, tokens=length)
         for text, probability, corrected, logprob, length in rows
     ]
-
-
-def check_choices(choices: Sequence[str]) -> None:
-    """Checks the choices of a question.
-
-    Raises:
-        PromptError: If there are fewer than two, or one is no text, empty or given twice.
-    """
-    if isinstance(choices, str) or not isinstance(choices, Sequence):
-        raise PromptError("choices must be a list of texts")
-    for choice in choices:
-        if not isinstance(choice, str) or not choice.strip():
-            raise PromptError(f"a choice must be a text that is not empty, not {printable(repr(choice), 60)}")
-    if len(choices) < 2:
-        raise PromptError("give at least two choices")
-    for place, choice in enumerate(choices):
-        if choice in choices[:place]:
-            raise PromptError(f"the choice {printable(choice, 60)} is given twice")
 
 
 def _tokens(processor: FastVLMProcessor, choice: str) -> list[int]:

@@ -10,19 +10,17 @@ from fastvlm_mlx.arguments import flag
 from fastvlm_mlx.engine.decode import RowDecoder
 from fastvlm_mlx.engine.options import GenerationConfig, GenerationOptions
 from fastvlm_mlx.engine.prefix_cache import PrefixCache
-from fastvlm_mlx.generation.answer import Answer, whole
+from fastvlm_mlx.generation.answer import Answer
 from fastvlm_mlx.generation.doors import check_loaded
-from fastvlm_mlx.generation.result import GenerationResult
-from fastvlm_mlx.inputs.images import Resolution
+from fastvlm_mlx.generation.result import GenerationResult, whole
 from fastvlm_mlx.inputs.processor import FastVLMProcessor, Inputs
-from fastvlm_mlx.inputs.prompts import Prompt
+from fastvlm_mlx.inputs.prompts import DEFAULT_PROMPT, Prompt
+from fastvlm_mlx.inputs.resolution import Resolution
 from fastvlm_mlx.inputs.sources import Allow, ImageSource
 from fastvlm_mlx.model.fastvlm import FastVLM
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-DEFAULT_PROMPT = "Describe the image."
 
 
 def stream_generate(

@@ -9,11 +9,9 @@ from dataclasses import dataclass, field
 
 from fastvlm_mlx.arguments import flag
 from fastvlm_mlx.engine.options import GenerationConfig
-from fastvlm_mlx.generation.answer import whole
-from fastvlm_mlx.generation.generate import DEFAULT_PROMPT
-from fastvlm_mlx.generation.result import GenerationResult
-from fastvlm_mlx.inputs.images import Resolution
-from fastvlm_mlx.inputs.prompts import Prompt
+from fastvlm_mlx.generation.result import GenerationResult, whole
+from fastvlm_mlx.inputs.prompts import DEFAULT_PROMPT, Prompt
+from fastvlm_mlx.inputs.resolution import Resolution
 from fastvlm_mlx.inputs.sources import Allow, ImageSource
 
 

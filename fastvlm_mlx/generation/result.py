@@ -1,8 +1,12 @@
 """Answers, and the statistics that they carry."""
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-from fastvlm_mlx.engine.logprobs import TokenLogprob
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fastvlm_mlx.engine.logprobs import TokenLogprob
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,3 +62,32 @@ class GenerationResult:
     def tokens_per_second(self) -> float:
         """Decoding speed without the first token; 0 before there is a second one."""
         return (self.generated_tokens - 1) / self.timings.decode if self.generated_tokens > 1 else 0.0
+
+
+def whole(pieces: list[GenerationResult]) -> GenerationResult:
+    """The pieces of an answer as one result."""
+    return replace(
+        pieces[-1],
+        text="".join(piece.text for piece in pieces),
+        token_ids=tuple(token for piece in pieces for token in piece.token_ids),
+        logprobs=tuple(logprob for piece in pieces for logprob in piece.logprobs),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """One of the answers that a question offers.
+
+    Attributes:
+        text: The answer.
+        probability: That the model gives it rather than one of the others; those of all choices sum to 1.
+        corrected: The same with the geometric mean of its tokens' probabilities, which favours no short answer.
+        logprob: The logarithm of the probability of exactly this answer, among all that the model could give.
+        tokens: The number of its tokens, the end token included.
+    """
+
+    text: str
+    probability: float
+    corrected: float
+    logprob: float
+    tokens: int

@@ -4,31 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastvlm_mlx.arguments import as_whole
-from fastvlm_mlx.errors import ConfigError
 from fastvlm_mlx.formatting import printable
 from fastvlm_mlx.inputs.formats import open_image
 from fastvlm_mlx.inputs.resampling import RowFilter
+from fastvlm_mlx.inputs.resolution import Resolution, auto_resolution, check_resolution
 from fastvlm_mlx.inputs.samples import array_image, to_rgb
 from fastvlm_mlx.inputs.sources import DOWNLOAD_TIMEOUT, Allow, ImageSource, read
 from fastvlm_mlx.machine import cpu_threads
-from fastvlm_mlx.schema import shown
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL.Image import Image
-
-Resolution: TypeAlias = int | Literal["auto"] | None
-"""A multiple of 64; `auto`, the smallest one that keeps the details; or None, the one that the weights are tuned at."""
-
-MIN_AUTO_RESOLUTION = 256
-MAX_RESOLUTION = 4096
-"""The largest resolution in pixels: 4096 visual tokens, half of the context."""
-_RESOLUTION_STEP = 64
 
 _BAND_PIXELS = 1 << 24
 
@@ -119,31 +109,6 @@ def _bands(length: int, side: int) -> list[tuple[int, int]]:
     """Cuts `length` rows (or columns) of `side` pixels into a band for each thread, or more if those are large."""
     step = max(1, min(-(-length // cpu_threads()), _BAND_PIXELS // side))
     return [(start, min(start + step, length)) for start in range(0, length, step)]
-
-
-def check_resolution(resolution: int) -> int:
-    """Returns the resolution if the tower can run at it.
-
-    Raises:
-        ConfigError: If it cannot.
-    """
-    pixels = as_whole(resolution)
-    if pixels is None:
-        raise ConfigError(f"resolution must be a whole number of pixels or 'auto', not {shown(resolution)}")
-    resolution = pixels
-    if resolution % _RESOLUTION_STEP or not 0 < resolution <= MAX_RESOLUTION:
-        below = min(max(resolution // _RESOLUTION_STEP, 1) * _RESOLUTION_STEP, MAX_RESOLUTION)
-        raise ConfigError(
-            f"resolution must be a multiple of {_RESOLUTION_STEP} from {_RESOLUTION_STEP} to {MAX_RESOLUTION}, "
-            f"not {shown(resolution)}; try {below}"
-        )
-    return resolution
-
-
-def auto_resolution(size: tuple[int, int], native: int) -> int:
-    """The smallest resolution that does not reduce an image of `size` (W, H), from 256 up to `native`."""
-    steps = -(-max(size) // _RESOLUTION_STEP)
-    return min(max(steps * _RESOLUTION_STEP, MIN_AUTO_RESOLUTION), native)
 
 
 def choose_resolution(images: list[Image], resolution: Resolution, native: int) -> int:

@@ -15,8 +15,9 @@ from fastvlm_mlx.arguments import StrPath, check_kind, checked_ids, elements, fi
 from fastvlm_mlx.config import IMAGE_TOKEN, ModelConfig
 from fastvlm_mlx.errors import PromptError
 from fastvlm_mlx.formatting import counted, readable_bytes
-from fastvlm_mlx.inputs.images import Resolution, choose_resolution, load_image, preprocess
+from fastvlm_mlx.inputs.images import choose_resolution, load_image, preprocess
 from fastvlm_mlx.inputs.prompts import CHAT_TEMPLATE, ImageReference, Mark, Prompt, Turn, conversation, render
+from fastvlm_mlx.inputs.resolution import Resolution
 from fastvlm_mlx.inputs.sources import Allow, ImageSource
 from fastvlm_mlx.inputs.tokenizer import END_OF_TEXT, IM_END, IM_START, StreamingDetokenizer, Tokenizer
 

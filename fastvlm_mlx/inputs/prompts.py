@@ -23,6 +23,7 @@ Keys that would change nothing are refused, but for the `name` of a message and 
 """
 Prompt: TypeAlias = str | Sequence[Message]
 
+DEFAULT_PROMPT = "Describe the image."
 DEFAULT_SYSTEM = "You are a helpful assistant."
 ROLES = ("system", "user", "assistant")
 

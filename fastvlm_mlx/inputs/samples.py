@@ -7,10 +7,10 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from fastvlm_mlx.errors import ConfigError, ImageError
+from fastvlm_mlx.errors import ImageError
 from fastvlm_mlx.formatting import printable
+from fastvlm_mlx.inputs.colours import parse_colour
 from fastvlm_mlx.inputs.formats import DECODER_ERRORS, MAX_PIXELS, quiet
-from fastvlm_mlx.schema import shown
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -29,21 +29,6 @@ _YCBCR_COEFFICIENTS, _YCBCR_SUBSAMPLING, _REFERENCE_BLACK_WHITE, _DNG_VERSION = 
 _UNCOMPRESSED, _OLD_JPEG, _JPEG = 1, 6, 7
 _WHITE_IS_ZERO, _SEPARATED, _YCBCR = 0, 5, 6
 _BT_601, _FULL_RANGE = (0.299, 0.587, 0.114), (0, 255, 128, 255, 128, 255)
-
-
-def parse_colour(text: str) -> tuple[int, int, int]:
-    """The levels of a colour's name, such as `white`, or of its code, such as `#f0f0f0`.
-
-    Raises:
-        ConfigError: If it is neither.
-    """
-    from PIL import ImageColor
-
-    try:
-        red, green, blue = ImageColor.getrgb(text if isinstance(text, str) else "")[:3]
-    except ValueError as err:
-        raise ConfigError(f"background must be a colour such as white or #f0f0f0, not {shown(text)}") from err
-    return red, green, blue
 
 
 def to_rgb(

@@ -13,8 +13,8 @@ from fastvlm_mlx.engine.options import GenerationConfig
 from fastvlm_mlx.errors import CheckpointError, ConfigError, FastVLMError
 from fastvlm_mlx.generation.engine import Engine
 from fastvlm_mlx.generation.request import Request
-from fastvlm_mlx.inputs.images import Resolution
 from fastvlm_mlx.inputs.processor import FastVLMProcessor
+from fastvlm_mlx.inputs.resolution import Resolution
 from fastvlm_mlx.inputs.sources import Encoded, read
 from fastvlm_mlx.jobs.metrics import METRICS
 from fastvlm_mlx.jobs.predictions import Prediction, Predictions

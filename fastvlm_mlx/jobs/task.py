@@ -6,7 +6,7 @@ from typing import Any
 
 from fastvlm_mlx import __version__
 from fastvlm_mlx.engine.options import GenerationConfig
-from fastvlm_mlx.inputs.images import Resolution
+from fastvlm_mlx.inputs.resolution import Resolution
 
 CAPTION = "text"
 """The field of a record that holds the caption."""

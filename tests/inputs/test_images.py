@@ -12,7 +12,8 @@ from safetensors.numpy import load_file
 from fastvlm_mlx.backend import mx
 from fastvlm_mlx.errors import ConfigError, ImageError
 from fastvlm_mlx.inputs import images
-from fastvlm_mlx.inputs.images import auto_resolution, check_resolution, load_image, preprocess
+from fastvlm_mlx.inputs.images import load_image, preprocess
+from fastvlm_mlx.inputs.resolution import auto_resolution, check_resolution
 from tests.checkpoints import GOLDEN
 from tests.pictures import stored_with
 
