@@ -13,7 +13,7 @@ from fastvlm_mlx.inputs.formats import open_image
 from fastvlm_mlx.inputs.resampling import RowFilter
 from fastvlm_mlx.inputs.resolution import Resolution, auto_resolution, check_resolution
 from fastvlm_mlx.inputs.samples import array_image, to_rgb
-from fastvlm_mlx.inputs.sources import DOWNLOAD_TIMEOUT, Allow, ImageSource, read
+from fastvlm_mlx.inputs.sources import DOWNLOAD_TIMEOUT, Allow, Encoded, ImageSource, read
 from fastvlm_mlx.machine import cpu_threads
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ _BAND_PIXELS = 1 << 24
 
 
 def load_image(
-    source: ImageSource,
+    source: ImageSource | Encoded,
     *,
     background: str | None = None,
     allow: Allow = Allow.ALL,
@@ -45,7 +45,7 @@ def load_image(
     `PIL.ImageOps.exif_transpose` removes the orientation from them.
 
     Args:
-        source: See `ImageSource`. A URL is fetched.
+        source: See `ImageSource`; or what was read already. A URL is fetched.
         background: Colour under transparent pixels, such as `white` or `#f0f0f0`.
         allow: What `source` may refer to.
         timeout: Seconds for fetching a URL.

@@ -25,6 +25,8 @@ MAX_REDIRECTS = 3
 
 # The prefix under which an IPv6 network reaches IPv4 addresses (RFC 6052).
 _NAT64 = IPv6Network("64:ff9b::/96")
+# All that is given out for the public internet; what is beyond it may lead to IPv4 addresses of the local network.
+_IPV6_INTERNET = IPv6Network("2000::/3")
 
 
 def open_url(url: str, *, deadline: float, private_hosts: bool) -> HTTPResponse:
@@ -68,6 +70,8 @@ def is_public(address: str) -> bool:
     ip: IPv4Address | IPv6Address | None = ip_address(address.partition("%")[0])
     if isinstance(ip, IPv6Address):
         embedded = IPv4Address(int(ip) & 0xFFFF_FFFF) if ip in _NAT64 else ip.ipv4_mapped or ip.sixtofour
+        if embedded is None and ip not in _IPV6_INTERNET:
+            return False
         ip = embedded or ip
     assert ip is not None
     return ip.is_global and not ip.is_multicast

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 from fastvlm_mlx.arguments import check_kind, valid_text
 from fastvlm_mlx.errors import PromptError
 from fastvlm_mlx.formatting import counted
-from fastvlm_mlx.inputs.sources import Allow, ImageSource
+from fastvlm_mlx.inputs.sources import Allow, Encoded, ImageSource
 from fastvlm_mlx.schema import shown
 
 Message: TypeAlias = Mapping[str, Any]
@@ -63,7 +63,7 @@ class ImageReference:
         allow: What `source` may refer to.
     """
 
-    source: ImageSource
+    source: ImageSource | Encoded
     allow: Allow
 
 

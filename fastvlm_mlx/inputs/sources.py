@@ -97,19 +97,21 @@ class Encoded(NamedTuple):
     media_type: str = ""
 
 
-def read(source: ImageSource, *, allow: Allow = Allow.ALL, timeout: float = DOWNLOAD_TIMEOUT) -> Encoded:
+def read(source: ImageSource | Encoded, *, allow: Allow = Allow.ALL, timeout: float = DOWNLOAD_TIMEOUT) -> Encoded:
     """Reads the encoded bytes of an image.
 
     An open file is read from its start if it can seek.
 
     Args:
-        source: See `ImageSource`, but neither a PIL image nor an array.
+        source: See `ImageSource`, but neither a PIL image nor an array; or what was read already, which is returned.
         allow: What `source` may refer to.
         timeout: Seconds for fetching a URL.
 
     Raises:
         ImageError: If the source is not allowed, or cannot be read.
     """
+    if isinstance(source, Encoded):
+        return source
     if isinstance(source, (bytes, bytearray, memoryview)):
         return Encoded(bytes(source), f"image of {memoryview(source).nbytes} bytes")
     if isinstance(source, str) and source[:5].lower() == "data:":

@@ -19,7 +19,7 @@ from fastvlm_mlx.inputs import network, sources
 from fastvlm_mlx.inputs.images import load_image
 from fastvlm_mlx.inputs.network import is_public
 from fastvlm_mlx.inputs.prompts import conversation
-from fastvlm_mlx.inputs.sources import Allow
+from fastvlm_mlx.inputs.sources import Allow, Encoded
 
 
 def encoded(size: tuple[int, int] = (40, 30)) -> bytes:
@@ -214,7 +214,11 @@ def test_a_source_that_is_not_allowed_is_refused(policy, source, message):
         ("64:ff9b::5db8:d822", True),  # 93.184.216.34 seen from an IPv6 network
         ("64:ff9b::7f00:1", False),  # 127.0.0.1
         ("::ffff:10.0.0.1", False),
+        ("64:ff9b:1::7f00:1", False),  # 127.0.0.1 behind a translator of the local network
         ("2002:7f00:1::1", False),  # 6to4 of 127.0.0.1
+        ("2001:0:7f00:1::1", False),  # Teredo
+        ("::7f00:1", False),  # 127.0.0.1, as IPv6 once wrote it
+        ("fec0::1", False),
         ("127.0.0.1", False),
         ("0.0.0.0", False),
         ("172.16.0.1", False),
@@ -312,6 +316,12 @@ def test_tls_is_checked_against_the_name_not_the_address(internet, monkeypatch):
         load_image("https://public.example/a.png", allow=Allow.PUBLIC)
     assert names == [("public.example", ssl.CERT_REQUIRED, True)]
     assert internet[1] == [("93.184.216.34", 443)]
+
+
+def test_what_was_read_already_is_an_image_with_its_own_name_wherever_it_is_from():
+    assert load_image(Encoded(encoded(), "the first picture"), allow=Allow.DATA_ONLY).size == (40, 30)
+    with pytest.raises(ImageError, match=r"^the first picture: is empty"):
+        load_image(Encoded(b"", "the first picture"), allow=Allow.DATA_ONLY)
 
 
 def messages(part: dict[str, object]) -> list[dict[str, object]]:
