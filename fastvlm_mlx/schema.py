@@ -10,11 +10,11 @@ import os
 import re
 import reprlib
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fastvlm_mlx.errors import CheckpointError, ConfigError
+from fastvlm_mlx.errors import CheckpointError, ConfigError, FastVLMError
 from fastvlm_mlx.formatting import printable, readable_bytes
 
 LARGEST_JSON = 16_000_000
@@ -70,37 +70,51 @@ def read_object(path: Path, label: str = "") -> dict[str, Any] | None:
     return None if data is None else parse_object(data, label or printable(path))
 
 
-def parse_object(data: bytes | bytearray, label: str, *, unique: bool = False) -> dict[str, Any]:
+def parse_object(
+    data: bytes | bytearray,
+    label: str,
+    *,
+    unique: bool = False,
+    most: int | None = None,
+    levels: int = MOST_LEVELS,
+    error: Callable[[str], FastVLMError] = CheckpointError,
+    advice: str = "; fetch it again",
+) -> dict[str, Any]:
     """The object in a JSON text.
 
     Args:
         data: The text, in UTF-8.
         label: What messages call it.
         unique: Whether to refuse a key that appears twice in an object.
+        most: The most bytes that it may have; by default `LARGEST_JSON`.
+        levels: The most objects and lists within each other.
+        error: Makes the error from its message.
+        advice: What messages say can be done.
 
     Raises:
-        CheckpointError: If it is too large, nested too deep or not valid JSON (a number is too large, a text is not
-            Unicode), or is not an object.
+        FastVLMError: `error`, if it is too large, nested too deep or not valid JSON (a number is too large, a text is
+            not Unicode), or is not an object.
     """
-    if len(data) > LARGEST_JSON:
-        size, limit = readable_bytes(len(data)), readable_bytes(LARGEST_JSON)
-        raise CheckpointError(f"{label}: has {size}, expected at most {limit}; fetch it again")
+    most = LARGEST_JSON if most is None else most
+    if len(data) > most:
+        size, limit = readable_bytes(len(data)), readable_bytes(most)
+        raise error(f"{label}: has {size}, expected at most {limit}{advice}")
     try:
         text = data.decode("utf-8")
         values = json.loads(
             text, parse_float=_finite, parse_constant=_finite, object_pairs_hook=_unique if unique else None
         )
-        too_deep = _is_deeper(values, MOST_LEVELS)
+        too_deep = _is_deeper(values, levels)
         if not too_deep and _SURROGATE.search(text):
             json.dumps(values, ensure_ascii=False).encode()
     except RecursionError:
         too_deep = True
     except ValueError as err:
-        raise CheckpointError(f"{label}: cannot be read as JSON ({printable(err)}); fetch it again") from err
+        raise error(f"{label}: cannot be read as JSON ({printable(err)}){advice}") from err
     if too_deep:
-        raise CheckpointError(f"{label}: cannot be read as JSON (more than {MOST_LEVELS} levels deep); fetch it again")
+        raise error(f"{label}: cannot be read as JSON (more than {levels} levels deep){advice}")
     if not isinstance(values, dict):
-        raise CheckpointError(f"{label}: must hold a JSON object, not a {type(values).__name__}")
+        raise error(f"{label}: must hold a JSON object, not a {type(values).__name__}")
     return values
 
 

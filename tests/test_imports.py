@@ -21,7 +21,7 @@ LAYERS: tuple[tuple[str | tuple[str, ...], ...], ...] = (
     ("convert", "engine"),
     (("cache", "resolve"), "generation"),
     ("jobs",),
-    (("bench", "doctor"),),
+    (("bench", "doctor"), "server"),
     (("cli", "__main__"),),
 )
 # The same for the folders and files of convert/.

@@ -84,6 +84,16 @@ class Engine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether it takes requests; False when it is closed, or its thread has failed."""
+        return not self._worker.closed
+
+    @property
+    def step_seconds(self) -> float:
+        """How long the present step has taken so far; 0 without work."""
+        return self._worker.step_seconds
+
     def close(self) -> None:
         """Cancels what is not done, and ends the engine's threads."""
         self._close()
@@ -178,6 +188,9 @@ class _Worker:
     Args:
         scheduler: Used by this thread alone.
         release: Called for every handle that ends.
+
+    Attributes:
+        closed: Whether it takes no more rows.
     """
 
     def __init__(self, scheduler: Scheduler, release: Callable[[], None]) -> None:
@@ -187,8 +200,15 @@ class _Worker:
         self._arrived: list[tuple[Row, Handle, Answer]] = []
         self._rows: dict[Row, tuple[Handle, Answer]] = {}
         self._changed = threading.Condition()
-        self._closed = False
+        self.closed = False
         self._thread: threading.Thread | None = None
+        self._step_began: float | None = None
+
+    @property
+    def step_seconds(self) -> float:
+        """How long the present step has taken so far; 0 without one."""
+        began = self._step_began
+        return 0.0 if began is None else time.monotonic() - began
 
     def expect(self, handle: Handle) -> None:
         """Notes a handle whose row will be added.
@@ -197,7 +217,7 @@ class _Worker:
             RuntimeError: If the worker is closed.
         """
         with self._changed:
-            if self._closed:
+            if self.closed:
                 raise RuntimeError("closed")
             self._open[handle] = None
 
@@ -206,7 +226,7 @@ class _Worker:
         with self._changed:
             self._arrived.append((row, handle, answer))
             self._changed.notify()
-            if self._thread is None and not self._closed:
+            if self._thread is None and not self.closed:
                 self._thread = threading.Thread(target=self._run, name="fastvlm-engine", daemon=True)
                 self._thread.start()
 
@@ -220,7 +240,7 @@ class _Worker:
     def close(self) -> None:
         """Ends the thread after its step, and all handles."""
         with self._changed:
-            self._closed = True
+            self.closed = True
             self._changed.notify()
         if self._thread is not None:
             self._thread.join()
@@ -228,7 +248,7 @@ class _Worker:
 
     def _end_all(self, error: BaseException) -> None:
         with self._changed:
-            self._closed = True
+            self.closed = True
             handles = list(self._open)
         for handle in handles:
             self.end(handle, error)
@@ -236,7 +256,9 @@ class _Worker:
     def _run(self) -> None:
         try:
             while self._take_in():
+                self._step_began = time.monotonic()
                 self._step()
+                self._step_began = None
         except BaseException as error:
             self._end_all(error)
             raise
@@ -250,11 +272,11 @@ class _Worker:
             arrived, self._arrived = self._arrived, []
         self._rows.update({row: (handle, answer) for row, handle, answer in arrived})
         self._scheduler.add(row for row, _, _ in arrived)
-        return not self._closed
+        return not self.closed
 
     def _wait(self, timeout: float | None) -> bool:
         with self._changed:
-            return self._changed.wait_for(lambda: self._closed or bool(self._arrived), timeout)
+            return self._changed.wait_for(lambda: self.closed or bool(self._arrived), timeout)
 
     def _step(self) -> None:
         for row in [row for row, (handle, _) in self._rows.items() if handle.cancelled]:

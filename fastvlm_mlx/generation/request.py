@@ -93,6 +93,11 @@ class Handle:
             raise self._error
         return whole(self._pieces)
 
+    def since(self, seen: int) -> tuple[list[GenerationResult], bool]:
+        """The pieces after the first `seen`, without waiting, and whether no more will follow."""
+        with self._changed:
+            return self._pieces[seen:], self._done
+
     def __iter__(self) -> Iterator[GenerationResult]:
         """The pieces from the first one on; errors are those of `result`."""
         seen = 0
@@ -101,7 +106,7 @@ class Handle:
             with self._changed:
                 while not self._done and len(self._pieces) == seen:
                     self._changed.wait()
-                pieces, done = self._pieces[seen:], self._done
+            pieces, done = self.since(seen)
             yield from pieces
             seen += len(pieces)
         if self._error is not None:

@@ -1,0 +1,1 @@
+"""Answers over HTTP: the APIs that other programs speak, on one engine."""

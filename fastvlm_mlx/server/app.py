@@ -1,0 +1,73 @@
+"""What is served where: the table of addresses, as an ASGI application."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+from starlette.types import ASGIApp
+
+from fastvlm_mlx.formatting import printable
+from fastvlm_mlx.server import health, models
+from fastvlm_mlx.server.api import Api, ApiError, openai_error
+from fastvlm_mlx.server.exchange import Exchange
+from fastvlm_mlx.server.openai_chat import ChatCompletions
+from fastvlm_mlx.server.service import Service
+from fastvlm_mlx.server.settings import Settings
+
+APIS: tuple[Api, ...] = (ChatCompletions(),)
+
+
+def make_app(service: Service, settings: Settings) -> ASGIApp:
+    """The ASGI application that serves a model.
+
+    Args:
+        service: The model; it may still be loading.
+        settings: What is allowed.
+    """
+    app = Starlette(
+        routes=_routes(service, settings),
+        exception_handlers={HTTPException: _http_error, 500: _bug},
+    )
+    app.router.redirect_slashes = False
+    return app
+
+
+def _routes(service: Service, settings: Settings) -> Sequence[BaseRoute]:
+    return [
+        *(Route(api.path, Exchange(api, service, settings), methods=["POST"]) for api in APIS),
+        *models.routes(service),
+        *health.routes(service),
+    ]
+
+
+def error_body(path: str, error: ApiError) -> Mapping[str, Any]:
+    """An error in the shape of the API that a path belongs to."""
+    for api in APIS:
+        if api.path == path:
+            return api.error(error)
+    return openai_error(error)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """Answers what no address takes."""
+    assert isinstance(error, HTTPException)
+    path = printable(request.url.path)
+    reasons = {
+        404: f"there is nothing at {path}; /openapi.json lists what there is",
+        405: f"{path} does not take {printable(request.method)}",
+    }
+    message = reasons.get(error.status_code, str(error.detail))
+    body = error_body(request.url.path, ApiError(error.status_code, message, code="not_found"))
+    return JSONResponse(body, error.status_code, headers=error.headers)
+
+
+async def _bug(request: Request, error: Exception) -> Response:
+    """Answers what must not happen; the log has the traceback."""
+    bug = ApiError(500, f"{type(error).__name__} in the server; its log says where", kind="server_error", code="bug")
+    return JSONResponse(error_body(request.url.path, bug), 500)

@@ -1,0 +1,273 @@
+"""The model behind a server: its names, its state, and the way to its engine."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import suppress
+from typing import Literal, TypeAlias
+
+from fastvlm_mlx.errors import QueueFullError
+from fastvlm_mlx.formatting import counted, names
+from fastvlm_mlx.generation.engine import Engine
+from fastvlm_mlx.generation.request import Handle, Request
+from fastvlm_mlx.generation.result import GenerationResult, whole
+from fastvlm_mlx.schema import shown
+from fastvlm_mlx.server.api import ApiError
+from fastvlm_mlx.server.settings import Settings
+
+State: TypeAlias = Literal["loading", "ready", "stopping", "failed"]
+
+LOADING_SECONDS = 5.0
+"""After which a client may ask again while the model loads."""
+LONGEST_RETRY = 120.0
+"""OpenAI's clients wait no longer than this."""
+STALLED_SECONDS = 300.0
+"""A step that takes longer counts as a dead engine."""
+
+
+class Service:
+    """The model behind a server.
+
+    The event loop's thread uses it, and the one that loads the model calls `start`.
+
+    Args:
+        name: The model's name, as clients see it.
+        settings: What the server allows.
+        aliases: Other names that clients may use.
+
+    Attributes:
+        name: The model's name.
+        aliases: Other names that clients may use.
+        settings: What the server allows.
+        state: `loading` until `start`, `stopping` after `stop`.
+        created: When the model was made, in seconds since 1970.
+        fingerprint: Stands for weights and version.
+        license: Of the weights; empty if unknown.
+        max_model_len: The most positions of prompt and answer together.
+        native_resolution: Pixels per side that the weights are tuned at.
+        engine: What answers; None while the model loads.
+    """
+
+    def __init__(self, name: str, settings: Settings, *, aliases: Sequence[str] = ()) -> None:
+        self.name = name
+        self.aliases = tuple(aliases)
+        self.settings = settings
+        self.state: State = "loading"
+        self.created = int(time.time())
+        self.fingerprint = ""
+        self.license = ""
+        self.max_model_len = 0
+        self.native_resolution = 0
+        self.engine: Engine | None = None
+        self._open: set[Answering] = set()
+        self._rate = Rate()
+
+    def start(self, engine: Engine) -> None:
+        """Begins to answer."""
+        self.engine = engine
+        self.max_model_len = engine.processor.context_length
+        self.native_resolution = engine.processor.image_size
+        if self.state == "loading":
+            self.state = "ready"
+
+    def stop(self) -> None:
+        """Takes no more questions."""
+        self.state = "stopping"
+
+    def cancel_all(self) -> None:
+        """Ends the answers on their way, with an error that says why."""
+        for answering in list(self._open):
+            answering.fail(self.unavailable())
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether the engine's thread lives, or the model is still loading."""
+        if self.engine is None:
+            return self.state != "failed"
+        return self.engine.is_alive and self.engine.step_seconds < STALLED_SECONDS
+
+    @property
+    def running(self) -> int:
+        """Requests on their way."""
+        return sum(len(answering.handles) for answering in self._open)
+
+    def serves(self, model: str) -> bool:
+        """Whether a name is the model's; an empty one is."""
+        known = [self.name, *self.aliases]
+        return not model or model.removesuffix(":latest").lower() in [name.lower() for name in known]
+
+    def check(self, model: str) -> None:
+        """Checks a model's name.
+
+        Raises:
+            ApiError: 404, if it is another model's.
+        """
+        if not self.serves(model):
+            raise ApiError(
+                404,
+                f"there is no model {shown(model)} here; the one served is {names([self.name])}",
+                param="model",
+                code="model_not_found",
+            )
+
+    def unavailable(self) -> ApiError:
+        """The error for a question in a state in which none is answered."""
+        reasons = {"loading": "the model is still loading", "stopping": "the server is stopping"}
+        reason = reasons.get(self.state, "the engine has stopped; restart the server")
+        return ApiError(503, reason, kind="server_error", code="unavailable", retry_after=LOADING_SECONDS)
+
+    def late(self) -> ApiError:
+        """The error for a question that has waited too long."""
+        seconds = self.settings.queue_seconds
+        return ApiError(
+            503,
+            f"the request waited longer than {seconds:g} s; ask again later",
+            kind="server_error",
+            code="queue_timeout",
+            retry_after=self.retry_after(),
+        )
+
+    def full(self, what: str) -> ApiError:
+        """The error for a question that there is no room for."""
+        return ApiError(
+            429, f"{what}; ask again later", kind="rate_limit_error", code="queue_full", retry_after=self.retry_after()
+        )
+
+    def retry_after(self) -> float:
+        """Seconds in which half of what is on its way will be answered, at the measured rate."""
+        return min(max(1.0, math.ceil(self.running * self._rate.seconds / 2)), LONGEST_RETRY)
+
+    def check_ready(self, requests: int = 1) -> None:
+        """Checks that questions are answered now, and that there is room for some.
+
+        Raises:
+            ApiError: 503 or 429, if not.
+        """
+        if self.state != "ready" or self.engine is None or not self.engine.is_alive:
+            raise self.unavailable()
+        if self.running + requests > self.engine.max_batch + self.settings.max_queue:
+            raise self.full(f"the queue is full ({counted(self.running, 'request')} on their way)")
+
+    def submit(self, requests: Sequence[Request]) -> Answering:
+        """Hands questions to the engine.
+
+        Raises:
+            ApiError: If they are not answered now.
+        """
+        self.check_ready(len(requests))
+        assert self.engine is not None
+        answering = Answering(asyncio.get_running_loop())
+        try:
+            for request in requests:
+                answering.handles.append(self.engine.submit(request, wait=False, on_change=answering.wake))
+        except QueueFullError as err:  # those that were cancelled have a place until the next step
+            answering.cancel()
+            raise self.full("the queue is full") from err
+        if len(self._open) == 0:
+            self._rate.begin()
+        self._open.add(answering)
+        return answering
+
+    def leave(self, answering: Answering) -> None:
+        """Cancels what is left of an answer; call it once for each that `submit` gave."""
+        if answering.is_whole:
+            self._rate.add(len(answering.handles))
+        answering.cancel()
+        self._open.discard(answering)
+
+
+class Answering:
+    """Answers on their way, for an event loop.
+
+    Args:
+        loop: The event loop.
+
+    Attributes:
+        handles: One for each request.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.handles: list[Handle] = []
+        self._loop = loop
+        self._changed = asyncio.Event()
+        self._error: Exception | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing is missing."""
+        return all(handle.done and not handle.cancelled for handle in self.handles)
+
+    def wake(self, _: Handle) -> None:
+        """Lets `pieces` look again; from any thread."""
+        with suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self._changed.set)
+
+    def cancel(self) -> None:
+        """Ends all that is not done, at the next step."""
+        for handle in self.handles:
+            handle.cancel()
+
+    def fail(self, error: Exception) -> None:
+        """Ends all that is not done, and lets `pieces` raise an error."""
+        self._error = self._error or error
+        self.cancel()
+        self._changed.set()
+
+    async def pieces(self) -> AsyncGenerator[tuple[int, GenerationResult], None]:
+        """The pieces of all answers as they come, each with its request's place.
+
+        Raises:
+            FastVLMError: If one cannot be given, or `fail` was called.
+        """
+        seen = dict.fromkeys(range(len(self.handles)), 0)
+        while seen:
+            self._changed.clear()
+            for number in list(seen):
+                pieces, done = self.handles[number].since(seen[number])
+                for piece in pieces:
+                    yield number, piece
+                if self._error is not None:
+                    raise self._error
+                seen[number] += len(pieces)
+                if done:
+                    self.handles[number].result()
+                    del seen[number]
+            if seen:
+                await self._changed.wait()
+        if self._error is not None:
+            raise self._error
+
+
+async def collect(pieces: AsyncIterator[tuple[int, GenerationResult]], count: int) -> list[GenerationResult]:
+    """The whole answers that the pieces of `count` requests make."""
+    collected: list[list[GenerationResult]] = [[] for _ in range(count)]
+    async for number, piece in pieces:
+        collected[number].append(piece)
+    return [whole(each) for each in collected]
+
+
+class Rate:
+    """How long one answer takes while there is something to do: a mean in which older ones count less and less.
+
+    Attributes:
+        seconds: For one answer; 1 before the first one.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 1.0
+        self._known = False
+        self._latest = 0.0
+
+    def begin(self) -> None:
+        """Notes that there is something to do again."""
+        self._latest = time.monotonic()
+
+    def add(self, answers: int) -> None:
+        """Notes answers that have been given."""
+        now = time.monotonic()
+        seconds, self._latest = (now - self._latest) / answers, now
+        self.seconds = 0.9 * self.seconds + 0.1 * seconds if self._known else seconds
+        self._known = True

@@ -1,0 +1,50 @@
+"""A server of the demo model in this process."""
+
+import asyncio
+import base64
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+import fastvlm_mlx
+from fastvlm_mlx.generation.engine import Engine
+from fastvlm_mlx.resolve import load
+from fastvlm_mlx.server.app import make_app
+from fastvlm_mlx.server.service import Service
+from fastvlm_mlx.server.settings import Settings
+from tests.server.client import Client
+
+SAMPLES = Path(fastvlm_mlx.__file__).parent / "demo_model"
+
+
+def data_url(name: str = "sample-1.png") -> str:
+    """A picture of the demo model as a data: URL."""
+    return "data:image/png;base64," + base64.b64encode((SAMPLES / name).read_bytes()).decode()
+
+
+@pytest.fixture(scope="session")
+def demo():
+    """The demo model in float32, loaded once."""
+    return load("demo", dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def serving(demo) -> Callable[..., object]:
+    """`with serving(max_queue=1, max_batch=1) as (client, service)`: an app with an engine of its own."""
+
+    @contextmanager
+    def serve(max_batch: int = 4, **options: object) -> Iterator[tuple[Client, Service]]:
+        settings = Settings(**options)
+        service = Service("demo", settings, aliases=("fastvlm-demo",))
+        with Engine(*demo, max_batch=max_batch, queue_size=settings.max_queue + settings.max_choices) as engine:
+            service.start(engine)
+            yield Client(make_app(service, settings)), service
+
+    return serve
+
+
+def run(coroutine):
+    """Runs a coroutine to its end."""
+    return asyncio.run(coroutine)
