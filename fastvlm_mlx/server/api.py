@@ -68,7 +68,7 @@ class Question:
     """What the body of a request becomes.
 
     Attributes:
-        requests: One for each answer; they differ in their seeds only.
+        requests: One for each answer; they differ in their seeds only. None, if the body of the answer is known.
         stream: Whether the answer is sent piece by piece.
         model: The model's name as the request gives it.
         warnings: What was ignored; goes into a header and the log.

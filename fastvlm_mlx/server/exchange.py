@@ -70,6 +70,9 @@ class Exchange:
         if question.warnings:
             log.warning("%s: ignored: %s", context.id, printable(", ".join(question.warnings)))
         self._service.check(question.model)
+        if not question.requests:
+            await reply.json(200, self._api.whole(question, [], context))
+            return
         answering = self._service.submit(question.requests)
         stack.callback(self._service.leave, answering)
         watching = asyncio.create_task(_watch(receive, answering))

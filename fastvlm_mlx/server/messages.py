@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
+from fastvlm_mlx.errors import ConfigError
 from fastvlm_mlx.inputs.prompts import DEFAULT_PROMPT, Message
-from fastvlm_mlx.inputs.resolution import Resolution
+from fastvlm_mlx.inputs.resolution import Resolution, check_resolution
 from fastvlm_mlx.inputs.sources import Allow
 from fastvlm_mlx.schema import shown
 from fastvlm_mlx.server.api import ApiError, Context
@@ -70,10 +71,32 @@ def read_messages(values: Sequence[Any] | None, context: Context, where: str = "
     if not values:
         raise ApiError(400, f"{where} must be a list of messages, with one at least", param=where)
     reader = _Reader(context)
-    messages = tuple(reader.message(value, f"{where}[{number}]") for number, value in enumerate(values))
+    messages = [reader.message(value, f"{where}[{number}]") for number, value in enumerate(values)]
     return Conversation(
-        messages=messages, details=tuple(reader.details), warnings=tuple(dict.fromkeys(reader.warnings))
+        messages=_with_one_system(messages),
+        details=tuple(reader.details),
+        warnings=tuple(dict.fromkeys(reader.warnings)),
     )
+
+
+def _with_one_system(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """The messages, with the system messages that begin them as one."""
+    count = next((place for place, message in enumerate(messages) if message["role"] != "system"), len(messages))
+    parts = [part for message in messages[:count] for part in message["content"]]
+    return (*([{"role": "system", "content": parts}] if parts else []), *messages[count:])
+
+
+def read_resolution(fields: Fields) -> Resolution:
+    """The resolution of images that a request asks for, an extension of ours.
+
+    Raises:
+        ApiError: If no model can run at it.
+    """
+    value: Any = fields.value("resolution")
+    try:
+        return cast(Resolution, value) if value in (None, "auto") else check_resolution(value)
+    except ConfigError as err:
+        raise ApiError(400, str(err), param="resolution", code="invalid_parameter") from err
 
 
 class _Reader:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
-from fastvlm_mlx.engine.logprobs import TokenLogprob
-from fastvlm_mlx.errors import ConfigError
 from fastvlm_mlx.generation.request import Request
 from fastvlm_mlx.generation.result import GenerationResult
-from fastvlm_mlx.inputs.resolution import Resolution, check_resolution
 from fastvlm_mlx.server.api import ApiError, Context, Question, openai_error
+from fastvlm_mlx.server.events import event
 from fastvlm_mlx.server.fields import Fields
-from fastvlm_mlx.server.messages import read_messages
+from fastvlm_mlx.server.logprobs import read_logprobs, shown_logprobs
+from fastvlm_mlx.server.messages import read_messages, read_resolution
 from fastvlm_mlx.server.sampling import read_config
 
 MEANING = {
@@ -59,11 +57,11 @@ class ChatCompletions:
         usage = stream_options.flag("include_usage") if stream_options else False
         if stream_options:
             stream_options.ignore("include_obfuscation", "continuous_usage_stats")
-        config = read_config(fields, context, logprobs=_logprobs(fields))
+        config = read_config(fields, context, logprobs=read_logprobs(fields))
         request = Request(
             prompt=conversation.messages,
             allow=conversation.allow,
-            resolution=conversation.resolution(_resolution(fields), context),
+            resolution=conversation.resolution(read_resolution(fields), context),
             config=config,
         )
         return Question(
@@ -80,7 +78,7 @@ class ChatCompletions:
             {
                 "index": number,
                 "message": {"role": "assistant", "content": result.text, "refusal": None},
-                "logprobs": _shown_logprobs(result, context),
+                "logprobs": _logprobs(result, context),
                 "finish_reason": result.finish_reason,
             }
             for number, result in enumerate(results)
@@ -110,7 +108,7 @@ class ChatCompletions:
             choice = {
                 "index": number,
                 "delta": delta,
-                "logprobs": _shown_logprobs(piece, context),
+                "logprobs": _logprobs(piece, context),
                 "finish_reason": piece.finish_reason,
             }
             end = {"timings": timings(piece)} if piece.finish_reason else {}
@@ -134,11 +132,6 @@ def several(request: Request, count: int) -> tuple[Request, ...]:
     seed = request.config.seed
     configs = [replace(request.config, seed=None if seed is None else (seed + n) % 2**64) for n in range(count)]
     return tuple(replace(request, config=config) for config in configs)
-
-
-def event(value: Any) -> bytes:
-    """A JSON value as one server-sent event."""
-    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
 def usage(results: Sequence[GenerationResult]) -> dict[str, Any]:
@@ -195,34 +188,5 @@ def _refuse(fields: Fields) -> None:
         fields.refuse({"modalities": "this server answers with text"})
 
 
-def _resolution(fields: Fields) -> Resolution:
-    """The resolution of images that a request asks for, an extension of ours."""
-    value: Any = fields.value("resolution")
-    try:
-        return cast(Resolution, value) if value in (None, "auto") else check_resolution(value)
-    except ConfigError as err:
-        raise ApiError(400, str(err), param="resolution", code="invalid_parameter") from err
-
-
-def _logprobs(fields: Fields) -> int | None:
-    wanted, top = fields.flag("logprobs"), fields.whole("top_logprobs", least=0, most=20)
-    if top is not None and not wanted:
-        raise ApiError(400, "top_logprobs needs logprobs to be true", param="top_logprobs", code="invalid_parameter")
-    return (top or 0) if wanted else None
-
-
-def _shown_logprobs(result: GenerationResult, context: Context) -> dict[str, Any] | None:
-    if not result.logprobs:
-        return None
-    return {"content": [_shown_token(each, context) for each in result.logprobs], "refusal": None}
-
-
-def _shown_token(token: TokenLogprob, context: Context) -> dict[str, Any]:
-    engine = context.service.engine
-    assert engine is not None
-
-    def entry(token_id: int, logprob: float) -> dict[str, Any]:
-        data = engine.processor.tokenizer.token_bytes(token_id, skip_special_tokens=False)
-        return {"token": data.decode(errors="replace"), "logprob": logprob, "bytes": list(data)}
-
-    return {**entry(token.token_id, token.logprob), "top_logprobs": [entry(*each) for each in token.top]}
+def _logprobs(result: GenerationResult, context: Context) -> dict[str, Any] | None:
+    return {"content": shown_logprobs(result, context), "refusal": None} if result.logprobs else None
