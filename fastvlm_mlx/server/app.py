@@ -17,6 +17,7 @@ from fastvlm_mlx.server import health, models
 from fastvlm_mlx.server.api import Api, ApiError, openai_error
 from fastvlm_mlx.server.exchange import Exchange
 from fastvlm_mlx.server.openai_chat import ChatCompletions
+from fastvlm_mlx.server.page import page
 from fastvlm_mlx.server.service import Service
 from fastvlm_mlx.server.settings import Settings
 
@@ -43,6 +44,7 @@ def _routes(service: Service, settings: Settings) -> Sequence[BaseRoute]:
         *(Route(api.path, Exchange(api, service, settings), methods=["POST"]) for api in APIS),
         *models.routes(service),
         *health.routes(service),
+        Route("/", page),
     ]
 
 
