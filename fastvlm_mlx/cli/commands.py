@@ -12,6 +12,7 @@ from fastvlm_mlx.cli.usage import Command
 HELP = {
     "generate": "Answer a question about images.",
     "caption": "Caption whole folders.",
+    "serve": "Answer other programs over HTTP, and people on a page.",
     "convert": "Convert a checkpoint to MLX.",
     "quantize": "Quantize a checkpoint and report what that cost.",
     "verify": "Compare a checkpoint with its source.",

@@ -82,6 +82,13 @@ class Service:
         for answering in list(self._open):
             answering.fail(self.unavailable())
 
+    async def idle(self, seconds: float) -> bool:
+        """Whether nothing is on its way, after waiting for that, at most `seconds`."""
+        deadline = time.monotonic() + seconds
+        while self._open and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        return not self._open
+
     @property
     def is_healthy(self) -> bool:
         """Whether the engine's thread lives, or the model is still loading."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastvlm_mlx.errors import ConfigError
+from fastvlm_mlx.formatting import printable
 from fastvlm_mlx.inputs.resolution import Resolution
 
 DEFAULT_PORT = 8000
@@ -21,6 +24,7 @@ class Settings:
         port: The port; 0 takes a free one.
         unix_socket: A socket file to listen on, instead of an address.
         api_keys: Keys of which a request must have one; without any, none is needed.
+        no_auth: Whether any host may be listened on without a key.
         allowed_hosts: What the Host header may name beside the address itself; `*` allows every host.
         allow_origins: Web pages that may use the server, by origin; `*` allows all.
         allow_image_urls: Whether http and https URLs of images are fetched, of public hosts only.
@@ -45,6 +49,7 @@ class Settings:
     port: int = DEFAULT_PORT
     unix_socket: Path | None = None
     api_keys: tuple[str, ...] = ()
+    no_auth: bool = False
     allowed_hosts: tuple[str, ...] = ()
     allow_origins: tuple[str, ...] = ()
     allow_image_urls: bool = False
@@ -63,3 +68,25 @@ class Settings:
     drain_seconds: float = 30.0
     resolution: Resolution = None
     temperature: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuses what would open the server without saying so, and what cannot be."""
+        if self.unix_socket is None and not (self.api_keys or self.no_auth or is_loopback(self.host)):
+            raise ConfigError(
+                f"--host {printable(self.host)} can be reached by others: give a key with --api-key-file or "
+                "FASTVLM_API_KEY, or say --no-auth"
+            )
+        if self.media_root is not None and not self.media_root.is_dir():
+            raise ConfigError(f"--media-root {printable(self.media_root)}: no such folder")
+        if self.max_queue_bytes < self.max_body_bytes:
+            raise ConfigError("--max-queue-body must be at least --max-body, or no request would fit")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine's own loopback address, which no other machine can reach."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
