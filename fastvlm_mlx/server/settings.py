@@ -36,7 +36,9 @@ class Settings:
         max_choices: The most answers to one request.
         max_queue: The most requests that wait behind those being answered.
         max_queue_bytes: The most bytes of all requests that are being read, wait or are answered.
-        body_seconds: Within which a request must have arrived.
+        max_connections: The most connections; a new one ends the one that has been idle for the longest time.
+        head_seconds: Within which the headers of a request must have arrived.
+        body_seconds: Within which its body must.
         queue_seconds: That a request may wait for its first token.
         answer_seconds: After which an answer is cut.
         send_seconds: That a client may take for a part of its answer.
@@ -61,6 +63,8 @@ class Settings:
     max_choices: int = 16
     max_queue: int = 64
     max_queue_bytes: int = 256_000_000
+    max_connections: int = 512
+    head_seconds: float = 10.0
     body_seconds: float = 30.0
     queue_seconds: float = 120.0
     answer_seconds: float = 600.0
