@@ -83,6 +83,16 @@ class Scheduler:
         """Whether a step has anything to do."""
         return bool(self._rows or self._waiting)
 
+    @property
+    def row_count(self) -> int:
+        """The rows that are decoded now; for any thread."""
+        return len(self._rows)
+
+    @property
+    def kv_usage(self) -> float:
+        """The part, from 0 to 1, of the positions that may be set aside that the rows take; for any thread."""
+        return self._positions(list(self._rows)) / self._max_positions if self._max_positions else 0.0
+
     def free_unused_memory(self) -> None:
         """Gives back the memory that is only kept for the next arrays."""
         with turn():
@@ -168,12 +178,18 @@ class Scheduler:
 
     def _fit(self, rows: Sequence[Row]) -> bool:
         """Whether there is memory for the keys and values of rows, up to the last token that each may get."""
-        if self._max_positions is None:
-            return True
+        return self._max_positions is None or self._positions(rows) <= self._max_positions
+
+    def _positions(self, rows: Sequence[Row]) -> int:
+        """The positions that are set aside for rows, up to the last token that each may get."""
         longest = max(
-            len(row.input_ids) + len(row.pixel_values) * (self._visual_tokens(row) - 1) + row.max_tokens for row in rows
+            (
+                len(row.input_ids) + len(row.pixel_values) * (self._visual_tokens(row) - 1) + row.max_tokens
+                for row in rows
+            ),
+            default=0,
         )
-        return len(rows) * longest <= self._max_positions
+        return len(rows) * longest
 
     def _visual_tokens(self, row: Row) -> int:
         """N, the positions that an image of a row takes."""

@@ -90,6 +90,16 @@ class Engine:
         return not self._worker.closed
 
     @property
+    def answering(self) -> int:
+        """How many requests get their next token in a step; the others wait or are prepared."""
+        return self._worker.scheduler.row_count
+
+    @property
+    def kv_usage(self) -> float:
+        """The part, from 0 to 1, of the memory for keys and values that they take."""
+        return self._worker.scheduler.kv_usage
+
+    @property
     def step_seconds(self) -> float:
         """How long the present step has taken so far; 0 without work."""
         return self._worker.step_seconds
@@ -186,7 +196,7 @@ class _Worker:
     """The thread that computes.
 
     Args:
-        scheduler: Used by this thread alone.
+        scheduler: Stepped by this thread alone.
         release: Called for every handle that ends.
 
     Attributes:
@@ -194,7 +204,7 @@ class _Worker:
     """
 
     def __init__(self, scheduler: Scheduler, release: Callable[[], None]) -> None:
-        self._scheduler = scheduler
+        self.scheduler = scheduler
         self._release = release
         self._open: dict[Handle, None] = {}
         self._arrived: list[tuple[Row, Handle, Answer]] = []
@@ -265,13 +275,13 @@ class _Worker:
 
     def _take_in(self) -> bool:
         """Whether there is something to do, after waiting for that; False when the worker is closed."""
-        if not self._scheduler.is_busy and not self._wait(IDLE_SECONDS):
-            self._scheduler.free_unused_memory()
+        if not self.scheduler.is_busy and not self._wait(IDLE_SECONDS):
+            self.scheduler.free_unused_memory()
             self._wait(None)
         with self._changed:
             arrived, self._arrived = self._arrived, []
         self._rows.update({row: (handle, answer) for row, handle, answer in arrived})
-        self._scheduler.add(row for row, _, _ in arrived)
+        self.scheduler.add(row for row, _, _ in arrived)
         return not self.closed
 
     def _wait(self, timeout: float | None) -> bool:
@@ -281,7 +291,7 @@ class _Worker:
     def _step(self) -> None:
         for row in [row for row, (handle, _) in self._rows.items() if handle.cancelled]:
             self._end_row(row)
-        for row in self._scheduler.step():
+        for row in self.scheduler.step():
             if row not in self._rows:
                 continue
             handle, answer = self._rows[row]

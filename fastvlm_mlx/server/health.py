@@ -1,4 +1,4 @@
-"""Whether the server lives, and whether it answers: `GET /health` and `GET /ready`. Neither waits for the engine."""
+"""How the server is: `GET /health`, `GET /ready` and `GET /metrics`. None waits for the engine."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from fastvlm_mlx.server.metrics import MEDIA_TYPE
 from fastvlm_mlx.server.service import Service
 
 
 def routes(service: Service) -> list[Route]:
-    """The two addresses."""
+    """The three addresses."""
 
     async def health(_: Request) -> Response:
         """200 while the process and the engine's thread live, the model loading included; otherwise 503."""
@@ -25,4 +26,8 @@ def routes(service: Service) -> list[Route]:
         is_ready = service.state == "ready" and service.is_healthy
         return JSONResponse({"ready": is_ready, "state": service.state}, 200 if is_ready else 503)
 
-    return [Route("/health", health), Route("/ready", ready)]
+    async def metrics(_: Request) -> Response:
+        """What Prometheus reads."""
+        return Response(service.metrics.render(), media_type=MEDIA_TYPE)
+
+    return [Route("/health", health), Route("/ready", ready), Route("/metrics", metrics)]

@@ -16,6 +16,7 @@ from fastvlm_mlx.generation.request import Handle, Request
 from fastvlm_mlx.generation.result import GenerationResult, whole
 from fastvlm_mlx.schema import shown
 from fastvlm_mlx.server.api import ApiError
+from fastvlm_mlx.server.metrics import Metrics
 from fastvlm_mlx.server.settings import Settings
 
 State: TypeAlias = Literal["loading", "ready", "stopping", "failed"]
@@ -49,6 +50,7 @@ class Service:
         max_model_len: The most positions of prompt and answer together.
         native_resolution: Pixels per side that the weights are tuned at.
         engine: What answers; None while the model loads.
+        metrics: What is counted.
     """
 
     def __init__(self, name: str, settings: Settings, *, aliases: Sequence[str] = ()) -> None:
@@ -64,6 +66,8 @@ class Service:
         self.engine: Engine | None = None
         self._open: set[Answering] = set()
         self._rate = Rate()
+        self.metrics = Metrics(name)
+        self._watch()
 
     def start(self, engine: Engine) -> None:
         """Begins to answer."""
@@ -72,6 +76,21 @@ class Service:
         self.native_resolution = engine.processor.image_size
         if self.state == "loading":
             self.state = "ready"
+
+    def _watch(self) -> None:
+        """Adds to the metrics what is asked for when they are read."""
+
+        def answering() -> int:
+            return self.engine.answering if self.engine else 0
+
+        watch = self.metrics.watch
+        watch("num_requests_running", "Requests that get tokens now.", answering)
+        watch("num_requests_waiting", "Requests that wait for that.", lambda: max(0, self.running - answering()))
+        watch(
+            "kv_cache_usage_perc",
+            "The part, from 0 to 1, of the memory for keys and values that is taken.",
+            lambda: self.engine.kv_usage if self.engine else 0.0,
+        )
 
     def stop(self) -> None:
         """Takes no more questions."""
