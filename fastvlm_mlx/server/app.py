@@ -16,6 +16,7 @@ from fastvlm_mlx.formatting import printable
 from fastvlm_mlx.server import health, models
 from fastvlm_mlx.server.api import Api, ApiError, openai_error
 from fastvlm_mlx.server.exchange import Exchange
+from fastvlm_mlx.server.guard import Guard
 from fastvlm_mlx.server.openai_chat import ChatCompletions
 from fastvlm_mlx.server.page import page
 from fastvlm_mlx.server.service import Service
@@ -36,7 +37,7 @@ def make_app(service: Service, settings: Settings) -> ASGIApp:
         exception_handlers={HTTPException: _http_error, 500: _bug},
     )
     app.router.redirect_slashes = False
-    return app
+    return Guard(app, settings, error=error_body, metrics=service.metrics, retry_after=service.retry_after)
 
 
 def _routes(service: Service, settings: Settings) -> Sequence[BaseRoute]:

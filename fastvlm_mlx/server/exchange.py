@@ -19,6 +19,7 @@ from fastvlm_mlx.formatting import printable
 from fastvlm_mlx.generation.result import GenerationResult
 from fastvlm_mlx.schema import parse_object
 from fastvlm_mlx.server.api import Api, ApiError, Context, Question
+from fastvlm_mlx.server.guard import log_error
 from fastvlm_mlx.server.service import Answering, Service, collect
 from fastvlm_mlx.server.settings import Settings
 
@@ -59,7 +60,7 @@ class Exchange:
             log.info("%s: the client went away after %.1f s", context.id, time.perf_counter() - context.start)
         except FastVLMError as error:
             with suppress(Disconnected):
-                await self._refuse(as_api_error(error), reply)
+                await self._refuse(as_api_error(error), reply, scope)
 
     async def _answer(self, receive: Receive, reply: Reply, context: Context, stack: AsyncExitStack) -> None:
         self._service.check_ready()
@@ -97,11 +98,19 @@ class Exchange:
         loop = asyncio.get_running_loop()
         settings = self._settings
         timer = loop.call_later(settings.queue_seconds, answering.fail, self._service.late())
+        metrics = self._service.metrics
+        latest: dict[int, GenerationResult] = {}
         try:
             async with aclosing(answering.pieces()) as pieces:
                 async for number, piece in pieces:
                     timer.cancel()
+                    metrics.piece(piece, latest.get(number))
+                    latest[number] = piece
                     yield number, piece
+        except (Disconnected, GeneratorExit):
+            ended = sum(piece.finish_reason is not None for piece in latest.values())
+            metrics.aborted(len(answering.handles) - ended)
+            raise
         finally:
             timer.cancel()
 
@@ -117,9 +126,10 @@ class Exchange:
                 await reply.part(chunk, self._api.media_type)
         await reply.end()
 
-    async def _refuse(self, error: ApiError, reply: Reply) -> None:
+    async def _refuse(self, error: ApiError, reply: Reply, scope: Scope) -> None:
         """Sends an error, as the end of the stream if one has begun."""
-        log.warning("%s: %d %s", reply.context.id, error.status, error)
+        log_error(scope, error, reply.context.id)
+        self._service.metrics.refused(error.code or str(error.status))
         if reply.begun:
             await reply.part(self._api.broken(error), self._api.media_type)
             await reply.end()
