@@ -1,11 +1,11 @@
 """`fastvlm generate`: one question about one or several images, streamed to stdout."""
 
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from fastvlm_mlx.cli.inputs import load_named, read_stdin, shortened
+from fastvlm_mlx.cli.answering import Asked, answer
+from fastvlm_mlx.cli.inputs import read_stdin, shortened
 from fastvlm_mlx.cli.options import (
     DEFAULT_MODEL,
     DEFAULT_PROMPT,
@@ -14,15 +14,12 @@ from fastvlm_mlx.cli.options import (
     Model,
     Resolution,
     Revision,
+    Warm,
     refuse,
 )
-from fastvlm_mlx.cli.terminal import ByteProgress, LiveLine, note, show, show_answer, show_json, warn_of_slow_blas
+from fastvlm_mlx.cli.showing import Showing
+from fastvlm_mlx.cli.terminal import LiveLine
 from fastvlm_mlx.cli.usage import is_given, usage_errors
-from fastvlm_mlx.errors import FastVLMError
-from fastvlm_mlx.formatting import as_text, readable_bytes
-
-if TYPE_CHECKING:
-    from fastvlm_mlx import Choice, FastVLM, FastVLMProcessor, GenerationResult
 
 
 def generate(
@@ -87,6 +84,7 @@ def generate(
         ),
     ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Token counts, speed and memory on stderr.")] = False,
+    warm: Warm = True,
 ) -> None:
     """Answer a question about images.
 
@@ -122,6 +120,8 @@ def generate(
         refuse([option for option, given in sampling.items() if given], "at temperature 0; give --temp, too")
 
     from fastvlm_mlx.engine.options import GenerationConfig
+    from fastvlm_mlx.warm.client import Holding
+    from fastvlm_mlx.warm.wire import Question
 
     with usage_errors():
         config = GenerationConfig(
@@ -134,156 +134,26 @@ def generate(
             seed=seed,
             stop=stop or (),
         )
-    sources, question = read_stdin(images or [], DEFAULT_PROMPT if prompt is None else prompt)
-
-    from concurrent.futures import ThreadPoolExecutor
-    from functools import partial
-
-    from fastvlm_mlx import choose, load, stream_generate
-    from fastvlm_mlx.inputs.images import load_image
-    from fastvlm_mlx.resolve import find, is_damaged, remake
-
-    read = partial(load_image, background=background, notify=_note_transparency)
-    with LiveLine() as line, ThreadPoolExecutor() as pool:  # images are decoded while weights are read
-        loading = [pool.submit(load_named, read, source, prompt) for source in sources]
-
-        def announce(message: str) -> None:
-            """Notes a slow step, such as a download, once every image is known to be one."""
-            for image in loading:
-                image.result()
-            note(message)
-
-        if find(model, revision=revision) is None:  # the Hub will be asked
-            for image in loading:
-                image.result()
-
-        def loaded() -> "tuple[FastVLM, FastVLMProcessor]":
-            line.wait_for(f"loading {model}")
-            with ByteProgress() as progress:
-                return load(
-                    model,
-                    dtype=dtype.value if dtype else None,
-                    revision=revision,
-                    notify=announce,
-                    progress=progress,
-                    lazy=True,
-                )
-
-        def ask(network: "FastVLM", processor: "FastVLMProcessor") -> None:
-            """Writes the answer, piece by piece."""
-            shown = [image.result() for image in loading]
-            warn_of_slow_blas()
-            line.wait_for(_activity(len(shown)))
-            if choice:
-                chosen.extend(
-                    choose(
-                        network,
-                        processor,
-                        choice,
-                        image=shown or None,
-                        prompt=question,
-                        system=system,
-                        resolution=resolution,
-                    )
-                )
-                return
-            for piece in stream_generate(
-                network,
-                processor,
-                image=shown or None,
-                prompt=question,
-                system=system,
-                resolution=resolution,
-                config=config,
-                free_tower=True,
-            ):
-                pieces.append(piece)
-                if as_json:
-                    line.show(f"answering: token {piece.generated_tokens}")
-                else:
-                    line.clear()
-                    show_answer(piece.text)
-
-        pieces: list[GenerationResult] = []
-        chosen: list[Choice] = []
-        network, processor = loaded()
-        try:
-            ask(network, processor)
-        except FastVLMError as error:
-            if pieces or not is_damaged(model, error, revision=revision):
-                raise
-            with ByteProgress() as progress:
-                remake(model, error, revision=revision, notify=announce, progress=progress)
-            ask(*loaded())
+    sources, text = read_stdin(images or [], DEFAULT_PROMPT if prompt is None else prompt)
+    question = Question(
+        prompt=text,
+        system=system,
+        resolution=resolution,
+        background=background,
+        config=config,
+        choices=choice or (),
+    )
     asked = {
         "model": model,
         "images": ["<stdin>" if name == "-" else shortened(name) for name in images or []],
-        "prompt": question,
+        "prompt": text,
     }
-    if choice:
-        _show_choices(chosen, asked if as_json else None)
-        return
-    text = "".join(piece.text for piece in pieces)
-    last = pieces[-1]
-    if as_json:
-        show_json(
-            {
-                **asked,
-                "text": text,
-                "token_ids": [token for piece in pieces for token in piece.token_ids],
-                **_statistics(last),
-            }
+    with LiveLine() as line:
+        showing = Showing(line, asked if as_json else None, verbose=verbose, max_tokens=max_tokens)
+        answer(
+            Asked(sources=sources, question=question, has_prompt=prompt is not None),
+            Holding(model=model, revision=revision, dtype=dtype.value if dtype else None),
+            showing,
+            warm=warm,
         )
-    else:
-        if not text.endswith("\n"):
-            show_answer("\n")
-        if last.finish_reason == "length":
-            more = "--max-tokens allows more" if last.generated_tokens >= max_tokens else "the context is full"
-            note(f"the answer was cut after {last.generated_tokens} tokens; {more}")
-    if verbose:
-        _summarize(last)
-
-
-def _show_choices(choices: "list[Choice]", asked: dict[str, Any] | None) -> None:
-    """Writes the choices, the most probable first: as JSON behind what was asked, or as a table."""
-    ranked = sorted(choices, key=lambda choice: -choice.probability)
-    if asked is not None:
-        show_json({**asked, "choices": [asdict(choice) for choice in ranked]})
-        return
-    rows = [(choice.text, f"{choice.probability:.1%}", f"{choice.corrected:.1%}") for choice in ranked]
-    show(as_text([("choice", "probability", "length-corrected"), *rows]))
-
-
-def _activity(images: int) -> str:
-    """What the model does before it answers."""
-    return "looking at the image" if images == 1 else "looking at the images" if images else "reading"
-
-
-def _note_transparency(name: str) -> None:
-    note(f"{name}: shows the colours stored in its transparent pixels; --background white shows white there")
-
-
-def _statistics(result: "GenerationResult") -> dict[str, Any]:
-    """The statistics of a finished answer: tokens, seconds by part, tokens per second, bytes."""
-    from fastvlm_mlx.backend import mx
-
-    return {
-        "prompt_tokens": result.prompt_tokens,
-        "visual_tokens": result.visual_tokens,
-        "generated_tokens": result.generated_tokens,
-        "finish_reason": result.finish_reason,
-        "timings": asdict(result.timings),
-        "tokens_per_second": result.tokens_per_second,
-        "peak_memory_bytes": mx.get_peak_memory(),
-    }
-
-
-def _summarize(result: "GenerationResult") -> None:
-    """Writes the statistics of a finished answer for the reader."""
-    from fastvlm_mlx.backend import mx
-
-    note(f"prompt: {result.prompt_tokens} tokens, {result.visual_tokens} of them visual")
-    note(f"answer: {result.generated_tokens} tokens, ended by {result.finish_reason}")
-    timings = ", ".join(f"{stage} {seconds:.3f} s" for stage, seconds in asdict(result.timings).items())
-    note(f"time:   {timings}; {result.tokens_per_second:.1f} tokens/s")
-    note(f"memory: {readable_bytes(mx.get_peak_memory())} at the peak")
+    showing.end()

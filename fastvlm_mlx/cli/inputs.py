@@ -2,15 +2,14 @@
 
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Any, TypeVar
 
 import typer
 
 from fastvlm_mlx.errors import ImageError, PromptError
 from fastvlm_mlx.formatting import printable
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
+_Loaded = TypeVar("_Loaded")
 
 
 def read_stdin(images: list[str], prompt: str) -> tuple[list[str | bytes], str]:
@@ -43,7 +42,7 @@ def _stdin() -> bytes:
     return data
 
 
-def load_named(load_image: Callable[[str | bytes], "Image"], source: str | bytes, prompt: str | None) -> "Image":
+def load_named(load_image: Callable[[Any], _Loaded], source: Any, *, has_prompt: bool) -> _Loaded:
     """An image; the error of one that looks like a question says how to ask it.
 
     Raises:
@@ -53,7 +52,7 @@ def load_named(load_image: Callable[[str | bytes], "Image"], source: str | bytes
         return load_image(source)
     except ImageError as err:
         missing = isinstance(err.__cause__, FileNotFoundError)
-        if missing and prompt is None and isinstance(source, str) and {" ", "?"} & set(source):
+        if missing and not has_prompt and isinstance(source, str) and {" ", "?"} & set(source):
             raise ImageError(f"{err}; if it is the question, put --prompt before it") from err
         raise
 

@@ -123,6 +123,14 @@ Background = Annotated[
         help="Show this colour, such as white, through transparent pixels. [default: what is stored in them]",
     ),
 ]
+Warm = Annotated[
+    bool,
+    typer.Option(
+        "--warm/--no-warm",
+        envvar="FASTVLM_WARM",
+        help="Use `fastvlm serve --background` where it runs.",
+    ),
+]
 LoadDType = Annotated[DType | None, typer.Option(metavar=choices(DType), help="Load the weights as this type.")]
 
 

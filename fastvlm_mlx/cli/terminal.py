@@ -73,12 +73,22 @@ def _write_result(text: str) -> None:
         raise OSError(err.errno, err.strerror, "stdout") from err
 
 
-def warn_of_slow_blas() -> None:
-    """Notes that MLX computes with the slow BLAS of its wheel, where it does."""
+def slow_blas() -> str:
+    """What to do about the slow BLAS of MLX's wheel; empty where MLX computes with another."""
     from fastvlm_mlx.backend import blas, device
 
-    if device() == "cpu" and blas().hint:
-        note(f"slow: MLX computes with its own BLAS, about 20 times slower than OpenBLAS; {blas().hint}")
+    return blas().hint if device() == "cpu" else ""
+
+
+def slow_note(hint: str) -> str:
+    """The note that MLX computes with its slow BLAS."""
+    return f"slow: MLX computes with its own BLAS, about 20 times slower than OpenBLAS; {hint}"
+
+
+def warn_of_slow_blas() -> None:
+    """Notes that MLX computes with the slow BLAS of its wheel, where it does."""
+    if hint := slow_blas():
+        note(slow_note(hint))
 
 
 def drop_stdout() -> None:
