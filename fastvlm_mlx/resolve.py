@@ -56,6 +56,14 @@ def find(name: StrPath, *, revision: str | None = None) -> Path | None:
     return folder if is_complete(folder) else None
 
 
+def settled(name: StrPath, *, revision: str | None = None) -> Path | None:
+    """The folder that `resolve` would return at once; None if it would ask the Hub or convert something first."""
+    folder = find(name, revision=revision)
+    if folder is None or (parse_name(name).path is None and _has_to_ask(folder, revision or "main")):
+        return None
+    return folder
+
+
 def check_names(names: Sequence[tuple[str | Path, str | None]]) -> None:
     """Checks the names and revisions of several checkpoints, before the first one costs a download.
 
@@ -245,21 +253,32 @@ def _newer_commit(folder: Path, repository: str, revision: str) -> str | None:
     None where that is not known. The Hub is asked at most once a day for each model, again after an hour if it did not
     answer, and never when it is switched off or the cache cannot be written to.
     """
-    if _COMMIT.fullmatch(revision) or _is_offline() or not os.access(folder.parent, os.W_OK):
-        return None
-    stamp = folder.with_name(f".{folder.name}.asked")
-    asked = max(file.stat().st_mtime for file in (folder / "config.json", stamp) if file.exists())
-    if 0 <= time.time() - asked < _DAY:
+    if not _has_to_ask(folder, revision):
         return None
 
     from fastvlm_mlx.convert.source.hub import newest_commit
 
     commit = newest_commit(repository, revision, timeout=_HUB_TIMEOUT)
+    stamp = _stamp(folder)
     with suppress(OSError):
         stamp.touch()
         if commit is None:
             os.utime(stamp, times=(time.time(), time.time() - _DAY + _HOUR))
     return commit if commit != _commit(folder) else None
+
+
+def _has_to_ask(folder: Path, revision: str) -> bool:
+    """Whether the Hub has to be asked where a branch points to."""
+    if _COMMIT.fullmatch(revision) or _is_offline() or not os.access(folder.parent, os.W_OK):
+        return False
+    files = (folder / "config.json", _stamp(folder))
+    asked = max(file.stat().st_mtime for file in files if file.exists())
+    return not 0 <= time.time() - asked < _DAY
+
+
+def _stamp(folder: Path) -> Path:
+    """The file whose time says when the Hub was asked about a conversion."""
+    return folder.with_name(f".{folder.name}.asked")
 
 
 def _commit(folder: Path) -> str | None:

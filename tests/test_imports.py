@@ -20,8 +20,8 @@ LAYERS: tuple[tuple[str | tuple[str, ...], ...], ...] = (
     ("checkpoint",),
     ("convert", "engine"),
     (("cache", "resolve"), "generation"),
-    ("jobs",),
-    (("bench", "doctor"), "server"),
+    ("jobs", "warm"),
+    (("bench", "doctor"), "server", "chat"),
     (("cli", "__main__"),),
 )
 # The same for the folders and files of convert/.
@@ -203,7 +203,9 @@ def calls(path: Path) -> set[str]:
     return {ast.unparse(node.func) for node in ast.walk(tree_of(path)) if isinstance(node, ast.Call)}
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if layer(p) not in ("bench", "doctor", "jobs", "cli")], ids=name)
+@pytest.mark.parametrize(
+    "path", [p for p in FILES if layer(p) not in ("bench", "doctor", "jobs", "warm", "cli")], ids=name
+)
 def test_the_json_of_checkpoints_is_decoded_in_one_place(path: Path) -> None:
     assert layer(path) == "schema" or not calls(path) & {"json.load", "json.loads"}
 

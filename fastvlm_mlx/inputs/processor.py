@@ -23,6 +23,7 @@ from fastvlm_mlx.inputs.tokenizer import END_OF_TEXT, IM_END, IM_START, Streamin
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from PIL.Image import Image
 
 
 _LONG = 8
@@ -144,6 +145,19 @@ class FastVLMProcessor:
         turns = conversation(prompt, _as_list(images), system, allow=allow)
         pixel_values = self._preprocess(_images(turns), resolution, background)
         return Inputs(processor=self, turns=turns, pixel_values=pixel_values)
+
+    def measure(
+        self, images: Sequence[Image], prompt: Prompt, *, resolution: Resolution = None, system: str | None = None
+    ) -> tuple[int, int]:
+        """The positions that a prompt takes, and how many of them are visual, without preparing its images.
+
+        Raises:
+            PromptError: If the prompt is empty or malformed, or its text far too long.
+            ConfigError: If the model cannot run at `resolution`.
+        """
+        input_ids = self.encode_turns(conversation(prompt, images, system))
+        side = choose_resolution(list(images), resolution, self.image_size)
+        return self.positions(input_ids, side), input_ids.count(IMAGE_TOKEN) * self.num_visual_tokens(side)
 
     def prepare_images(
         self,
