@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
@@ -25,6 +24,7 @@ from fastvlm_mlx.inputs.processor import FastVLMProcessor
 from fastvlm_mlx.jobs.fingerprints import checkpoint_files, versions
 from fastvlm_mlx.model.fastvlm import FastVLM
 from fastvlm_mlx.resolve import settled
+from fastvlm_mlx.schema import parse_object
 from fastvlm_mlx.server.api import ApiError
 from fastvlm_mlx.server.service import Answering, Service
 from fastvlm_mlx.warm.client import program
@@ -135,7 +135,7 @@ class WarmDoor:
             with self._busy():
                 await self._ask(body, receive, send)
         elif path == HELLO:
-            await _send(send, 200, await asyncio.to_thread(self._hello, json.loads(body)))
+            await _send(send, 200, await asyncio.to_thread(self._hello, parse_object(body, "the request")))
         elif path == STATUS:
             await _send(send, 200, self._status())
         elif path == STOP:
