@@ -19,14 +19,11 @@ from fastvlm_mlx.cli.options import (
 )
 from fastvlm_mlx.cli.terminal import ByteProgress, note, show, warn_of_slow_blas
 from fastvlm_mlx.cli.usage import is_given, usage_errors
-from fastvlm_mlx.errors import ConfigError
-from fastvlm_mlx.formatting import printable
 
 if TYPE_CHECKING:
     from fastvlm_mlx.generation.engine import Engine
 
 KEY_VARIABLE = "FASTVLM_API_KEY"
-_LARGEST_KEY_FILE = 100_000
 _SECRETS = (KEY_VARIABLE, "HF_TOKEN")
 _PASSED_ON = ("PATH", "HOME", "HF_HOME", "HF_HUB_OFFLINE", "FASTVLM_CACHE")
 
@@ -53,7 +50,7 @@ def serve(
         typer.Option(
             metavar="FILE",
             parser=user_path,
-            help=f"Keys of which each request must have one, a key on each line. [default: {KEY_VARIABLE}, or none]",
+            help=f"Keys of which each request must have one, a key on each line; {KEY_VARIABLE} may have more.",
         ),
     ] = None,
     no_auth: Annotated[bool, typer.Option("--no-auth", help="Listen on any --host without a key.")] = False,
@@ -121,6 +118,7 @@ def serve(
     and takes no more than it can answer; options open what is closed. A request without a temperature gets the most
     likely answer, unlike OpenAI's, where it would be 1. SIGTERM and Ctrl-C let answers end; a second one does not.
     """
+    from fastvlm_mlx.server.access import read_keys
     from fastvlm_mlx.server.settings import Settings
 
     if unix_socket is not None:
@@ -131,7 +129,7 @@ def serve(
             host=host,
             port=port,
             unix_socket=unix_socket,
-            api_keys=_keys(api_key_file),
+            api_keys=read_keys(api_key_file, os.environ.get(KEY_VARIABLE, "")),
             no_auth=no_auth,
             allowed_hosts=tuple(allow_host or ()),
             allow_origins=tuple(allow_origin or ()),
@@ -181,30 +179,6 @@ def serve(
 
     _log_to_stderr()
     run(make_app(service, settings), service, settings, load, notify=note)
-
-
-def _keys(file: Path | None) -> tuple[str, ...]:
-    """The keys of a file, or the one of the environment.
-
-    Raises:
-        ConfigError: If the file cannot be read or has none.
-    """
-    if file is None:
-        key = os.environ.get(KEY_VARIABLE, "").strip()
-        return (key,) if key else ()
-    from fastvlm_mlx.schema import read_small_file
-
-    data = read_small_file(file, _LARGEST_KEY_FILE)
-    if data is None:
-        raise ConfigError(f"{printable(file)}: no such file; --api-key-file names one with a key on each line")
-    try:
-        lines = [line.strip() for line in data.decode("ascii").splitlines()]
-    except UnicodeDecodeError as err:
-        raise ConfigError(f"{printable(file)}: keys must be ASCII") from err
-    keys = tuple(line for line in lines if line and not line.startswith("#"))
-    if not keys:
-        raise ConfigError(f"{printable(file)}: has no key; expected one on each line")
-    return keys
 
 
 def _log_to_stderr() -> None:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import os
 import re
 import socket
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from ipaddress import ip_address
 from pathlib import Path
 
 from fastvlm_mlx.errors import ConfigError
 from fastvlm_mlx.formatting import printable
-from fastvlm_mlx.server.settings import Settings
+from fastvlm_mlx.schema import read_small_file
+from fastvlm_mlx.server.settings import Settings, is_loopback
 
 KEY_VARIABLE = "FASTVLM_API_KEY"
 SHORTEST_KEY = 16
@@ -24,34 +24,32 @@ _LONGEST_KEY = 1000
 _LARGEST_FILE = 100_000
 
 
-def read_keys(file: Path | None = None, environment: Mapping[str, str] | None = None) -> tuple[str, ...]:
-    """The keys of a server: those in a file, one a line, and those in `FASTVLM_API_KEY`, with commas between them.
+def read_keys(file: Path | None, variable: str = "") -> tuple[str, ...]:
+    """The keys of a server: those in a file, one a line, and those in a variable, with commas between them.
 
     Lines of the file that begin with # are left out.
 
     Args:
-        file: The file.
-        environment: By default the one of this process.
+        file: The file; None for none.
+        variable: What `FASTVLM_API_KEY` holds.
 
     Raises:
         ConfigError: If the file cannot be read or has no key, or a key is too short or has other characters than
             printable ASCII without spaces.
     """
-    environment = os.environ if environment is None else environment
-    keys = [key.strip() for key in environment.get(KEY_VARIABLE, "").split(",") if key.strip()]
+    keys = [key.strip() for key in variable.split(",") if key.strip()]
     for key in keys:
         _check_key(key, KEY_VARIABLE)
     if file is None:
         return tuple(dict.fromkeys(keys))
     name = printable(file)
-    try:
-        with file.open("rb") as opened:
-            lines = opened.read(_LARGEST_FILE).decode().splitlines()
-    except (OSError, ValueError) as err:
-        raise ConfigError(f"{name}: the keys cannot be read ({getattr(err, 'strerror', None) or err})") from err
-    found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    data = read_small_file(file, _LARGEST_FILE)
+    if data is None:
+        raise ConfigError(f"{name}: no such file; --api-key-file names one with a key on each line")
+    lines = [line.strip() for line in data.decode("latin-1").splitlines()]
+    found = [line for line in lines if line and not line.startswith("#")]
     if not found:
-        raise ConfigError(f"{name}: there is no key in it; write one a line")
+        raise ConfigError(f"{name}: has no key; expected one on each line")
     for key in found:
         _check_key(key, name)
     return tuple(dict.fromkeys((*keys, *found)))
@@ -64,29 +62,6 @@ def _check_key(key: str, where: str) -> None:
             f"{where}: a key must have {SHORTEST_KEY} to {_LONGEST_KEY} letters, digits or signs, without spaces; "
             "'openssl rand -hex 24' makes one"
         )
-
-
-def check_reach(settings: Settings, *, no_auth: bool = False) -> None:
-    """Checks that who can reach the server needs a key, or that this was waived.
-
-    Raises:
-        ConfigError: If others than this machine's users can reach it without a key.
-    """
-    if settings.unix_socket is None and not is_loopback(settings.host) and not settings.api_keys and not no_auth:
-        raise ConfigError(
-            f"other machines can reach {printable(settings.host) or 'every address of this machine'}; set a key in "
-            f"{KEY_VARIABLE} or with --api-key-file, or give --no-auth if all of them may use the server"
-        )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address."""
-    if host.lower().rstrip(".") == "localhost":
-        return True
-    try:
-        return ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 class Keys:

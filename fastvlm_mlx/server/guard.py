@@ -126,7 +126,7 @@ class Guard:
             raise ApiError(
                 403 if host else 400,
                 f"the Host header names {printable(host, 80) or 'nothing'}, which is not this server; if it is, "
-                f"start the server with --allowed-host {printable(host_name(host) or 'NAME', 80)}",
+                f"start the server with --allow-host {printable(host_name(host) or 'NAME', 80)}",
                 kind="permission_error",
                 code="host_not_allowed",
             )

@@ -17,6 +17,8 @@ from fastvlm_mlx.server.settings import Settings
 
 HEAD_BYTES = 64 << 10
 """The most bytes of a request line and its headers."""
+KEEP_ALIVE_SECONDS = 75
+"""That a connection may wait for its next request; browsers and HTTP libraries give up earlier."""
 
 logger = logging.getLogger("fastvlm_mlx.server")
 

@@ -16,6 +16,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from fastvlm_mlx.generation.engine import Engine
+from fastvlm_mlx.server.protocol import HEAD_BYTES, KEEP_ALIVE_SECONDS, http_class
 from fastvlm_mlx.server.service import Service
 from fastvlm_mlx.server.settings import Settings
 from fastvlm_mlx.server.sockets import address, listen, remove
@@ -86,7 +87,9 @@ class Running:
     def __init__(self, app: ASGIApp, service: Service, settings: Settings, sockets: list[socket.socket]) -> None:
         config = uvicorn.Config(
             app,
-            http="h11",
+            http=http_class(settings),
+            h11_max_incomplete_event_size=HEAD_BYTES,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
             ws="none",
             loop="asyncio",
             lifespan="off",

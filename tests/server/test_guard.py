@@ -102,7 +102,7 @@ def test_another_host_is_refused_with_what_to_do():
     assert answer.error["code"] == "host_not_allowed"
     assert answer.error["message"] == (
         "the Host header names evil.example, which is not this server; if it is, start the server with "
-        "--allowed-host evil.example"
+        "--allow-host evil.example"
     )
 
 
@@ -239,7 +239,7 @@ def test_the_bytes_of_all_open_requests_are_bounded_and_given_back():
         statuses.append(await asyncio.to_thread(ask, door, b"12345") if not statuses else None)
         await echo(scope, parts(b""), send)
 
-    door = guard(Settings(max_queue_bytes=8), app=slow, retry_after=lambda: 7.4)
+    door = guard(Settings(max_queue_bytes=8, max_body_bytes=8), app=slow, retry_after=lambda: 7.4)
     statuses.append(None)
     assert ask(door, b"12345").status == 200
     statuses.clear()
