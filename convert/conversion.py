@@ -114,17 +114,22 @@ def convert_checkpoint(
         ConversionError: If the destination exists, there is no room for it, or a weight does not fit `dtype`.
         ImageError: If a calibration image cannot be read.
     """
+    from fastvlm_mlx.streams import own_stream
+
     target = vacant(destination)
-    with open_conversion(
-        source,
-        dtype=dtype,
-        revision=revision,
-        vision_from=vision_from,
-        dequantize=dequantize,
-        tie_word_embeddings=tie_word_embeddings,
-        notify=notify,
-        progress=progress,
-    ) as conversion:
+    with (
+        own_stream(),
+        open_conversion(
+            source,
+            dtype=dtype,
+            revision=revision,
+            vision_from=vision_from,
+            dequantize=dequantize,
+            tie_word_embeddings=tie_word_embeddings,
+            notify=notify,
+            progress=progress,
+        ) as conversion,
+    ):
         return conversion.write(target, calibration_images=calibration_images, progress=progress)
 
 
@@ -319,9 +324,7 @@ class Conversion:
             notify: Called with a label of the current step.
         """
         from fastvlm_mlx.convert.fold import peaks
-        from fastvlm_mlx.streams import check_process
 
-        check_process()
         pixels = peaks.images(images)
         for fold in self.folds:
             if next(iter(fold.outputs)).startswith("vision_tower."):

@@ -20,6 +20,7 @@ from fastvlm_mlx.convert.compare.probes import Probes
 from fastvlm_mlx.convert.progress import Notify
 from fastvlm_mlx.intervals import of_mean, wilson
 from fastvlm_mlx.model.fastvlm import FastVLM
+from fastvlm_mlx.streams import free_unused_memory
 
 ANSWER = 10
 """Positions of each answer that are compared."""
@@ -51,7 +52,7 @@ class Reference:
         notify("reference: images")
         visual = [_evaluated(model.encode_image(each.pixels)) for each in probes]
         model.free_vision_tower()
-        mx.clear_cache()
+        free_unused_memory()
         return [_answers(model, each, tokens, notify, length) for each, tokens in zip(probes, visual, strict=True)]
 
 

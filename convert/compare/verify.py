@@ -29,6 +29,7 @@ from fastvlm_mlx.convert.source.hub import check
 from fastvlm_mlx.errors import ConfigError, ConversionError
 from fastvlm_mlx.inputs.processor import FastVLMProcessor
 from fastvlm_mlx.schema import shown
+from fastvlm_mlx.streams import own_stream
 
 ROUNDING = 0.02
 """The tolerance for segments of unquantized checkpoints; float16 and bfloat16 stay well below it."""
@@ -161,6 +162,7 @@ class Verification:
         ]
 
 
+@own_stream()
 def verify(
     converted: str | Path,
     against: str | Path,

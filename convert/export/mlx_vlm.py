@@ -44,6 +44,7 @@ from fastvlm_mlx.convert.write.shards import Shard, ShardWriter, Stored, index, 
 from fastvlm_mlx.errors import CheckpointError
 from fastvlm_mlx.inputs.tokenizer import Tokenizer
 from fastvlm_mlx.schema import read_object
+from fastvlm_mlx.streams import own_stream
 
 MLX_VLM = Reader(
     tags=("mlx-vlm",),
@@ -65,6 +66,7 @@ _ROWS = tuple(f"{name}.{leaf}" for name in _DOUBLED for leaf in ("weight", "bias
 _COLUMNS = (".downsample.proj.weight", "se.reduce.weight", "mm_projector.0.weight")
 
 
+@own_stream()
 def export_mlx_vlm(
     source: str | Path, destination: str | Path, *, gates: Sequence[str] = (), progress: Progress | None = None
 ) -> QuantizationReport | None:

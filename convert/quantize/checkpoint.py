@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 
 from fastvlm_mlx.arguments import check_callable, check_kind, file_path, items
-from fastvlm_mlx.backend import mx
 from fastvlm_mlx.checkpoint.load import load_model
 from fastvlm_mlx.config import ModelConfig
 from fastvlm_mlx.convert.arrays import DTYPES, Packed, float32
@@ -42,11 +41,13 @@ from fastvlm_mlx.convert.write.files import (
 from fastvlm_mlx.convert.write.shards import ShardWriter, Stored, index, shards
 from fastvlm_mlx.errors import CheckpointError, ConversionError
 from fastvlm_mlx.inputs.processor import FastVLMProcessor
+from fastvlm_mlx.streams import free_unused_memory, own_stream
 
 Compensated = Mapping[str, tuple[Packed, WeightError]]
 """The layers that GPTQ has quantized, with their errors, by path."""
 
 
+@own_stream()
 def quantize_checkpoint(
     source: str | Path,
     destination: str | Path,
@@ -106,7 +107,7 @@ def quantize_checkpoint(
             )
         reference, answers = references[0], references[-1].answers
         del references  # the logits of long calibration answers take much memory
-        mx.clear_cache()
+        free_unused_memory()
         allocation, compensated = _calibrated(folder, quantization, allocation, probes, answers, meter)
         errors = write_weights(opened, out, config.dtype, allocation, compensated, meter)
         del compensated

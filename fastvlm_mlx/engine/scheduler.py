@@ -20,7 +20,7 @@ from fastvlm_mlx.errors import ConfigError, FastVLMError
 from fastvlm_mlx.model.fastvlm import FastVLM
 from fastvlm_mlx.model.kv_cache import KVCache
 from fastvlm_mlx.model.kv_slab import KVSlab
-from fastvlm_mlx.streams import check_process, turn
+from fastvlm_mlx.streams import check_process, free_unused_memory, turn
 
 _T = TypeVar("_T")
 
@@ -92,11 +92,6 @@ class Scheduler:
     def kv_usage(self) -> float:
         """The part, from 0 to 1, of the positions that may be set aside that the rows take; for any thread."""
         return self._positions(list(self._rows)) / self._max_positions if self._max_positions else 0.0
-
-    def free_unused_memory(self) -> None:
-        """Gives back the memory that is only kept for the next arrays."""
-        with turn():
-            mx.clear_cache()
 
     def add(self, rows: Iterable[Row]) -> None:
         """Lets rows join as soon as there is room."""
@@ -255,7 +250,7 @@ class Scheduler:
         self._reset()
         if self._prefix_cache is not None:
             self._prefix_cache.clear()
-        mx.clear_cache()
+        free_unused_memory()
         if len(rows) == 1:
             rows[0].error = _for_the_user(error)
             self._suspects.discard(rows[0])

@@ -22,6 +22,7 @@ from fastvlm_mlx.generation.request import Handle, Request
 from fastvlm_mlx.inputs.processor import FastVLMProcessor
 from fastvlm_mlx.machine import describe
 from fastvlm_mlx.model.fastvlm import FastVLM
+from fastvlm_mlx.streams import free_unused_memory
 
 PREPARING_THREADS = 2
 """Threads that read and resize images while the model computes."""
@@ -276,7 +277,7 @@ class _Worker:
     def _take_in(self) -> bool:
         """Whether there is something to do, after waiting for that; False when the worker is closed."""
         if not self.scheduler.is_busy and not self._wait(IDLE_SECONDS):
-            self.scheduler.free_unused_memory()
+            free_unused_memory()
             self._wait(None)
         with self._changed:
             arrived, self._arrived = self._arrived, []
