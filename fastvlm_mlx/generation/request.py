@@ -70,6 +70,11 @@ class Handle:
         """Whether it has ended: with an answer, with an error, or cancelled."""
         return self._done
 
+    @property
+    def error(self) -> BaseException | None:
+        """Why it has no whole answer, once it is done; `CancelledError` if it was cancelled."""
+        return self._error
+
     def cancel(self) -> None:
         """Ends it at the next step, wherever it is; without effect when it is done."""
         self.cancelled = True

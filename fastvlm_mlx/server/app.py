@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from email.utils import formatdate
 from typing import Any
 
 from starlette.applications import Starlette
@@ -10,8 +11,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from fastvlm_mlx import __version__
 from fastvlm_mlx.formatting import printable
 from fastvlm_mlx.server import health, models
 from fastvlm_mlx.server.api import Api, ApiError, openai_error
@@ -22,6 +24,7 @@ from fastvlm_mlx.server.page import page
 from fastvlm_mlx.server.service import Service
 from fastvlm_mlx.server.settings import Settings
 
+SERVER = f"fastvlm-mlx/{__version__}".encode()
 APIS: tuple[Api, ...] = (ChatCompletions(),)
 
 
@@ -37,7 +40,30 @@ def make_app(service: Service, settings: Settings) -> ASGIApp:
         exception_handlers={HTTPException: _http_error, 500: _bug},
     )
     app.router.redirect_slashes = False
-    return Guard(app, settings, error=error_body, metrics=service.metrics, retry_after=service.retry_after)
+    guarded = Guard(app, settings, error=error_body, metrics=service.metrics, retry_after=service.retry_after)
+    return Dated(guarded)
+
+
+class Dated:
+    """Adds the headers that HTTP wants of every server.
+
+    Args:
+        app: The application that answers.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers a request."""
+
+        async def send_dated(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                date = formatdate(usegmt=True).encode()
+                message["headers"] = [*message["headers"], (b"date", date), (b"server", SERVER)]
+            await send(message)
+
+        await self._app(scope, receive, send_dated)
 
 
 def _routes(service: Service, settings: Settings) -> Sequence[BaseRoute]:

@@ -18,9 +18,10 @@ from fastvlm_mlx.errors import FastVLMError
 from fastvlm_mlx.formatting import printable
 from fastvlm_mlx.generation.result import GenerationResult
 from fastvlm_mlx.schema import parse_object
+from fastvlm_mlx.server.answering import Answering, collect
 from fastvlm_mlx.server.api import Api, ApiError, Context, Question
 from fastvlm_mlx.server.guard import log_error
-from fastvlm_mlx.server.service import Answering, Service, collect
+from fastvlm_mlx.server.service import Service
 from fastvlm_mlx.server.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -97,13 +98,14 @@ class Exchange:
         """
         loop = asyncio.get_running_loop()
         settings = self._settings
-        timer = loop.call_later(settings.queue_seconds, answering.fail, self._service.late())
+        waiting = loop.call_later(settings.queue_seconds, lambda: answering.fail(self._service.late()))
+        answer = loop.call_later(settings.answer_seconds, answering.cut)
         metrics = self._service.metrics
         latest: dict[int, GenerationResult] = {}
         try:
             async with aclosing(answering.pieces()) as pieces:
                 async for number, piece in pieces:
-                    timer.cancel()
+                    waiting.cancel()
                     metrics.piece(piece, latest.get(number))
                     latest[number] = piece
                     yield number, piece
@@ -112,7 +114,8 @@ class Exchange:
             metrics.aborted(len(answering.handles) - ended)
             raise
         finally:
-            timer.cancel()
+            waiting.cancel()
+            answer.cancel()
 
     async def _stream(
         self,

@@ -13,7 +13,7 @@ from fastvlm_mlx.server.events import event
 from fastvlm_mlx.server.fields import Fields
 from fastvlm_mlx.server.logprobs import read_logprobs, shown_logprobs
 from fastvlm_mlx.server.messages import read_messages, read_resolution
-from fastvlm_mlx.server.sampling import read_config
+from fastvlm_mlx.server.sampling import read_config, without_effect
 
 MEANING = {
     "tools": "this server calls no tools",
@@ -51,7 +51,7 @@ class ChatCompletions:
         context.service.check(model)
         _refuse(fields)
         conversation = read_messages(fields.array("messages"), context)
-        count = fields.whole("n", 1, least=1, most=context.settings.max_choices) or 1
+        count = fields.whole("n", 1, least=1, most=context.service.most_requests) or 1
         stream = fields.flag("stream")
         stream_options = fields.object("stream_options")
         usage = stream_options.flag("include_usage") if stream_options else False
@@ -68,7 +68,7 @@ class ChatCompletions:
             requests=several(request, count),
             stream=stream,
             model=model,
-            warnings=(*fields.unknown(), *conversation.warnings),
+            warnings=(*fields.unknown(), *conversation.warnings, *without_effect(config, count)),
             options={"include_usage": usage},
         )
 
@@ -142,7 +142,7 @@ def usage(results: Sequence[GenerationResult]) -> dict[str, Any]:
         "completion_tokens": answers,
         "total_tokens": prompt + answers,
         "prompt_tokens_details": {
-            "cached_tokens": results[0].reused_tokens,
+            "cached_tokens": min(result.reused_tokens for result in results),
             "image_tokens": results[0].visual_tokens,
         },
     }

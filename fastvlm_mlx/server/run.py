@@ -8,7 +8,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -107,6 +107,7 @@ class Running:
         self._ended = threading.Event()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="fastvlm-server", daemon=True)
+        self._error: BaseException | None = None
         self._draining: asyncio.Task[None] | None = None
 
     def __enter__(self) -> Running:
@@ -117,8 +118,14 @@ class Running:
         self.end()
 
     def wait(self) -> None:
-        """Waits until the server has ended; signals are handled meanwhile."""
+        """Waits until the server has ended; signals are handled meanwhile.
+
+        Raises:
+            BaseException: Whatever has ended the server, if `stop` and `end` did not.
+        """
         self._ended.wait()
+        if self._error is not None:
+            raise self._error
 
     def stop(self) -> None:
         """Begins to end: nothing new is answered, and what is on its way may end within `drain_seconds`."""
@@ -151,15 +158,18 @@ class Running:
 
     def _call(self, function: Callable[[], Any]) -> None:
         """Calls a function in the server's thread, unless it has ended."""
-        if not self._ended.is_set():
+        with suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(function)
 
     def _run(self) -> None:
         try:
             self._loop.run_until_complete(self._server.serve(sockets=self._sockets))
+        except BaseException as error:
+            self._error = error
+            raise
         finally:
-            self._ended.set()
             self._loop.close()
+            self._ended.set()
 
     def _begin_to_drain(self) -> None:
         self._draining = self._draining or self._loop.create_task(self._drain())

@@ -37,7 +37,7 @@ def read_config(
     """
     names = names or {}
     most = context.settings.max_tokens
-    given = [limit for name in limits if (limit := fields.whole(name, least=1)) is not None]
+    given = [limit for name in limits if (limit := _limit(fields, name)) is not None]
     seed = fields.whole(names.get("seed", "seed"), least=-1, most=LARGEST_SEED)
     temperature = fields.number(
         names.get("temperature", "temperature"), context.settings.temperature, least=0.0, most=100.0
@@ -58,6 +58,22 @@ def read_config(
         stop=fields.texts(names.get("stop", "stop"), MOST_STOP_STRINGS),
         **more,
     )
+
+
+def without_effect(config: GenerationConfig, count: int = 1) -> list[str]:
+    """The settings that change nothing, since the most probable token is taken each time; for warnings."""
+    if config.temperature:
+        return []
+    settings = {"top_p": config.top_p < 1, "top_k": config.top_k, "min_p": config.min_p, "n": count > 1}
+    names = [name for name, given in {**settings, "seed": config.seed is not None}.items() if given]
+    return [f"{name} (the temperature is 0)" for name in names]
+
+
+def _limit(fields: Fields, name: str) -> int | None:
+    """The length of an answer; None for no limit, which some clients write as -1."""
+    if fields.value(name) == -1:
+        return None
+    return fields.whole(name, least=1)
 
 
 def _logit_bias(fields: Fields) -> dict[int, float]:

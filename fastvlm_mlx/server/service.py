@@ -5,16 +5,15 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
 from fastvlm_mlx.errors import QueueFullError
 from fastvlm_mlx.formatting import counted, names
 from fastvlm_mlx.generation.engine import Engine
-from fastvlm_mlx.generation.request import Handle, Request
-from fastvlm_mlx.generation.result import GenerationResult, whole
+from fastvlm_mlx.generation.request import Request
 from fastvlm_mlx.schema import shown
+from fastvlm_mlx.server.answering import Answering
 from fastvlm_mlx.server.api import ApiError
 from fastvlm_mlx.server.metrics import Metrics
 from fastvlm_mlx.server.settings import Settings
@@ -116,6 +115,12 @@ class Service:
         return self.engine.is_alive and self.engine.step_seconds < STALLED_SECONDS
 
     @property
+    def most_requests(self) -> int:
+        """The most answers that one question may ask for."""
+        room = self.engine.max_batch + self.settings.max_queue if self.engine else 1
+        return min(self.settings.max_choices, room)
+
+    @property
     def running(self) -> int:
         """Requests on their way."""
         return sum(len(answering.handles) for answering in self._open)
@@ -185,7 +190,7 @@ class Service:
         """
         self.check_ready(len(requests))
         assert self.engine is not None
-        answering = Answering(asyncio.get_running_loop())
+        answering = Answering()
         try:
             for request in requests:
                 answering.handles.append(self.engine.submit(request, wait=False, on_change=answering.wake))
@@ -203,76 +208,6 @@ class Service:
             self._rate.add(len(answering.handles))
         answering.cancel()
         self._open.discard(answering)
-
-
-class Answering:
-    """Answers on their way, for an event loop.
-
-    Args:
-        loop: The event loop.
-
-    Attributes:
-        handles: One for each request.
-    """
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.handles: list[Handle] = []
-        self._loop = loop
-        self._changed = asyncio.Event()
-        self._error: Exception | None = None
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether nothing is missing."""
-        return all(handle.done and not handle.cancelled for handle in self.handles)
-
-    def wake(self, _: Handle) -> None:
-        """Lets `pieces` look again; from any thread."""
-        with suppress(RuntimeError):  # the loop is closed
-            self._loop.call_soon_threadsafe(self._changed.set)
-
-    def cancel(self) -> None:
-        """Ends all that is not done, at the next step."""
-        for handle in self.handles:
-            handle.cancel()
-
-    def fail(self, error: Exception) -> None:
-        """Ends all that is not done, and lets `pieces` raise an error."""
-        self._error = self._error or error
-        self.cancel()
-        self._changed.set()
-
-    async def pieces(self) -> AsyncGenerator[tuple[int, GenerationResult], None]:
-        """The pieces of all answers as they come, each with its request's place.
-
-        Raises:
-            FastVLMError: If one cannot be given, or `fail` was called.
-        """
-        seen = dict.fromkeys(range(len(self.handles)), 0)
-        while seen:
-            self._changed.clear()
-            for number in list(seen):
-                pieces, done = self.handles[number].since(seen[number])
-                for piece in pieces:
-                    yield number, piece
-                if self._error is not None:
-                    raise self._error
-                seen[number] += len(pieces)
-                if done:
-                    self.handles[number].result()
-                    del seen[number]
-            if seen:
-                await self._changed.wait()
-        if self._error is not None:
-            raise self._error
-
-
-async def collect(pieces: AsyncIterator[tuple[int, GenerationResult]], count: int) -> list[GenerationResult]:
-    """The whole answers that the pieces of `count` requests make."""
-    collected: list[list[GenerationResult]] = [[] for _ in range(count)]
-    async for number, piece in pieces:
-        collected[number].append(piece)
-    return [whole(each) for each in collected]
 
 
 class Rate:

@@ -25,8 +25,9 @@ from fastvlm_mlx.jobs.fingerprints import checkpoint_files, versions
 from fastvlm_mlx.model.fastvlm import FastVLM
 from fastvlm_mlx.resolve import settled
 from fastvlm_mlx.schema import parse_object
+from fastvlm_mlx.server.answering import Answering
 from fastvlm_mlx.server.api import ApiError
-from fastvlm_mlx.server.service import Answering, Service
+from fastvlm_mlx.server.service import Service
 from fastvlm_mlx.warm.client import program
 from fastvlm_mlx.warm.wire import (
     ASK,
