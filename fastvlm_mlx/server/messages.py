@@ -13,6 +13,7 @@ from fastvlm_mlx.inputs.sources import Allow
 from fastvlm_mlx.schema import shown
 from fastvlm_mlx.server.api import ApiError, Context
 from fastvlm_mlx.server.fields import Fields
+from fastvlm_mlx.server.media import Images
 from fastvlm_mlx.server.settings import LOW_RESOLUTION
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -105,7 +106,7 @@ class _Reader:
     def __init__(self, context: Context) -> None:
         self.details: list[str] = []
         self.warnings: list[str] = []
-        self._context = context
+        self._images = Images(context.settings)
 
     def message(self, value: object, where: str) -> Message:
         if not isinstance(value, Mapping):
@@ -164,11 +165,8 @@ class _Reader:
         else:
             where = f"{where}.image_url"
         if not isinstance(value, str):
-            raise ApiError(400, f"{where} must be a data: URL, not {shown(value)}", param=where)
+            raise ApiError(
+                400, f"{where} must be a data: URL, not {shown(value)}", param=where, code="invalid_parameter"
+            )
         self.details.append(detail or "auto")
-        if len(self.details) > self._context.settings.max_images:
-            most = self._context.settings.max_images
-            raise ApiError(400, f"{where}: there are more than {most} images, the most in a request", param=where)
-        if value[:5].lower() != "data:":
-            raise ApiError(400, f"{where}: images must be data: URLs here", param=where)
-        return value
+        return self._images.read(value, where)
