@@ -84,8 +84,8 @@ def _kernel_folders() -> Iterator[Path]:
         yield cache_folder()
 
 
-def main() -> None:
-    """Runs the command line; the entry point of `fastvlm` and `fastvlm-mlx`."""
+def prepare_process() -> None:
+    """Sets up streams, signals and memory; for a process that does nothing else than run this program."""
     open_missing_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # an answer may hold characters that the terminal's encoding lacks
@@ -95,4 +95,9 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     tune_allocator()
     kernels.move_to_own_folder(_kernel_folders())
+
+
+def main() -> None:
+    """Runs the command line; the entry point of `fastvlm` and `fastvlm-mlx`."""
+    prepare_process()
     app()

@@ -13,6 +13,8 @@ HELP = {
     "generate": "Answer a question about images.",
     "caption": "Caption whole folders.",
     "serve": "Answer other programs over HTTP, and people on a page.",
+    "status": "Say whether a background server keeps a model warm.",
+    "stop": "End the background server.",
     "convert": "Convert a checkpoint to MLX.",
     "quantize": "Quantize a checkpoint and report what that cost.",
     "verify": "Compare a checkpoint with its source.",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fastvlm_mlx.cli.background import start
 from fastvlm_mlx.cli.options import (
     DEFAULT_MODEL,
     MODEL_HELP,
@@ -108,6 +109,16 @@ def serve(
     warmup: Annotated[
         bool, typer.Option("--warmup/--no-warmup", help="Answer a question before the first request comes.")
     ] = True,
+    background: Annotated[
+        bool,
+        typer.Option(
+            "--background", help="Keep the model warm for `fastvlm generate`, `caption` and `chat`, out of sight."
+        ),
+    ] = False,
+    idle: Annotated[
+        float,
+        typer.Option(metavar="MINUTES", min=0.0, help="With --background, end after so long without a question."),
+    ] = 30.0,
     print_launchd: Annotated[
         bool, typer.Option("--print-launchd", help="Print the property list for macOS's launchd, and stop.")
     ] = False,
@@ -118,6 +129,12 @@ def serve(
     and takes no more than it can answer; options open what is closed. A request without a temperature gets the most
     likely answer, unlike OpenAI's, where it would be 1. SIGTERM and Ctrl-C let answers end; a second one does not.
     """
+    if background:
+        _refuse_with_background(context)
+        start(model, revision=revision, dtype=dtype.value if dtype else None, max_batch=max_batch, idle=idle)
+        return
+    refuse(["--idle"] if is_given(context, "idle") else [], "without --background")
+
     from fastvlm_mlx.server.access import read_keys
     from fastvlm_mlx.server.settings import Settings
 
@@ -179,6 +196,14 @@ def serve(
 
     _log_to_stderr()
     run(make_app(service, settings), service, settings, load, notify=note)
+
+
+def _refuse_with_background(context: typer.Context) -> None:
+    """Refuses options for what listens on the network, or is open to programs that send requests."""
+    used = ("model", "revision", "dtype", "max_batch", "idle", "background")
+    parameters = {str(each.name): each.opts[0] for each in context.command.params}
+    given = [option for name, option in parameters.items() if name not in used and is_given(context, name)]
+    refuse(given, "with --background")
 
 
 def _log_to_stderr() -> None:

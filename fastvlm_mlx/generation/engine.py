@@ -50,6 +50,7 @@ class Engine:
 
     Attributes:
         max_batch: As a number.
+        model: From `load`.
         processor: From `load`.
 
     Raises:
@@ -71,6 +72,7 @@ class Engine:
         self.max_batch = default_rows(positions) if is_auto else whole(max_batch, "max_batch")
         queue_size = 2 * self.max_batch if queue_size is None else whole(queue_size, "queue_size", 0)
         cache = PrefixCache() if prefix_cache is None else prefix_cache
+        self.model = model
         self.processor = processor
         self._room = threading.Semaphore(self.max_batch + queue_size)
         self._preparing = ThreadPoolExecutor(PREPARING_THREADS, thread_name_prefix="fastvlm-prepare")

@@ -8,22 +8,23 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import CancelledError
 from contextlib import aclosing, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from fastvlm_mlx.backend import blas, device, mx
+from fastvlm_mlx.backend import blas, compute_dtype, device, mx
 from fastvlm_mlx.cache import use
+from fastvlm_mlx.config import ModelConfig
 from fastvlm_mlx.errors import FastVLMError
 from fastvlm_mlx.generation.choose import choose
 from fastvlm_mlx.generation.request import Request
 from fastvlm_mlx.inputs.images import load_image
 from fastvlm_mlx.inputs.processor import FastVLMProcessor
-from fastvlm_mlx.jobs.fingerprints import checkpoint_files, versions
-from fastvlm_mlx.model.fastvlm import FastVLM
-from fastvlm_mlx.resolve import settled
+from fastvlm_mlx.jobs.fingerprints import checkpoint_files, checkpoint_fingerprint, versions
+from fastvlm_mlx.machine import cache_folder
+from fastvlm_mlx.resolve import resolve, settled
 from fastvlm_mlx.schema import parse_object
 from fastvlm_mlx.server.answering import Answering
 from fastvlm_mlx.server.api import ApiError
@@ -49,47 +50,57 @@ _MOST_BYTES = 2 << 30
 """Of a question; a file of an image may have half of that."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Held:
-    """The model that a background server holds, and the files that it was loaded from.
+    """The model that a background server holds, and the files that it is loaded from.
 
     Attributes:
-        name: As it was asked for.
         folder: The converted checkpoint.
-        dtype: The type to load the weights as that was asked for; None for the stored one.
-        weights: The checkpoint's fingerprint.
+        dtype: The type that the weights are loaded as.
         computes: The type that the model computes in.
-        model: The model.
         files: Of the checkpoint, with numbers that change when they do.
+        program: What has to be the same in whoever asks.
     """
 
-    name: str
     folder: Path
-    dtype: str | None
-    weights: str
+    dtype: str
     computes: str
-    model: FastVLM
-    files: list[list[int]] = field(init=False)
+    files: list[list[int]]
+    program: dict[str, Any]
 
-    def __post_init__(self) -> None:
-        """Looks at the files."""
-        self.files = self._versions()
+    @classmethod
+    def of(cls, wanted: Mapping[str, Any]) -> Held:
+        """What `Holding.record` describes; converts it into the cache if necessary.
 
-    def _versions(self) -> list[list[int]]:
-        return versions([*checkpoint_files(self.folder), self.folder / "config.json"])
+        Raises:
+            FastVLMError: If there is no such checkpoint.
+        """
+        folder = resolve(_name(wanted), revision=wanted["revision"])
+        dtype = wanted["dtype"] or ModelConfig.from_path(folder).dtype
+        computes = str(compute_dtype(dtype)).rpartition(".")[2]
+        return cls(folder=folder, dtype=dtype, computes=computes, files=_files(folder), program=program())
 
     def is_what(self, wanted: Mapping[str, Any]) -> bool:
         """Whether it is what `Holding.record` describes, and its files are as they were."""
-        name = str(wanted["model"])
-        same = {key: wanted.get(key) for key in program()} == program() and wanted["dtype"] == self.dtype
-        if not same:
+        if any(wanted.get(key) != value for key, value in self.program.items()):
             return False
         with suppress(FastVLMError, OSError):
-            folder = settled(Path(name) if wanted["on_disk"] else name, revision=wanted["revision"])
-            if folder is not None and folder.samefile(self.folder) and self._versions() == self.files:
-                use(self.folder)
-                return True
+            folder = settled(_name(wanted), revision=wanted["revision"])
+            if folder is None or not folder.samefile(self.folder) or _files(folder) != self.files:
+                return False
+            dtype = wanted["dtype"] or ModelConfig.from_path(folder).dtype
+            use(folder)
+            return bool(dtype == self.dtype)
         return False
+
+
+def _name(wanted: Mapping[str, Any]) -> Path | str:
+    name = str(wanted["model"])
+    return Path(name) if wanted["on_disk"] else name
+
+
+def _files(folder: Path) -> list[list[int]]:
+    return versions([*checkpoint_files(folder), folder / "config.json"])
 
 
 class WarmDoor:
@@ -186,7 +197,7 @@ class WarmDoor:
         return {
             "holds": True,
             "pid": os.getpid(),
-            "weights": held.weights,
+            "weights": checkpoint_fingerprint(held.folder, cache_folder() / "digests.json"),
             "dtype": held.computes,
             "max_batch": engine.max_batch,
             "slow": blas().hint if device() == "cpu" else "",
@@ -225,10 +236,10 @@ class WarmDoor:
         return {"size": {"prompt_tokens": tokens, "visual_tokens": visual, "context_length": processor.context_length}}
 
     def _choose(self, question: Question, images: list[Image]) -> dict[str, Any]:
-        held = self.held
-        assert held is not None
+        engine = self._service.engine
+        assert engine is not None
         choices = choose(
-            held.model,
+            engine.model,
             self._processor,
             question.choices,
             image=images or None,

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fastvlm_mlx.errors import FastVLMError
 from fastvlm_mlx.formatting import printable
@@ -117,7 +118,7 @@ class Place:
         Raises:
             WarmError: If the system refuses.
         """
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener = OwnersSocket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self.socket_file.unlink(missing_ok=True)
             earlier = os.umask(0o177)
@@ -185,6 +186,22 @@ class Place:
         except OSError:
             pass
         return None
+
+
+class OwnersSocket(socket.socket):
+    """A socket that accepts no connection of other users, where the system tells who connects."""
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """The next connection.
+
+        Raises:
+            ConnectionAbortedError: If it is another user's.
+        """
+        connection, address = super().accept()
+        if peer_user(connection) not in (None, os.geteuid(), 0):
+            connection.close()
+            raise ConnectionAbortedError("another user's connection")
+        return connection, address
 
 
 def _process(data: bytes) -> int:
