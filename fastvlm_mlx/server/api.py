@@ -115,6 +115,18 @@ class Api(Protocol):
         """The last part of a stream that an error ends."""
 
 
+class Known:
+    """Part of an API whose answers need no model: none is streamed."""
+
+    async def stream(
+        self, question: Question, pieces: AsyncIterator[tuple[int, GenerationResult]], context: Context
+    ) -> AsyncGenerator[bytes, None]:
+        """Nothing."""
+        nothing: tuple[bytes, ...] = ()
+        for part in nothing:
+            yield part
+
+
 def openai_error(error: ApiError) -> dict[str, Any]:
     """An error in OpenAI's shape."""
     return {"error": {"message": str(error), "type": error.kind, "param": error.param, "code": error.code}}

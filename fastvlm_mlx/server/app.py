@@ -15,17 +15,31 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastvlm_mlx import __version__
 from fastvlm_mlx.formatting import printable
-from fastvlm_mlx.server import health, models
+from fastvlm_mlx.server import health, models, ollama_models
+from fastvlm_mlx.server.anthropic import CountTokens, Messages
 from fastvlm_mlx.server.api import Api, ApiError, openai_error
 from fastvlm_mlx.server.exchange import Exchange
 from fastvlm_mlx.server.guard import Guard
+from fastvlm_mlx.server.ollama import Chat, Generate, Ollama
+from fastvlm_mlx.server.ollama_models import Show
 from fastvlm_mlx.server.openai_chat import ChatCompletions
+from fastvlm_mlx.server.openai_responses import Responses
 from fastvlm_mlx.server.page import page
 from fastvlm_mlx.server.service import Service
 from fastvlm_mlx.server.settings import Settings
 
 SERVER = f"fastvlm-mlx/{__version__}".encode()
-APIS: tuple[Api, ...] = (ChatCompletions(),)
+APIS: tuple[Api, ...] = (
+    ChatCompletions(),
+    Responses(),
+    Messages(),
+    CountTokens(),
+    Generate(),
+    Chat(),
+    Show(),
+)
+SHAPES = {"/api/": Ollama().error, Messages.path: Messages().error}
+"""The shapes of errors by the beginnings of addresses; OpenAI's is that of all others."""
 
 
 def make_app(service: Service, settings: Settings) -> ASGIApp:
@@ -70,6 +84,7 @@ def _routes(service: Service, settings: Settings) -> Sequence[BaseRoute]:
     return [
         *(Route(api.path, Exchange(api, service, settings), methods=["POST"]) for api in APIS),
         *models.routes(service),
+        *ollama_models.routes(service),
         *health.routes(service),
         Route("/", page),
     ]
@@ -77,9 +92,9 @@ def _routes(service: Service, settings: Settings) -> Sequence[BaseRoute]:
 
 def error_body(path: str, error: ApiError) -> Mapping[str, Any]:
     """An error in the shape of the API that a path belongs to."""
-    for api in APIS:
-        if api.path == path:
-            return api.error(error)
+    for prefix, shape in SHAPES.items():
+        if path.startswith(prefix):
+            return shape(error)
     return openai_error(error)
 
 

@@ -24,7 +24,7 @@ _MEANING = {
     "function_call": "this server calls no functions",
     "audio": "this server hears no sound",
 }
-_HARMLESS = ("refusal", "annotations", "reasoning", "reasoning_content")
+_HARMLESS = ("refusal", "annotations", "reasoning", "reasoning_content", "logprobs", "cache_control")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +136,7 @@ class _Reader:
         if not isinstance(value, Mapping):
             raise ApiError(400, f"{where} must be an object, not {shown(value)}", param=where)
         fields = Fields(value, f"{where}.")
+        fields.ignore(*_HARMLESS)
         kind = fields.text("type")
         if kind in ("text", "input_text", "output_text"):
             text = fields.text("text")

@@ -48,6 +48,8 @@ class Service:
         license: Of the weights; empty if unknown.
         max_model_len: The most positions of prompt and answer together.
         native_resolution: Pixels per side that the weights are tuned at.
+        parameters: The number of its weights; 0 if unknown.
+        size_bytes: The bytes of its tensors on disk; 0 if unknown.
         engine: What answers; None while the model loads.
         metrics: What is counted.
     """
@@ -62,6 +64,8 @@ class Service:
         self.license = ""
         self.max_model_len = 0
         self.native_resolution = 0
+        self.parameters = 0
+        self.size_bytes = 0
         self.engine: Engine | None = None
         self._open: set[Answering] = set()
         self._rate = Rate()

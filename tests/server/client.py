@@ -28,6 +28,17 @@ class Response:
         lines = [line.removeprefix("data: ") for line in self.body.decode().split("\n\n") if line]
         return [line if line == "[DONE]" else json.loads(line) for line in lines]
 
+    @property
+    def named_events(self) -> list[tuple[str, Any]]:
+        """The name and the JSON of each server-sent event."""
+        pairs = [event.split("\ndata: ") for event in self.body.decode().split("\n\n") if event]
+        return [(name.removeprefix("event: "), json.loads(data)) for name, data in pairs]
+
+    @property
+    def lines(self) -> list[Any]:
+        """The JSON of each line."""
+        return [json.loads(line) for line in self.body.decode().splitlines()]
+
 
 class Call:
     """A request on its way; await `response`, or `go_away`."""
