@@ -1,10 +1,12 @@
 """Files that a user names for results: written whole or not at all."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,6 +14,9 @@ from typing import Any, BinaryIO
 
 from fastvlm_mlx.errors import ConfigError
 from fastvlm_mlx.formatting import printable
+
+_PATIENCE = 10.0
+"""Seconds to wait for another process that writes to the same file."""
 
 
 def check_output(path: Path) -> None:
@@ -27,9 +32,8 @@ def check_output(path: Path) -> None:
             return
         if path.exists():
             path.open("ab").close()
-        partial = _partial(path)
-        partial.touch()
-        partial.unlink()
+        with _partial_file(path):
+            pass
 
 
 def write_output(path: Path, content: bytes) -> None:
@@ -54,15 +58,58 @@ def writing(path: Path) -> Iterator[BinaryIO]:
             with path.open("wb") as file:
                 yield file
             return
-        partial = _partial(path)
-        try:
-            with partial.open("wb") as file:
-                yield file
+        with _partial_file(path) as (partial, file):
+            yield file
+            file.flush()
             with suppress(FileNotFoundError):
                 shutil.copymode(os.path.realpath(path), partial)
             os.replace(partial, os.path.realpath(path))
-        finally:
-            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _partial_file(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
+    """Opens the file that the content of `path` is written to first, and removes it unless it was renamed.
+
+    Its name follows from `path` alone, so the next run uses what a killed one left. A lock keeps others out meanwhile.
+    """
+    partial = _partial(path)
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        with open(partial, "wb", opener=lambda name, flags: os.open(name, flags & ~os.O_TRUNC, 0o666)) as file:
+            if _lock(file, deadline) and _is_at(file, partial):  # who held the lock has renamed or removed it
+                try:
+                    file.truncate(0)
+                    yield partial, file
+                finally:
+                    if _is_at(file, partial):
+                        partial.unlink()
+                return
+
+
+def _lock(file: BinaryIO, deadline: float) -> bool:
+    """Whether no other process or thread writes to `file`.
+
+    Raises:
+        BlockingIOError: If one still does at the deadline.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if time.monotonic() > deadline:
+            raise BlockingIOError(errno.EBUSY, "another process is writing it") from None
+        time.sleep(0.02)
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True
+
+
+def _is_at(file: BinaryIO, path: Path) -> bool:
+    """Whether an open file is the one that is called `path` now."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 @contextmanager
@@ -84,7 +131,7 @@ def _is_stream(path: Path) -> bool:
 def _partial(path: Path) -> Path:
     """Where the content of `path` is written first: beside the file, or beside the target of a link."""
     target = Path(os.path.realpath(path))
-    ending = f".partial-{os.getpid()}"
+    ending = ".partial"
     name = os.fsencode(target.name)
     if len(name) + len(ending) > 254:  # of the 255 bytes that a name may have
         return target.with_name(f".{hashlib.sha256(name).hexdigest()}{ending}")
