@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from email.utils import formatdate
+from functools import partial
 from typing import Any
 
 from starlette.applications import Starlette
@@ -15,11 +16,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastvlm_mlx import __version__
 from fastvlm_mlx.formatting import printable
-from fastvlm_mlx.server import health, models, ollama_models
+from fastvlm_mlx.server import health, models, ollama_models, openapi
 from fastvlm_mlx.server.anthropic import CountTokens, Messages
 from fastvlm_mlx.server.api import Api, ApiError, openai_error
 from fastvlm_mlx.server.exchange import Exchange
-from fastvlm_mlx.server.guard import Guard
+from fastvlm_mlx.server.guard import Guard, log_error
 from fastvlm_mlx.server.ollama import Chat, Generate, Ollama
 from fastvlm_mlx.server.ollama_models import Show
 from fastvlm_mlx.server.openai_chat import ChatCompletions
@@ -51,7 +52,7 @@ def make_app(service: Service, settings: Settings) -> ASGIApp:
     """
     app = Starlette(
         routes=_routes(service, settings),
-        exception_handlers={HTTPException: _http_error, 500: _bug},
+        exception_handlers={HTTPException: partial(_http_error, service), 500: _bug},
     )
     app.router.redirect_slashes = False
     guarded = Guard(app, settings, error=error_body, metrics=service.metrics, retry_after=service.retry_after)
@@ -81,13 +82,14 @@ class Dated:
 
 
 def _routes(service: Service, settings: Settings) -> Sequence[BaseRoute]:
-    return [
+    table = [
         *(Route(api.path, Exchange(api, service, settings), methods=["POST"]) for api in APIS),
         *models.routes(service),
         *ollama_models.routes(service),
         *health.routes(service),
         Route("/", page),
     ]
+    return [*table, openapi.route(settings, [route.path for route in table], service.name)]
 
 
 def error_body(path: str, error: ApiError) -> Mapping[str, Any]:
@@ -98,20 +100,23 @@ def error_body(path: str, error: ApiError) -> Mapping[str, Any]:
     return openai_error(error)
 
 
-async def _http_error(request: Request, error: Exception) -> Response:
+async def _http_error(service: Service, request: Request, error: Exception) -> Response:
     """Answers what no address takes."""
     assert isinstance(error, HTTPException)
-    path = printable(request.url.path)
-    reasons = {
-        404: f"there is nothing at {path}; /openapi.json lists what there is",
-        405: f"{path} does not take {printable(request.method)}",
+    path = request.scope["path"]
+    codes = {404: "not_found", 405: "method_not_allowed"}
+    messages = {
+        404: f"there is nothing at {printable(path)}; /openapi.json lists what there is",
+        405: f"{printable(path)} does not take {printable(request.method)}",
     }
-    message = reasons.get(error.status_code, str(error.detail))
-    body = error_body(request.url.path, ApiError(error.status_code, message, code="not_found"))
-    return JSONResponse(body, error.status_code, headers=error.headers)
+    status = error.status_code
+    refusal = ApiError(status, messages.get(status, str(error.detail)), code=codes.get(status, "refused"))
+    log_error(request.scope, refusal)
+    service.metrics.refused(str(refusal.code))
+    return JSONResponse(error_body(path, refusal), status, headers=error.headers)
 
 
 async def _bug(request: Request, error: Exception) -> Response:
     """Answers what must not happen; the log has the traceback."""
     bug = ApiError(500, f"{type(error).__name__} in the server; its log says where", kind="server_error", code="bug")
-    return JSONResponse(error_body(request.url.path, bug), 500)
+    return JSONResponse(error_body(request.scope["path"], bug), 500)
