@@ -55,6 +55,7 @@ def read_config(
         frequency_penalty=fields.number("frequency_penalty", 0.0, least=-2.0, most=2.0) or 0.0,
         logit_bias=_logit_bias(fields),
         seed=None if seed == -1 else seed,
+        ignore_eos=fields.flag("ignore_eos"),
         stop=fields.texts(names.get("stop", "stop"), MOST_STOP_STRINGS),
         **more,
     )

@@ -43,10 +43,15 @@ class Response:
 class Call:
     """A request on its way; await `response`, or `go_away`."""
 
-    def __init__(self, app: Any, method: str, path: str, body: bytes, headers: dict[str, str], chunk: int) -> None:
+    def __init__(
+        self, app: Any, method: str, path: str, body: bytes, headers: dict[str, str], chunk: int, cut: bool
+    ) -> None:
         self.response = Response()
         self._gone = asyncio.Event()
+        self._cut = cut
         self._part = asyncio.Event()
+        self._reading = asyncio.Event()
+        self._reading.set()
         self._chunks = [body[start : start + chunk] for start in range(0, len(body), chunk)] or [b""]
         scope = {
             "type": "http",
@@ -67,11 +72,12 @@ class Call:
     async def _receive(self) -> dict[str, Any]:
         if self._chunks:
             chunk = self._chunks.pop(0)
-            return {"type": "http.request", "body": chunk, "more_body": bool(self._chunks)}
+            return {"type": "http.request", "body": chunk, "more_body": bool(self._chunks) or self._cut}
         await self._gone.wait()
         return {"type": "http.disconnect"}
 
     async def _send(self, message: dict[str, Any]) -> None:
+        await self._reading.wait()
         if self._gone.is_set():
             raise OSError("the client has gone")
         if message["type"] == "http.response.start":
@@ -84,6 +90,10 @@ class Call:
     async def first_part(self) -> None:
         """Waits until something of the body is here."""
         await asyncio.wait_for(self._part.wait(), 30)
+
+    def stop_reading(self) -> None:
+        """Takes no more of the response."""
+        self._reading.clear()
 
     async def go_away(self) -> None:
         """Closes the connection, and waits until the server is done with it."""
@@ -103,13 +113,18 @@ class Client:
         self._app = app
         self._headers = {"host": "127.0.0.1:8000", **(headers or {})}
 
-    def begin(self, method: str, path: str, body: Any = None, *, chunk: int = 1 << 16, **headers: str) -> Call:
-        """Sends a request; the answer may be waited for. A `bytes` body goes out as it is, all else as JSON."""
+    def begin(
+        self, method: str, path: str, body: Any = None, *, chunk: int = 1 << 16, cut: bool = False, **headers: str
+    ) -> Call:
+        """Sends a request; the answer may be waited for. A `bytes` body goes out as it is, all else as JSON.
+
+        Of a body that is `cut`, the end never comes.
+        """
         data = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
         more = {name.replace("_", "-"): value for name, value in headers.items()}
         length = {"content-length": str(len(data))} if method == "POST" else {}
         all_headers = {**self._headers, "content-type": "application/json", **length, **more}
-        return Call(self._app, method, path, data, all_headers, chunk)
+        return Call(self._app, method, path, data, all_headers, chunk, cut)
 
     async def ask(self, method: str, path: str, body: Any = None, **options: Any) -> Response:
         """Sends a request, and waits for the whole response."""

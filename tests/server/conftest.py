@@ -35,10 +35,10 @@ def serving(demo) -> Callable[..., object]:
     """`with serving(max_queue=1, max_batch=1) as (client, service)`: an app with an engine of its own."""
 
     @contextmanager
-    def serve(max_batch: int = 4, **options: object) -> Iterator[tuple[Client, Service]]:
+    def serve(max_batch: int = 4, model: object = demo, **options: object) -> Iterator[tuple[Client, Service]]:
         settings = Settings(**options)
         service = Service("demo", settings, aliases=("fastvlm-demo",))
-        with Engine(*demo, max_batch=max_batch, queue_size=settings.max_queue + settings.max_choices) as engine:
+        with Engine(*model, max_batch=max_batch, queue_size=settings.max_queue + settings.max_choices) as engine:
             service.start(engine)
             yield Client(make_app(service, settings)), service
 
