@@ -6,16 +6,22 @@ Everything happens in one warm process; the measurements take turns, so that a b
 - **captioning**: pictures per second of `Engine.map`, each picture new, from the file to its last token, beside
   `generate` for one at a time.
 
-Answers have a fixed length, as end tokens are ignored.
+Answers have a fixed length, as end tokens are ignored. mlx-vlm's `batch_generate` is measured beside it, with prompts
+of one length since it ends in an error for others, if an environment and a model for it are named:
 
     python benchmarks/throughput.py                        # 0.5b, random weights; about 10 minutes on two cores
     python benchmarks/throughput.py --model 0.5b --resolution 512 --record
+    python benchmarks/throughput.py --mlx-vlm ENV/bin/python MODEL
 """
 
 import argparse
 import json
+import os
 import platform
 import re
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -116,12 +122,43 @@ class Captioning:
         return count / (time.perf_counter() - start)
 
 
-def measure(candidate: Candidate, options: argparse.Namespace) -> tuple[Samples, Samples]:
-    """Returns the samples of decoding and of captioning."""
+def peer(options: argparse.Namespace) -> float:
+    """Returns pictures per second of mlx-vlm, in a process of its own, as many at a time as pictures it gets.
+
+    Raises:
+        SystemExit: If it fails, or an answer of it is shorter.
+    """
+    python, model = options.mlx_vlm
+    images = Images()
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder, f"{number}.jpg") for number in range(options.peer_pictures)]
+        for number, file in enumerate(files):
+            file.write_bytes(images(number))
+        settings = {"resolution": options.resolution, "max_tokens": options.max_tokens, "batch": len(files)}
+        request = {"model": model, "images": [str(file) for file in files], "prompt": PROMPT, **settings}
+        preload = {"LD_PRELOAD": "libopenblas.so.0"} if sys.platform == "linux" else {}
+        done = subprocess.run(
+            [python, HERE / "peer_batch.py", json.dumps(request)],
+            env={**os.environ, "HF_HUB_OFFLINE": "1", **preload},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if done.returncode:
+        raise SystemExit(f"error: mlx-vlm failed:\n{done.stderr[-2000:]}")
+    result = json.loads(done.stdout.splitlines()[-1])
+    if result["tokens"] < 0.98 * len(files) * options.max_tokens:  # it does not count the last token of an answer
+        raise SystemExit(f"error: mlx-vlm gave {result['tokens']} tokens, not {len(files) * options.max_tokens}")
+    return len(files) / float(result["seconds"])
+
+
+def measure(candidate: Candidate, options: argparse.Namespace) -> tuple[Samples, Samples, list[float]]:
+    """Returns the samples of decoding and of captioning, and those of mlx-vlm's captioning."""
     captioning = Captioning(candidate, options.resolution, options.max_tokens)
     captioning.alone(1)
     decoded: Samples = {}
     captioned: Samples = {}
+    peers: list[float] = []
     for run in range(options.runs):
         for rows in options.rows:
             rate = decoding(candidate, rows, options.resolution)
@@ -135,14 +172,17 @@ def measure(candidate: Candidate, options: argparse.Namespace) -> tuple[Samples,
                     rate = captioning.together(engine, options.pictures)
             captioned.setdefault(str(batch), []).append(rate)
             print(f"run {run + 1}/{options.runs}: {batch} at a time caption {rate:.3f} pictures/s", flush=True)
-    return decoded, captioned
+        if options.mlx_vlm:
+            peers.append(peer(options))
+            print(f"run {run + 1}/{options.runs}: mlx-vlm captions {peers[-1]:.3f} pictures/s", flush=True)
+    return decoded, captioned, peers
 
 
 def report(
-    candidate: Candidate, options: argparse.Namespace, before: Conditions, samples: tuple[Samples, Samples]
+    candidate: Candidate, options: argparse.Namespace, before: Conditions, samples: tuple[Samples, Samples, list[float]]
 ) -> dict[str, Any]:
     """Returns the JSON object with every sample."""
-    names = ("resolution", "max_tokens", "pictures", "alone", "runs")
+    names = ("resolution", "max_tokens", "pictures", "alone", "peer_pictures", "runs")
     return {
         "conditions": before.to_dict(),
         "model": candidate.name,
@@ -150,6 +190,7 @@ def report(
         "settings": {name: getattr(options, name) for name in names},
         "decoding": samples[0],
         "captioning": samples[1],
+        "mlx_vlm": samples[2],
     }
 
 
@@ -169,11 +210,19 @@ def table(values: dict[str, Any]) -> Iterator[str]:
     yield as_markdown([header, *rows])
     settings = values["settings"]
     machine = Conditions.from_dict(values["conditions"]).machine
+    peers = values.get("mlx_vlm", [])
+    count = settings.get("peer_pictures")
+    ours = median(values["captioning"].get(str(count), [0.0]))
+    beside = ""
+    if peers:
+        beside = f" mlx-vlm's `batch_generate` captions {median(peers):.3f} pictures/s with {count} at once"
+        beside += f", a factor of {ours / median(peers):.1f}." if ours else "."
     yield ""
     yield (
         f"{values['model']}, {values['dtype']}, {settings['resolution']} px, captions of {settings['max_tokens']} "
         f"tokens; {settings['pictures']} pictures, or {settings['alone']} one at a time; medians of {settings['runs']} "
         f"runs that took turns in one process. Measured {where(machine)}: {machine.chip}, {machine.cores} cores."
+        f"{beside}"
     )
 
 
@@ -202,6 +251,8 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 16], help="to caption at once; 1 among them")
     parser.add_argument("--pictures", type=int, default=64)
     parser.add_argument("--alone", type=int, default=6, help="pictures that are captioned one at a time")
+    parser.add_argument("--mlx-vlm", nargs=2, metavar=("PYTHON", "MODEL"), help="measure mlx-vlm, too")
+    parser.add_argument("--peer-pictures", type=int, default=16, help="pictures that mlx-vlm captions at once")
     parser.add_argument("--max-tokens", type=int, default=48)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--record", action="store_true", help="replace the tracked results and tables at the end")
