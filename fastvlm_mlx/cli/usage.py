@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from fastvlm_mlx.cli.terminal import complain, drop_stdout
+from fastvlm_mlx.cli.values import convert_plainly
 from fastvlm_mlx.errors import FastVLMError, GateError
 from fastvlm_mlx.formatting import printable
 
@@ -36,6 +37,12 @@ _REASONS = {
 
 class _Help:
     """Help without the names of Python's types: what a value is, is said by its metavar."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Reads the values of the command line."""
+        convert_plainly(self.get_params(ctx))  # type: ignore[attr-defined]
+        rest: list[str] = super().parse_args(ctx, args)  # type: ignore[misc]
+        return rest
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """`SOURCE` for a required argument, `[SOURCE]` for another."""
