@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$p && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: setup demo test lint fmt fuzz stress bench bench-peers dist help
+.PHONY: setup demo test test-clients lint fmt fuzz stress bench bench-peers dist help
 
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
@@ -36,6 +36,15 @@ demo: setup ## set up and ask the demo model about two pictures, offline
 
 test: setup ## run the test suite (ARGS='-k name' selects)
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+
+# An environment without MLX; the server of these tests runs in the other one.
+.venv-clients/.installed: Makefile
+	test -x .venv-clients/bin/python || $(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/python -m pip install --quiet --disable-pip-version-check pytest openai anthropic ollama langchain-openai
+	@touch $@
+
+test-clients: setup .venv-clients/.installed ## run the official client packages against a real server
+	FASTVLM_PYTHON=$(BIN)/python .venv-clients/bin/python -m pytest -W default --confcutdir=tests/server/clients tests/server/clients $(ARGS)
 
 fuzz: setup ## run N=5000 damaged inputs from SEED=0 on, or one CASE=class:seed; ends with a table
 	$(BIN)/python -m tests.fuzz.driver --number $(or $(N),5000) --seed $(or $(SEED),0) $(if $(CASE),--case $(CASE)) $(ARGS)

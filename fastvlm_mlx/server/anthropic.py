@@ -171,9 +171,8 @@ def _read_conversation(fields: Fields, context: Context) -> Conversation:
         else:
             messages.append(message)
     if messages[-1]["role"] == "assistant":
-        raise ApiError(
-            400, "the last message must be the user's; the beginning of an answer cannot be given", param="messages"
-        )
+        message = "the last message must be the user's; the beginning of an answer cannot be given"
+        raise ApiError(400, message, param="messages", code="unsupported_content")
     if system := _blocks(fields.value("system") or [], "system"):
         messages.insert(0, {"role": "system", "content": system})
     return read_messages(messages, context)
@@ -182,7 +181,7 @@ def _read_conversation(fields: Fields, context: Context) -> Conversation:
 def _message(value: Any, where: str) -> dict[str, Any]:
     """A message in OpenAI's shape."""
     if not isinstance(value, dict):
-        raise ApiError(400, f"{where} must be an object, not {shown(value)}", param=where)
+        raise ApiError(400, f"{where} must be an object, not {shown(value)}", param=where, code="invalid_parameter")
     fields = Fields(value, f"{where}.")
     role = fields.text("role", among=("user", "assistant", "system"))
     if role is None or "content" not in fields:
@@ -195,7 +194,12 @@ def _blocks(value: Any, where: str) -> list[dict[str, Any]]:
     if isinstance(value, str):
         return [{"type": "text", "text": value}]
     if not isinstance(value, list):
-        raise ApiError(400, f"{where} must be a text or a list of blocks, not {shown(value)}", param=where)
+        raise ApiError(
+            400,
+            f"{where} must be a text or a list of blocks, not {shown(value)}",
+            param=where,
+            code="invalid_parameter",
+        )
     parts = [_part(block, f"{where}[{number}]") for number, block in enumerate(value)]
     return [part for part in parts if part is not None]
 
@@ -215,6 +219,7 @@ def _part(block: Any, where: str) -> dict[str, Any] | None:
         400,
         f"{where} must be a text block, or an image block with a base64 or url source, not {shown(block)}",
         param=where,
+        code="unsupported_content",
     )
 
 

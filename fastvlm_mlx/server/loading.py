@@ -9,6 +9,7 @@ import numpy as np
 
 from fastvlm_mlx import __version__
 from fastvlm_mlx.arguments import StrPath
+from fastvlm_mlx.checkpoint.describe import parts, tensors
 from fastvlm_mlx.checkpoint.released import ALIASES, DEMO
 from fastvlm_mlx.config import ModelConfig
 from fastvlm_mlx.engine.options import GenerationConfig
@@ -59,6 +60,9 @@ def load_engine(
     weights = checkpoint_fingerprint(folder, cache_folder() / "digests.json", progress)
     service.fingerprint = f"fp_{weights[:12]}_{__version__}"
     service.license = license_of(service.name, config)
+    sizes = parts(config, tensors(folder)).values()
+    service.parameters = sum(part.parameters for part in sizes)
+    service.size_bytes = sum(part.size_bytes for part in sizes)
     service.created = int((folder / "config.json").stat().st_mtime)
     engine = Engine(network, processor, max_batch=max_batch, queue_size=settings.max_queue + settings.max_choices)
     try:

@@ -172,7 +172,9 @@ def _content(text: str | None, images: list[Any], where: str) -> list[dict[str, 
     parts: list[dict[str, Any]] = [{"type": "text", "text": text}] if text or not images else []
     for number, image in enumerate(images):
         if not isinstance(image, str) or not image:
-            raise ApiError(400, f"{where}[{number}] must be an image in base64, not {shown(image)}")
+            place = f"{where}[{number}]"
+            message = f"{place} must be an image in base64, not {shown(image)}"
+            raise ApiError(400, message, param=place, code="invalid_parameter")
         url = image if image[:5].lower() == "data:" else f"data:;base64,{image}"
         parts.append({"type": "image_url", "image_url": {"url": url}})
     return parts

