@@ -171,8 +171,8 @@ def _read_conversation(fields: Fields, context: Context) -> Conversation:
         else:
             messages.append(message)
     if messages[-1]["role"] == "assistant":
-        message = "the last message must be the user's; the beginning of an answer cannot be given"
-        raise ApiError(400, message, param="messages", code="unsupported_content")
+        reason = "the last message must be the user's; the beginning of an answer cannot be given"
+        raise ApiError(400, reason, param="messages", code="unsupported_content")
     if system := _blocks(fields.value("system") or [], "system"):
         messages.insert(0, {"role": "system", "content": system})
     return read_messages(messages, context)
