@@ -99,7 +99,6 @@ def names_of(model: str) -> tuple[str, tuple[str, ...]]:
 
 def license_of(name: str, config: ModelConfig) -> str:
     """The licence of the weights as the Hub calls it; empty if it is not known."""
-    source = config.source.get("name") or name
-    if source.startswith("apple/"):
+    if any(each.startswith("apple/") for each in (name, config.source.get("name") or "")):
         return APPLE_LICENSE
     return "mit" if name == DEMO else ""
