@@ -187,9 +187,8 @@ class Reply:
         self.begun = True
         more = {"x-request-id": self.context.id}
         if self.warnings:
-            more["x-fastvlm-warning"] = (
-                printable(f"ignored: {', '.join(self.warnings)}").encode("ascii", "backslashreplace").decode()
-            )
+            warning = printable(f"ignored: {', '.join(self.warnings)}").strip()  # h11 takes no other value
+            more["x-fastvlm-warning"] = warning.encode("ascii", "backslashreplace").decode()
         raw = [(name.encode(), value.encode("latin-1")) for name, value in {**headers, **more}.items()]
         await self._message({"type": "http.response.start", "status": status, "headers": raw})
 

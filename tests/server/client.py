@@ -5,6 +5,8 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+import h11
+
 
 @dataclass
 class Response:
@@ -81,6 +83,7 @@ class Call:
         if self._gone.is_set():
             raise OSError("the client has gone")
         if message["type"] == "http.response.start":
+            h11.Response(status_code=message["status"], headers=message["headers"])  # refuses what no header can be
             self.response.status = message["status"]
             self.response.headers = {name.decode(): value.decode("latin-1") for name, value in message["headers"]}
         elif message.get("body"):
