@@ -173,8 +173,9 @@ def _read_conversation(fields: Fields, context: Context) -> Conversation:
     if messages[-1]["role"] == "assistant":
         reason = "the last message must be the user's; the beginning of an answer cannot be given"
         raise ApiError(400, reason, param="messages", code="unsupported_content")
-    if system := _blocks(fields.value("system") or [], "system"):
-        messages.insert(0, {"role": "system", "content": system})
+    system = fields.value("system")
+    if system not in (None, "", []):
+        messages.insert(0, {"role": "system", "content": _blocks(system, "system")})
     return read_messages(messages, context)
 
 
