@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import replace
@@ -42,6 +43,8 @@ _MACHINE = (
     "use_mlock",
 )
 """Options about where a model runs; they change nothing here."""
+
+_PLACE = re.compile(r"\[img(?:-\d+)?\]\n?")
 
 
 class Ollama:
@@ -168,7 +171,11 @@ def _message(value: Any, where: str) -> Any:
 
 
 def _content(text: str | None, images: list[Any], where: str) -> list[dict[str, Any]]:
-    """Text and images in base64 as parts of a message."""
+    """Text and images in base64 as parts of a message.
+
+    A text may mark the places of its images; here, every image comes before the text.
+    """
+    text = _PLACE.sub("", text or "", count=len(images)) if images else text
     parts: list[dict[str, Any]] = [{"type": "text", "text": text}] if text or not images else []
     for number, image in enumerate(images):
         if not isinstance(image, str) or not image:

@@ -95,6 +95,16 @@ def test_a_conversation_with_a_picture_is_continued(serving, demo):
     assert answer.headers["x-fastvlm-warning"] == "ignored: messages[2].mood"
 
 
+def test_the_marks_that_frigate_puts_in_the_place_of_images_are_no_text(serving, demo):
+    with serving() as (client, _):
+        content = f"{COUNT}\n[img]\nThe second frame:\n[img]\nWrite [img] if unsure."
+        answer = chatted(client, {"role": "user", "content": content, "images": [PICTURE, PICTURE]}, stream=False)
+    text = f"{COUNT}\nThe second frame:\nWrite [img] if unsure."
+    expected = generate(*demo, image=[SAMPLES / "sample-1.png"] * 2, prompt=text)
+    assert answer.json["prompt_eval_count"] == expected.prompt_tokens
+    assert answer.json["message"]["content"] == expected.text
+
+
 def test_photoprisms_stop_string_and_a_system_text_count(serving, demo):
     with serving() as (client, _):
         answer = generated(
