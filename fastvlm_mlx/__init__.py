@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fastvlm_mlx.errors import PromptError as PromptError
     from fastvlm_mlx.errors import QueueFullError as QueueFullError
     from fastvlm_mlx.errors import RangeError as RangeError
+    from fastvlm_mlx.errors import SchemaError as SchemaError
     from fastvlm_mlx.generation.choose import choose as choose
     from fastvlm_mlx.generation.engine import Engine as Engine
     from fastvlm_mlx.generation.generate import generate as generate
@@ -67,6 +68,7 @@ _HOME = {
     "PromptError": "errors",
     "GateError": "errors",
     "RangeError": "errors",
+    "SchemaError": "errors",
     "Allow": "inputs.sources",
     "ImageSource": "inputs.sources",
     "Message": "inputs.prompts",
@@ -102,6 +104,7 @@ __all__ = [
     "QueueFullError",
     "RangeError",
     "Request",
+    "SchemaError",
     "Timings",
     "TokenLogprob",
     "__version__",

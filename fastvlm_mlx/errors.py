@@ -20,6 +20,10 @@ class ConfigError(FastVLMError):
     """A config.json, a setting or an argument that cannot be used."""
 
 
+class SchemaError(ConfigError):
+    """A schema that answers cannot be made to follow."""
+
+
 class CheckpointError(FastVLMError):
     """A checkpoint that is missing, incomplete, damaged or of an unknown layout."""
 

@@ -104,7 +104,7 @@ def parse_object(
         values = json.loads(
             text, parse_float=_finite, parse_constant=_finite, object_pairs_hook=_unique if unique else None
         )
-        too_deep = _is_deeper(values, levels)
+        too_deep = is_deeper(values, levels)
         if not too_deep and _SURROGATE.search(text):
             json.dumps(values, ensure_ascii=False).encode()
     except RecursionError:
@@ -133,11 +133,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _is_deeper(values: Any, most: int) -> bool:
+def is_deeper(values: Any, most: int) -> bool:
     """Whether more than `most` objects and lists are within each other."""
     level = [values]
     for _ in range(most + 1):
-        level = [node for node in level if isinstance(node, (dict, list))]
+        level = [node for node in level if isinstance(node, (dict, list, tuple))]
         if not level:
             return False
         level = [child for node in level for child in (node.values() if isinstance(node, dict) else node)]

@@ -18,7 +18,7 @@ LAYERS: tuple[tuple[str | tuple[str, ...], ...], ...] = (
     (("kernels", "backend", "machine", "streams", "config"),),
     ("inputs", "model"),
     ("checkpoint",),
-    ("convert", "engine"),
+    ("convert", "engine", "structured"),
     (("cache", "resolve"), "generation"),
     ("jobs", "warm"),
     (("bench", "doctor"), "server", "chat"),

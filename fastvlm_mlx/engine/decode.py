@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from fastvlm_mlx.backend import mx
 from fastvlm_mlx.config import IMAGE_TOKEN
 from fastvlm_mlx.engine.choices import score
+from fastvlm_mlx.engine.constraint import Constraint
 from fastvlm_mlx.engine.logprobs import TokenLogprob
 from fastvlm_mlx.engine.options import GenerationConfig
 from fastvlm_mlx.engine.prefix_cache import PrefixCache, PrefixKey, prefix_key
@@ -25,6 +26,7 @@ class RowDecoder:
     Args:
         model: Prepared for the device.
         config: How to choose tokens.
+        constraint: What the answer has to follow, at its beginning; None for nothing.
         pixel_values: (images, R, R, 3), uint8; zero images for a prompt without any.
         prefix_cache: What earlier prompts left, and where this one leaves its own.
         free_tower: Whether `model` will be shown no other images: see `FastVLM.prefill`.
@@ -32,6 +34,7 @@ class RowDecoder:
 
     Attributes:
         reused: Tokens of the prompt whose keys and values came from the prefix cache; known after the first token.
+        complete: Whether the answer fulfils its constraint with the token that `tokens` yielded last.
         logprob: Of the token that `tokens` yielded last, if the config asks for it.
     """
 
@@ -41,17 +44,20 @@ class RowDecoder:
         config: GenerationConfig,
         pixel_values: NDArray[np.uint8],
         *,
+        constraint: Constraint | None = None,
         prefix_cache: PrefixCache | None = None,
         free_tower: bool = False,
         on_submit: Callable[[], None] | None = None,
     ) -> None:
         self._model = model
         self._config = config
+        self._constraint = constraint
         self._pixel_values = pixel_values
         self._prefix_cache = prefix_cache
         self._free_tower = free_tower
         self._visual_tokens: mx.array | None = None
         self.reused = 0
+        self.complete = False
         self.logprob: TokenLogprob | None = None
         if prefix_cache is not None:
             prefix_cache.bind(model)
@@ -64,7 +70,8 @@ class RowDecoder:
         """The token ids of the answer, one by one, end tokens included, at most `max_tokens`.
 
         The first is computed together with everything that it depends on, as one graph, and read before anything else
-        is done. Each later step is submitted before the one before it is read.
+        is done. Each later step is submitted before the one before it is read; with a constraint, its logits are, and
+        the constraint finds out what is allowed while they are computed.
 
         Args:
             input_ids: (T,) of the prompt, an image's as `IMAGE_TOKEN`.
@@ -75,28 +82,36 @@ class RowDecoder:
         """
         decoder = self._model.language_model
         with turn():
-            sampler = Sampler(self._config, [token for token in input_ids if token != IMAGE_TOKEN])
+            sampler = Sampler(self._config, [token for token in input_ids if token != IMAGE_TOKEN], self._constraint)
             logits, cache, keep = self._prefill(input_ids)
-            submitted = sample(logits, [sampler])
-            mx.async_eval(submitted)
+            submitted = _choose(logits, sampler)
         first = self._read(submitted, sampler)
         try:
             yield first
         finally:
             keep()
-        waiting = None
+        is_read = True
         for _ in range(1, max_tokens):
             with turn():
-                submitted = sample(decoder(submitted[:, None], cache)[:, -1], [sampler])
-                mx.async_eval(submitted)
-            if waiting is not None:
-                yield self._read(waiting, sampler)
-            waiting = submitted
-        if waiting is not None:
-            yield self._read(waiting, sampler)
+                logits = decoder(submitted[:, None], cache)[:, -1]
+                if self._constraint is None:
+                    following = _choose(logits, sampler)
+                else:
+                    mx.async_eval(logits)
+            latest = None if is_read else self._read(submitted, sampler)
+            if self._constraint is not None:
+                with turn():
+                    following = _choose(logits, sampler)
+            if latest is not None:
+                yield latest
+            submitted, is_read = following, False
+        if not is_read:
+            yield self._read(submitted, sampler)
 
     def _read(self, submitted: mx.array, sampler: Sampler) -> int:
         (token,) = read_tokens(submitted)
+        sampler.advance(token)
+        self.complete = sampler.complete
         self.logprob = sampler.take_logprob()
         return token
 
@@ -138,3 +153,10 @@ class RowDecoder:
         if prefix_cache is None:
             return logits, cache, lambda: None
         return logits, cache, lambda: prefix_cache.store(key, cache)
+
+
+def _choose(logits: mx.array, sampler: Sampler) -> mx.array:
+    """Submits the choice of a token (1,) from logits (1, V)."""
+    token = sample(logits, [sampler])
+    mx.async_eval(token)
+    return token

@@ -1,6 +1,6 @@
 """One prompt and its answer, as a row of a batch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 
@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastvlm_mlx.config import IMAGE_TOKEN
+from fastvlm_mlx.engine.constraint import Constraint
 from fastvlm_mlx.engine.logprobs import TokenLogprob
 from fastvlm_mlx.engine.options import GenerationConfig
 from fastvlm_mlx.engine.prefix_cache import PrefixKey, prefix_key
@@ -23,11 +24,13 @@ class Row:
         config: How to choose tokens.
         max_tokens: The most tokens of the answer; at least 1.
         end_tokens: The ids that end it.
+        constrain: Makes what the answer has to follow, at its beginning; None for nothing.
 
     Attributes:
         tokens: The ids generated so far, an end token included.
         logprobs: Of each of them, if the config asks for it.
         reused: Tokens of the prompt whose keys and values came from the prefix cache.
+        complete: Whether the answer fulfils its constraint, and nothing may follow.
         cancelled: Set this to end the row at the next step.
         error: Why it failed; None if it did not.
         joined: When it began to be computed, a time of `time.perf_counter`.
@@ -41,6 +44,7 @@ class Row:
         *,
         max_tokens: int,
         end_tokens: Sequence[int] = (),
+        constrain: Callable[[], Constraint] | None = None,
     ) -> None:
         self.input_ids = list(input_ids)
         self.pixel_values = pixel_values
@@ -51,14 +55,16 @@ class Row:
         self.tokens: list[int] = []
         self.logprobs: list[TokenLogprob] = []
         self.reused = 0
+        self.complete = False
         self.cancelled = False
+        self._constrain = constrain
         self.error: Exception | None = None
         self.joined = 0.0
 
     @property
     def ended(self) -> bool:
         """Whether no token follows."""
-        if self.cancelled or self.error is not None or len(self.tokens) >= self.max_tokens:
+        if self.cancelled or self.complete or self.error is not None or len(self.tokens) >= self.max_tokens:
             return True
         return bool(self.tokens) and self.tokens[-1] in self.end_tokens
 
@@ -90,6 +96,7 @@ class Row:
 
     def sampler(self) -> Sampler:
         """A sampler that chooses the next token, after those that are there."""
-        sampler = Sampler(self.config, [token for token in self.input_ids if token != IMAGE_TOKEN])
+        constraint = None if self._constrain is None else self._constrain()
+        sampler = Sampler(self.config, [token for token in self.input_ids if token != IMAGE_TOKEN], constraint)
         sampler.skip(self.tokens)
         return sampler

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fastvlm_mlx.backend import mx
+from fastvlm_mlx.engine.constraint import Constraint, masked
 from fastvlm_mlx.engine.logprobs import PendingLogprob, TokenLogprob
 from fastvlm_mlx.engine.options import GenerationConfig
 from fastvlm_mlx.errors import CheckpointError
@@ -25,9 +26,16 @@ class Sampler:
     Args:
         config: How to choose.
         prompt_ids: The text token ids of the row's prompt, which a repetition penalty counts as seen.
+        constraint: What the answer has to follow, at its beginning; None for nothing.
+
+    Attributes:
+        constraint: What has to follow the tokens that it was told of.
     """
 
-    def __init__(self, config: GenerationConfig, prompt_ids: Sequence[int] = ()) -> None:
+    def __init__(
+        self, config: GenerationConfig, prompt_ids: Sequence[int] = (), constraint: Constraint | None = None
+    ) -> None:
+        self.constraint = constraint
         self._config = config
         self._prompt_ids = list(prompt_ids)
         self._answer_ids: list[int] = []
@@ -67,9 +75,20 @@ class Sampler:
     def skip(self, tokens: Sequence[int]) -> None:
         """Goes on behind tokens that it has chosen already, with the key and the memory that they leave."""
         self._answer_ids += tokens
-        for _ in tokens:
+        for token in tokens:
+            self.advance(token)
             if self._key is not None:
                 self._key, _ = mx.random.split(self._key)
+
+    def advance(self, token: int) -> None:
+        """Tells the constraint which token was chosen last; has to precede the next choice."""
+        if self.constraint is not None:
+            self.constraint.advance(token)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the constraint is fulfilled, and nothing may follow."""
+        return self.constraint is not None and self.constraint.complete
 
     def __call__(self, logits: mx.array) -> mx.array:
         """The next token id (1,) from logits (1, V)."""
@@ -146,12 +165,13 @@ def sample(logits: mx.array, samplers: Sequence[Sampler]) -> mx.array:
 
     A row gets `NO_TOKEN` if one of its logits is NaN or infinite; see `read_tokens`.
     """
+    possible = masked(logits, [sampler.constraint for sampler in samplers])
     if all(sampler.is_argmax for sampler in samplers):
-        tokens = mx.argmax(logits, axis=-1)
+        tokens = mx.argmax(possible, axis=-1)
     elif len(samplers) == 1:
-        tokens = samplers[0](logits)
+        tokens = samplers[0](possible)
     else:
-        tokens = mx.concatenate([sampler(logits[row : row + 1]) for row, sampler in enumerate(samplers)])
+        tokens = mx.concatenate([sampler(possible[row : row + 1]) for row, sampler in enumerate(samplers)])
     largest = mx.max(logits, axis=-1)  # NaN if any is
     chosen = mx.where(mx.abs(largest) < mx.inf, tokens.astype(mx.int32), NO_TOKEN)
     reports = [

@@ -34,7 +34,9 @@ PREFILL_POSITIONS = 2048
 class Scheduler:
     """Decodes rows together, one token of each in a step; for one thread at a time.
 
-    A step submits the next token of every row before it reads the latest ones. Between two steps, rows that have ended
+    A step submits the next token of every row before it reads the latest ones. Where a row has a constraint, it submits
+    the next logits instead, reads the latest tokens, and submits the choice; the constraint finds out what is allowed
+    while the logits are computed. Between two steps, rows that have ended
     leave and waiting ones join: images of one resolution share a pass of the vision tower, prompts of one length a
     prefill, and each prompt begins where the prefix cache ends.
 
@@ -107,22 +109,36 @@ class Scheduler:
                 rows, samplers, latest = list(self._rows), list(self._samplers), self._submitted
                 if latest is None:
                     return []
-                self._submitted = self._forward(latest) if any(_wants_more(row) for row in rows) else None
+                logits = self._forward(latest) if any(_wants_more(row) for row in rows) else None
+                self._submitted = None
+                if logits is not None and all(sampler.constraint is None for sampler in samplers):
+                    self._submitted = self._choose(logits)
+                elif logits is not None:
+                    mx.async_eval(logits)
             tokens = read_tokens(latest)
+            for sampler, token in zip(samplers, tokens, strict=True):
+                sampler.advance(token)
+            if logits is not None and self._submitted is None:
+                with turn():
+                    self._submitted = self._choose(logits)
             logprobs = [sampler.take_logprob() for sampler in samplers]
         except (FastVLMError, RuntimeError, MemoryError) as error:
             return self._recover(error)
         self._keep_prompts()
-        for row, token, logprob in zip(rows, tokens, logprobs, strict=True):
+        for row, sampler, token, logprob in zip(rows, samplers, tokens, logprobs, strict=True):
             row.tokens.append(token)
+            row.complete = sampler.complete
             if logprob is not None:
                 row.logprobs.append(logprob)
         return rows
 
     def _forward(self, tokens: mx.array) -> mx.array:
-        """Submits the next token of every row; returns their ids (B,)."""
+        """The logits (B, V) behind the latest tokens (B,)."""
         self._slab.begin()
-        logits = self._model.language_model(tokens[:, None], self._slab.layers)[:, -1]
+        return self._model.language_model(tokens[:, None], self._slab.layers)[:, -1]
+
+    def _choose(self, logits: mx.array) -> mx.array:
+        """Submits the next token of every row; returns their ids (B,)."""
         following = sample(logits, self._samplers)
         mx.async_eval(following)
         return following

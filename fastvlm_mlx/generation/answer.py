@@ -51,12 +51,19 @@ class Answer:
         )
 
     def add(
-        self, token: int, *, logprob: TokenLogprob | None = None, reused: int = 0, joined: float | None = None
+        self,
+        token: int,
+        *,
+        complete: bool = False,
+        logprob: TokenLogprob | None = None,
+        reused: int = 0,
+        joined: float | None = None,
     ) -> list[GenerationResult]:
         """The pieces that a token brings; the last one of an answer has a `finish_reason`.
 
         Args:
             token: The next id.
+            complete: Whether nothing can follow it, because the answer fulfils its schema.
             logprob: How probable it was, if that was asked.
             reused: Tokens of the prompt whose keys and values came from a prefix cache.
             joined: When the prompt began to be computed, if it had to wait for others.
@@ -79,8 +86,8 @@ class Answer:
         if ended:
             return [replace(piece, finish_reason="stop", stop_string=self._text.stop_string)]
         pieces = [piece]
-        if piece.generated_tokens == self.max_tokens:
-            pieces.append(self._last("length"))
+        if complete or piece.generated_tokens == self.max_tokens:
+            pieces.append(self._last("stop" if complete else "length"))
         return pieces
 
     def _last(self, reason: str) -> GenerationResult:

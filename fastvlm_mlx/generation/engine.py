@@ -8,6 +8,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
+from functools import partial
 from typing import Literal
 
 from fastvlm_mlx.arguments import check_callable, check_kind, flag, whole
@@ -23,6 +24,8 @@ from fastvlm_mlx.inputs.processor import FastVLMProcessor
 from fastvlm_mlx.machine import describe
 from fastvlm_mlx.model.fastvlm import FastVLM
 from fastvlm_mlx.streams import free_unused_memory
+from fastvlm_mlx.structured.grammar import Grammars
+from fastvlm_mlx.structured.schemas import Schema
 
 PREPARING_THREADS = 2
 """Threads that read and resize images while the model computes."""
@@ -168,6 +171,7 @@ def _prepare(processor: FastVLMProcessor, worker: _Worker, handle: Handle, start
     request, began = handle.request, time.perf_counter()
     try:
         request.config.check_vocabulary(processor.vocab_size)
+        schema = Schema.of(request.schema)
         if handle.cancelled:
             worker.end(handle, None)
             return
@@ -187,8 +191,11 @@ def _prepare(processor: FastVLMProcessor, worker: _Worker, handle: Handle, start
             request.config,
             max_tokens=answer.max_tokens,
             end_tokens=answer.end_tokens,
+            constrain=None if schema is None else partial(Grammars.of(processor).start, schema),
         )
         _ = row.key  # hashed here, while another thread computes
+        if schema is not None:
+            Grammars.of(processor).start(schema)  # built here, for the same reason
     except BaseException as error:
         worker.end(handle, error)
         raise
@@ -302,7 +309,9 @@ class _Worker:
                 self._end_row(row, row.error)
                 continue
             logprob = row.logprobs[-1] if row.logprobs else None
-            pieces = answer.add(row.tokens[-1], logprob=logprob, reused=row.reused, joined=row.joined)
+            pieces = answer.add(
+                row.tokens[-1], complete=row.complete, logprob=logprob, reused=row.reused, joined=row.joined
+            )
             handle.add(pieces)
             if pieces[-1].finish_reason is not None:
                 self._end_row(row)

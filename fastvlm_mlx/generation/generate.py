@@ -12,12 +12,15 @@ from fastvlm_mlx.engine.options import GenerationConfig, GenerationOptions
 from fastvlm_mlx.engine.prefix_cache import PrefixCache
 from fastvlm_mlx.generation.answer import Answer
 from fastvlm_mlx.generation.doors import check_loaded
+from fastvlm_mlx.generation.request import checked_schema
 from fastvlm_mlx.generation.result import GenerationResult, whole
 from fastvlm_mlx.inputs.processor import FastVLMProcessor, Inputs
 from fastvlm_mlx.inputs.prompts import DEFAULT_PROMPT, Prompt
 from fastvlm_mlx.inputs.resolution import Resolution
 from fastvlm_mlx.inputs.sources import Allow, ImageSource
 from fastvlm_mlx.model.fastvlm import FastVLM
+from fastvlm_mlx.structured.grammar import Grammars
+from fastvlm_mlx.structured.schemas import JsonSchema, Schema
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -34,6 +37,7 @@ def stream_generate(
     background: str | None = None,
     allow: Allow | None = None,
     config: GenerationConfig | None = None,
+    schema: JsonSchema | Schema | None = None,
     prefix_cache: PrefixCache | None = None,
     free_tower: bool = False,
     **options: Unpack[GenerationOptions],
@@ -56,6 +60,8 @@ def stream_generate(
         allow: What images may refer to. By default `image` may refer to anything; a string in messages must be a
             `data:` URL or a URL of a host on the public internet.
         config: How to choose tokens, and where to stop.
+        schema: The JSON that the answer has to be: a JSON schema as a dict, a class with `model_json_schema`, or
+            `"json"` or True for any object; see `fastvlm_mlx.structured`.
         prefix_cache: Keys and values of earlier prompts: continues from the longest common beginning, and adds this
             prompt.
         free_tower: Whether the model will be shown no other images: see `FastVLM.prefill`.
@@ -64,6 +70,7 @@ def stream_generate(
     Raises:
         ImageError: If an image is not allowed or cannot be read.
         PromptError: If the prompt is empty, malformed or does not fit the context.
+        SchemaError: If answers cannot be made to follow the schema.
         ConfigError: If another argument cannot be used, or the vision tower was freed.
         FastVLMError: If the model's logits are NaN or infinite, or the process was forked from one that has used MLX.
     """
@@ -72,13 +79,16 @@ def stream_generate(
     free_tower = flag(free_tower, "free_tower")
     config = GenerationConfig.of(config, options)
     config.check_vocabulary(processor.vocab_size)
+    followed = checked_schema(schema, config)
     prompt = DEFAULT_PROMPT if prompt is None else prompt
     inputs = processor.prepare(image, prompt, resolution=resolution, system=system, background=background, allow=allow)
     prepared = time.perf_counter()
+    constraint = None if followed is None else Grammars.of(processor).start(followed)
     decoder = RowDecoder(
         model,
         config,
         inputs.pixel_values,
+        constraint=constraint,
         prefix_cache=prefix_cache,
         free_tower=free_tower,
         on_submit=inputs.start,
@@ -91,7 +101,7 @@ def stream_generate(
 
 def _pieces(inputs: Inputs, decoder: RowDecoder, answer: Answer) -> Iterator[GenerationResult]:
     for token in decoder.tokens(inputs.input_ids, answer.max_tokens):
-        for piece in answer.add(token, logprob=decoder.logprob, reused=decoder.reused):
+        for piece in answer.add(token, complete=decoder.complete, logprob=decoder.logprob, reused=decoder.reused):
             yield piece
             if piece.finish_reason:
                 return
@@ -108,6 +118,7 @@ def generate(
     background: str | None = None,
     allow: Allow | None = None,
     config: GenerationConfig | None = None,
+    schema: JsonSchema | Schema | None = None,
     prefix_cache: PrefixCache | None = None,
     free_tower: bool = False,
     **options: Unpack[GenerationOptions],
@@ -124,6 +135,7 @@ def generate(
             background=background,
             allow=allow,
             config=config,
+            schema=schema,
             prefix_cache=prefix_cache,
             free_tower=free_tower,
             **options,

@@ -9,21 +9,38 @@ from dataclasses import dataclass, field
 
 from fastvlm_mlx.arguments import flag
 from fastvlm_mlx.engine.options import GenerationConfig
+from fastvlm_mlx.errors import ConfigError
 from fastvlm_mlx.generation.result import GenerationResult, whole
 from fastvlm_mlx.inputs.prompts import DEFAULT_PROMPT, Prompt
 from fastvlm_mlx.inputs.resolution import Resolution
 from fastvlm_mlx.inputs.sources import Allow, ImageSource
+from fastvlm_mlx.structured.schemas import JsonSchema, Schema
+
+
+def checked_schema(schema: JsonSchema | Schema | None, config: GenerationConfig) -> Schema | None:
+    """What an answer has to follow; None for nothing.
+
+    Raises:
+        SchemaError: If answers cannot be made to follow it; see `Schema.of`.
+        ConfigError: If the settings do not go with a schema.
+    """
+    followed = Schema.of(schema)
+    if followed is not None and config.ignore_eos:
+        raise ConfigError("with a schema, the answer ends where it is complete; leave ignore_eos out")
+    return followed
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Request:
-    """One question; the fields are arguments of `fastvlm_mlx.generate`, but for the last.
+    """One question; the fields are arguments of `fastvlm_mlx.generate`, but for `sentence`.
 
     Attributes:
         sentence: Whether the answer ends after its first whole sentence.
 
     Raises:
-        ConfigError: If `config` is no `GenerationConfig`, or `sentence` neither True nor False.
+        ConfigError: If `config` is no `GenerationConfig`, `sentence` neither True nor False, or they do not go with a
+            schema.
+        SchemaError: If answers cannot be made to follow the schema.
     """
 
     image: ImageSource | Sequence[ImageSource] | None = None
@@ -34,12 +51,16 @@ class Request:
     allow: Allow | None = None
     config: GenerationConfig = field(default_factory=GenerationConfig)
     sentence: bool = False
+    schema: JsonSchema | Schema | None = None
 
     def __post_init__(self) -> None:
-        """Replaces None by the defaults."""
+        """Replaces None by the defaults, and a schema by a `Schema`."""
         object.__setattr__(self, "prompt", DEFAULT_PROMPT if self.prompt is None else self.prompt)
         object.__setattr__(self, "config", GenerationConfig.of(self.config, {}))
         object.__setattr__(self, "sentence", flag(self.sentence, "sentence"))
+        object.__setattr__(self, "schema", checked_schema(self.schema, self.config))
+        if self.schema is not None and self.sentence:
+            raise ConfigError("an answer that follows a schema has no sentences; leave sentence out")
 
 
 class Handle:

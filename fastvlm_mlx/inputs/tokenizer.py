@@ -208,6 +208,24 @@ class Tokenizer:
         token = token or ""
         return bytes(_BYTES[char] for char in token) if _BYTES.keys() >= set(token) else token.encode()
 
+    def vocabulary(self) -> tuple[list[bytes], list[int]]:
+        """The bytes of every id up to the last, empty where there is no token; and the ids of the special tokens.
+
+        Raises:
+            CheckpointError: If two tokens have one id, or one is outside the embedding.
+        """
+        self.check_ids()
+        names = self._backend.get_vocab(with_added_tokens=True)
+        tokens = [b""] * (max(names.values(), default=-1) + 1)
+        for name, index in names.items():
+            try:
+                tokens[index] = name.translate(_BYTES_OF_NAMES).encode("latin-1")
+            except UnicodeEncodeError:  # it is not in the byte alphabet
+                tokens[index] = name.encode()
+        for index, content in self._added.items():
+            tokens[index] = content
+        return tokens, list(self._added)
+
     def decode(self, token_ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """The text of token ids; bytes that are not UTF-8 become U+FFFD.
 
@@ -249,6 +267,7 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 _BYTES = _byte_alphabet()
+_BYTES_OF_NAMES = {ord(char): byte for char, byte in _BYTES.items()}
 
 
 def _from_vocabulary(folder: Path, rows: int) -> tokenizers.Tokenizer:
