@@ -23,6 +23,7 @@ def describe_model(service: Service) -> dict[str, Any]:
         "license": service.license or None,
         "system_fingerprint": service.fingerprint or None,
         "image_resolution": service.native_resolution or None,
+        "default_resolution": service.settings.resolution or service.native_resolution or None,
         "capabilities": {"vision": True, "streaming": True, "tools": False, "audio": False},
         "aliases": list(service.aliases),
     }

@@ -25,7 +25,7 @@ class Page:
 
     Attributes:
         html: The document.
-        headers: What a browser may do with it.
+        headers: What a browser may do with it, beside the headers that `guard` gives every answer.
     """
 
     html: bytes
@@ -58,12 +58,7 @@ def render() -> Page:
     headers = {
         "content-security-policy": policy,
         "permissions-policy": "camera=(self), microphone=(), geolocation=()",
-        "referrer-policy": "no-referrer",
-        "x-content-type-options": "nosniff",
-        "x-frame-options": "DENY",
         "cross-origin-opener-policy": "same-origin",
-        "cross-origin-resource-policy": "same-origin",
-        "cache-control": "no-cache",
     }
     return Page(html=html.encode(), headers=headers)
 

@@ -50,3 +50,9 @@ def test_the_sample_pictures_are_inside_the_page() -> None:
 
 def test_nothing_in_the_page_makes_markup_of_text() -> None:
     assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|new Function", HTML)
+
+
+def test_the_page_learns_the_resolution_of_the_server(serving) -> None:
+    with serving(resolution=128) as (client, _):
+        (model,) = run(client.get("/v1/models")).json["data"]
+    assert (model["default_resolution"], model["image_resolution"]) == (128, 192)
