@@ -17,6 +17,7 @@ Converted = Callable[..., Path]
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Lets random tests run for longer than in the suite."""
     parser.addoption("--requests", type=int, default=60, help="random requests to an engine; 2000 take minutes")
+    parser.addoption("--live-seconds", type=float, default=3, help="how long the page describes the camera; 30 is long")
 
 
 @pytest.fixture(scope="session")
