@@ -66,7 +66,7 @@ class Exchange:
     async def _answer(self, receive: Receive, reply: Reply, context: Context, stack: AsyncExitStack) -> None:
         self._service.check_ready()
         body = await _body(receive)
-        question = await asyncio.to_thread(self._read, body, context)
+        question = await self._service.in_thread(self._read, body, context)
         del body
         reply.warnings = question.warnings
         if question.warnings:

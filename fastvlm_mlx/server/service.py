@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Sequence
-from typing import Literal, TypeAlias
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal, TypeAlias, TypeVar
 
 from fastvlm_mlx.errors import QueueFullError
 from fastvlm_mlx.formatting import counted, names
@@ -18,12 +19,15 @@ from fastvlm_mlx.server.api import ApiError
 from fastvlm_mlx.server.metrics import Metrics
 from fastvlm_mlx.server.settings import Settings
 
+_T = TypeVar("_T")
 State: TypeAlias = Literal["loading", "ready", "stopping", "failed"]
 
 LOADING_SECONDS = 5.0
 """After which a client may ask again while the model loads."""
 LONGEST_RETRY = 120.0
 """OpenAI's clients wait no longer than this."""
+READING_THREADS = 16
+"""For requests of many megabytes, and for images that are fetched."""
 STALLED_SECONDS = 300.0
 """A step that takes longer counts as a dead engine."""
 
@@ -67,6 +71,7 @@ class Service:
         self.parameters = 0
         self.size_bytes = 0
         self.engine: Engine | None = None
+        self._readers = ThreadPoolExecutor(READING_THREADS, thread_name_prefix="fastvlm-read")
         self._open: set[Answering] = set()
         self._rate = Rate()
         self.metrics = Metrics(name)
@@ -98,6 +103,7 @@ class Service:
     def stop(self) -> None:
         """Takes no more questions."""
         self.state = "stopping"
+        self._readers.shutdown(wait=False)
 
     def cancel_all(self) -> None:
         """Ends the answers on their way, with an error that says why."""
@@ -185,6 +191,18 @@ class Service:
             raise self.unavailable()
         if self.running + requests > self.engine.max_batch + self.settings.max_queue:
             raise self.full(f"the queue is full ({counted(self.running, 'request')} on their way)")
+
+    async def in_thread(self, function: Callable[..., _T], *arguments: Any) -> _T:
+        """What a function returns that takes too long for the event loop.
+
+        Raises:
+            ApiError: 503, if the server is stopping.
+        """
+        try:
+            future = asyncio.get_running_loop().run_in_executor(self._readers, function, *arguments)
+        except RuntimeError as err:  # there are no threads any more
+            raise self.unavailable() from err
+        return await future
 
     def submit(self, requests: Sequence[Request]) -> Answering:
         """Hands questions to the engine.

@@ -41,6 +41,7 @@ def serving(demo) -> Callable[..., object]:
         with Engine(*model, max_batch=max_batch, queue_size=settings.max_queue + settings.max_choices) as engine:
             service.start(engine)
             yield Client(make_app(service, settings)), service
+            service.stop()
 
     return serve
 
