@@ -20,6 +20,9 @@ HEAD_BYTES = 64 << 10
 KEEP_ALIVE_SECONDS = 75
 """That a connection may wait for its next request; browsers and HTTP libraries give up earlier."""
 
+_GRACE_SECONDS = 0.02
+"""In which a new connection may send its request, however many others come meanwhile."""
+
 logger = logging.getLogger("fastvlm_mlx.server")
 
 
@@ -45,9 +48,7 @@ class _Connection(H11Protocol):
         self._since = self.loop.time()
         self._watch()
         if len(self.connections) > self.settings.max_connections:
-            ours = (each for each in self.connections if isinstance(each, _Connection))
-            idle = [each for each in ours if not each.is_busy and not each.transport.is_closing()]
-            min(idle, key=lambda each: each._since).transport.abort()  # at least this one is idle
+            self.loop.call_later(_GRACE_SECONDS, self._make_room)
 
     @property
     def is_busy(self) -> bool:
@@ -94,9 +95,6 @@ class _Connection(H11Protocol):
         error = sys.exc_info()[1]
         too_large = isinstance(error, h11.RemoteProtocolError) and error.error_status_hint == 431
         reason = f"the head is larger than {HEAD_BYTES} bytes" if too_large else printable(error or msg)
-        if self.is_busy:
-            self.cycle.disconnected = True  # the rest of its body is lost
-            self.cycle.message_event.set()
         self.refuse(reason, 431 if too_large else 400)
 
     def refuse(self, reason: str, status: int) -> None:
@@ -104,6 +102,9 @@ class _Connection(H11Protocol):
         if self.transport.is_closing():
             return
         log_refusal(status, reason, self.client)
+        if self.is_busy:
+            self.cycle.disconnected = True  # the application hears that nobody listens any more
+            self.cycle.message_event.set()
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             error = {"message": reason, "type": "invalid_request_error", "param": None, "code": None}
             body = json.dumps({"error": error}).encode()
@@ -128,6 +129,16 @@ class _Connection(H11Protocol):
             self._stop()
         elif self._timer is None:
             self._timer = self.loop.call_later(self.settings.head_seconds, self._abort_late)
+
+    def _make_room(self) -> None:
+        """Ends the connection that has been idle for the longest time, or this one, if there are too many."""
+        ours = [each for each in self.connections if isinstance(each, _Connection) and not each.transport.is_closing()]
+        if len(ours) <= self.settings.max_connections:
+            return
+        if idle := [each for each in ours if not each.is_busy]:
+            min(idle, key=lambda each: each._since).transport.abort()
+        else:
+            self.refuse(f"{self.settings.max_connections} requests are on their way already; ask again later", 503)
 
     def _stop(self) -> None:
         if self._timer is not None:

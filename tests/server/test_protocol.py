@@ -213,7 +213,10 @@ def test_idle_connections_make_room_for_new_ones():
     with listening(hello, max_connections=20, head_seconds=5) as port, contextlib.ExitStack() as stack:
         idle = [stack.enter_context(connect(port)) for _ in range(100)]
         assert exchange(port, CLOSING).endswith(b"hello")
-        assert sum(_is_open(connection) for connection in idle) < 20
+        end = time.monotonic() + 30
+        while sum(_is_open(connection) for connection in idle) > 20:
+            assert time.monotonic() < end
+            time.sleep(0.01)
 
 
 def _is_open(connection):
@@ -239,7 +242,6 @@ def test_a_request_on_its_way_keeps_its_connection_however_many_come():
         for connection in busy:
             connection.sendall(PLAIN)
         time.sleep(0.05)
-        with contextlib.suppress(OSError):
-            assert exchange(port, CLOSING) == b""  # none is idle but this one
+        assert exchange(port, CLOSING).startswith(b"HTTP/1.1 503 ")
         proceed.set()
         assert all(is_greeted(connection) for connection in busy)

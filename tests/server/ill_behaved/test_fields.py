@@ -8,6 +8,7 @@ import pytest
 from fastvlm_mlx.server.app import APIS
 from tests.server.conftest import run
 from tests.server.ill_behaved import fields
+from tests.server.ill_behaved.clients import BODIES
 
 PATHS = [api.path for api in APIS]
 
@@ -44,29 +45,6 @@ def test_no_value_in_no_field_is_an_error_of_the_server(path, serving, pytestcon
 
     run(ask())
     assert not [record for record in caplog.records if record.exc_info]
-
-
-DEEP = 10_000
-BODIES = {
-    "nothing": b"",
-    "no JSON": b"{messages: 1}",
-    "half": b'{"messages": [{"role": "user", "con',
-    "not UTF-8": b'{"messages": "\xff\xfe"}',
-    "UTF-16": '{"messages": []}'.encode("utf-16"),
-    "NaN": b'{"temperature": NaN, "messages": [{"role": "user", "content": "x"}]}',
-    "Infinity": b'{"temperature": -Infinity}',
-    "an exponent": b'{"temperature": 1e99999}',
-    "digits": b'{"seed": ' + b"9" * 100_000 + b"}",
-    "a lone surrogate": b'{"model": "demo", "messages": [{"role": "user", "content": "\\ud800"}], "prompt": "\\udfff"}',
-    "a surrogate as key": b'{"\\ud800": 1, "model": "demo"}',
-    "lists": b"[" * DEEP + b"]" * DEEP,
-    "deep in a field": b'{"model": "demo", "messages": ' + b"[" * DEEP + b"]" * DEEP + b"}",
-    "deep objects": b'{"a":' * DEEP + b"1" + b"}" * DEEP,
-    "a number": b"1",
-    "a string": b'"messages"',
-    "two values": b"{} {}",
-    "a zero byte": b'{"model": "demo\\u0000", "messages": [{"role": "user", "content": "\\u0000"}]}',
-}
 
 
 @pytest.mark.parametrize("path", PATHS)
