@@ -13,7 +13,7 @@ from fastvlm_mlx.server.events import named_event
 from fastvlm_mlx.server.fields import Fields
 from fastvlm_mlx.server.messages import Conversation, read_messages, read_resolution
 from fastvlm_mlx.server.sampling import read_config
-from fastvlm_mlx.server.schemas import with_schema
+from fastvlm_mlx.server.schemas import read_schema, with_schema
 
 MEANING = {
     "tools": "this server calls no tools",
@@ -68,7 +68,7 @@ class Messages(_Anthropic):
             config=config,
         )
         return Question(
-            requests=(with_schema(request, _read_schema(fields), "output_config.format.schema"),),
+            requests=(with_schema(request, _read_schema(fields), "output_config.format"),),
             stream=fields.flag("stream"),
             model=model,
             warnings=(*fields.unknown(), *conversation.warnings),
@@ -231,10 +231,7 @@ def _read_schema(fields: Fields) -> Any:
     if form is None:
         return None
     form.text("type", among=("json_schema",))
-    schema = form.value("schema")
-    if not isinstance(schema, dict):
-        raise form.wrong("schema", "a JSON schema")
-    return schema
+    return read_schema(form)
 
 
 def _head(question: Question, context: Context) -> dict[str, Any]:

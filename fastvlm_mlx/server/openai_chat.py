@@ -14,6 +14,7 @@ from fastvlm_mlx.server.fields import Fields
 from fastvlm_mlx.server.logprobs import read_logprobs, shown_logprobs
 from fastvlm_mlx.server.messages import read_messages, read_resolution
 from fastvlm_mlx.server.sampling import read_config, without_effect
+from fastvlm_mlx.server.schemas import read_format, with_schema
 
 MEANING = {
     "tools": "this server calls no tools",
@@ -58,6 +59,7 @@ class ChatCompletions:
         if stream_options:
             stream_options.ignore("include_obfuscation", "continuous_usage_stats")
         config = read_config(fields, context, logprobs=read_logprobs(fields))
+        _, schema = read_format(fields.object("response_format"), nested="json_schema")
         request = Request(
             prompt=conversation.messages,
             allow=conversation.allow,
@@ -65,7 +67,7 @@ class ChatCompletions:
             config=config,
         )
         return Question(
-            requests=several(request, count),
+            requests=several(with_schema(request, schema, "response_format"), count),
             stream=stream,
             model=model,
             warnings=(*fields.unknown(), *conversation.warnings, *without_effect(config, count)),

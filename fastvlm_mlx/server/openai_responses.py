@@ -16,7 +16,7 @@ from fastvlm_mlx.server.logprobs import shown_logprobs
 from fastvlm_mlx.server.messages import Conversation, read_messages, read_resolution
 from fastvlm_mlx.server.openai_chat import timings
 from fastvlm_mlx.server.sampling import read_config
-from fastvlm_mlx.server.schemas import with_schema
+from fastvlm_mlx.server.schemas import read_format, with_schema
 
 MEANING = {
     "previous_response_id": "no answer is stored; send the whole conversation as input",
@@ -36,8 +36,6 @@ _HARMLESS = (
     "stream_options",
 )
 _WITH_LOGPROBS = "message.output_text.logprobs"
-_MESSAGE_KEYS = ("role", "content")
-_FORMATS = ("text", "json_schema", "json_object")
 
 
 class Responses:
@@ -74,7 +72,7 @@ class Responses:
             config=config,
         )
         return Question(
-            requests=(with_schema(request, schema, "text.format.schema"),),
+            requests=(with_schema(request, schema, "text.format"),),
             stream=fields.flag("stream"),
             model=model,
             warnings=(*stored, *cut, *ignored, *fields.unknown(), *conversation.warnings),
@@ -183,17 +181,10 @@ def _read_format(fields: Fields) -> tuple[dict[str, Any], Any]:
     """The form that the text of the answer must have: as it was given, and as a schema."""
     text = fields.object("text")
     form = text.object("format") if text is not None else None
-    kind = form.text("type", among=_FORMATS) if form is not None else "text"
-    if form is None or kind == "text":
-        return {"type": "text"}, None
-    if kind == "json_object":
-        return {"type": kind}, "json"
-    schema = form.value("schema")
-    if not isinstance(schema, dict):
-        raise form.wrong("schema", "a JSON schema")
-    name, strict = form.text("name", ""), form.flag("strict")
-    form.ignore("description")
-    return {"type": kind, "name": name, "strict": strict, "schema": schema}, schema
+    kind, schema = read_format(form)
+    if form is None or kind != "json_schema":
+        return {"type": kind}, schema
+    return {"type": kind, "name": form.value("name"), "strict": form.flag("strict"), "schema": schema}, schema
 
 
 def _item_id(context: Context) -> str:
