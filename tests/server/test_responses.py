@@ -172,7 +172,7 @@ def test_instructions_and_a_developers_message_are_the_system_text(serving, demo
         ),
         ({"max_output_tokens": 0}, "max_output_tokens", "max_output_tokens must be a whole number, at least 1, not 0"),
         ({"temperature": "hot"}, "temperature", "temperature must be a number from 0 to 100, not 'hot'"),
-        ({"text": {"format": {"type": "xml"}}}, "text.format.type", "must be one of text, json_schema, json_object"),
+        ({"text": {"format": {"type": "xml"}}}, "text.format.type", "must be one of text, json_object, json_schema"),
         ({"text": {"format": {"type": "json_schema"}}}, "text.format.schema", "is missing; it must be a JSON schema"),
         ({"truncation": "some"}, "truncation", "must be one of auto, disabled"),
         ({"include": [3]}, "include", "include must be a text or a list"),
