@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from fastvlm_mlx.generation.engine import Engine
 
 KEY_VARIABLE = "FASTVLM_API_KEY"
-_SECRETS = (KEY_VARIABLE, "HF_TOKEN")
 _PASSED_ON = ("PATH", "HOME", "HF_HOME", "HF_HUB_OFFLINE", "FASTVLM_CACHE")
 
 
@@ -165,7 +164,7 @@ def serve(
             temperature=temperature,
         )
     if print_launchd:
-        _print_launchd(model)
+        _print_launchd(has_key_file=api_key_file is not None)
         return
     from fastvlm_mlx.resolve import check_names
 
@@ -222,13 +221,16 @@ def _log_to_stderr() -> None:
     logger.propagate = False
 
 
-def _print_launchd(model: str) -> None:
-    """Prints the property list that starts the server with the present options."""
+def _print_launchd(has_key_file: bool) -> None:
+    """Prints the property list that starts the server with the present options; it holds no key."""
     from fastvlm_mlx.server.launchd import LABEL, property_list
 
     arguments = sys.argv[sys.argv.index("serve") :]
     arguments = [argument for argument in arguments if argument != "--print-launchd"]
     environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
     log = os.path.expanduser(f"~/Library/Logs/{LABEL}.log")
-    show(property_list([sys.executable, "-m", "fastvlm_mlx", *arguments], environment, log).rstrip())
+    command = [sys.executable, "-m", "fastvlm_mlx", *arguments]
+    show(property_list(command, environment, folder=os.getcwd(), log=log).rstrip())
+    if os.environ.get(KEY_VARIABLE) and not has_key_file:
+        note(f"{KEY_VARIABLE} is not in it, as others may read the file; give the key with --api-key-file")
     note(f"save it as ~/Library/LaunchAgents/{LABEL}.plist, then: launchctl load ~/Library/LaunchAgents/{LABEL}.plist")

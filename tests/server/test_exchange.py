@@ -115,11 +115,12 @@ def test_while_the_model_loads_clients_are_told_to_wait():
 
 
 def test_a_request_that_waits_too_long_is_given_up(serving):
-    with serving(max_batch=1, queue_seconds=0.15) as (client, service):
+    with serving(max_batch=1) as (client, service):
 
         async def script():
             first = client.begin("POST", PATH, {**ENDLESS, "stream": True})
             await first.first_part()
+            object.__setattr__(service.settings, "queue_seconds", 0.1)  # not for the first one, which may be slow
             late = await client.post(PATH, SHORT)
             assert late.status == 503
             assert late.json["error"]["code"] == "queue_timeout"
