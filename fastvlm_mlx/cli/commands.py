@@ -11,6 +11,7 @@ from fastvlm_mlx.cli.usage import Command
 
 HELP = {
     "generate": "Answer a question about images.",
+    "chat": "Talk about pictures.",
     "caption": "Caption whole folders.",
     "serve": "Answer other programs over HTTP, and people on a page.",
     "status": "Say whether a background server keeps a model warm.",
