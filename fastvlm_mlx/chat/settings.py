@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -58,13 +57,7 @@ class Settings:
             raise ConfigError(f"there is no setting {printable(name, 40)}; there are {', '.join(NAMES)}")
         if text.lower() in _DEFAULTS:
             return self.with_value(name, Settings().get(name))
-        value: Any = text
-        if name not in ("stop", "background"):
-            try:
-                value = json.loads(text)
-            except (ValueError, RecursionError):
-                value = text
-        return self.with_value(name, value)
+        return self.with_value(name, text if name in ("stop", "background") else _number(text))
 
     def with_value(self, name: str, value: Any) -> Settings:
         """The settings with another value for one of them.
@@ -93,3 +86,13 @@ class Settings:
             if values.get(name) is not None:
                 changed = changed.with_value(name, values[name])
         return changed
+
+
+def _number(text: str) -> int | float | str:
+    """The number that a text is; the text itself if it is none."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
