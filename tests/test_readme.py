@@ -12,7 +12,11 @@ from fastvlm_mlx.cli.app import app
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-PAGES = [README, ROOT / "CONTRIBUTING.md", *(ROOT / name / "README.md" for name in ("benchmarks", "convert", "demo"))]
+PAGES = [
+    README,
+    ROOT / "CONTRIBUTING.md",
+    *(ROOT / name / "README.md" for name in ("benchmarks", "convert", "demo", "fastvlm_mlx/server")),
+]
 
 
 def name(path: Path) -> str:
