@@ -118,6 +118,9 @@ def serve(
         float,
         typer.Option(metavar="MINUTES", min=0.0, help="With --background, end after so long without a question."),
     ] = 30.0,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Tokens and seconds of each answer on stderr.")
+    ] = False,
     print_launchd: Annotated[
         bool, typer.Option("--print-launchd", help="Print the property list for macOS's launchd, and stop.")
     ] = False,
@@ -193,7 +196,7 @@ def serve(
                 progress=progress,
             )
 
-    _log_to_stderr()
+    _log_to_stderr(verbose)
     run(make_app(service, settings), service, settings, load, notify=note)
 
 
@@ -205,20 +208,27 @@ def _refuse_with_background(context: typer.Context) -> None:
     refuse(given, "with --background")
 
 
-def _log_to_stderr() -> None:
-    """Shows the server's warnings as notes."""
+def _log_to_stderr(verbose: bool) -> None:
+    """Shows the server's warnings as notes; every answer, too, if it is to be `verbose`."""
     import logging
+    import traceback
 
     class Notes(logging.Handler):
-        """Writes each record as one line."""
+        """Writes each record as one line, and what is a bug with the place where it happened."""
 
         def emit(self, record: logging.LogRecord) -> None:
             """Writes a record."""
             note(record.getMessage())
+            if record.exc_info and record.exc_info[0]:
+                for line in "".join(traceback.format_exception(*record.exc_info)).splitlines():
+                    note(line)
 
-    logger = logging.getLogger("fastvlm_mlx.server")
-    logger.addHandler(Notes())
-    logger.propagate = False
+    handler = Notes()
+    for name, level in (("fastvlm_mlx.server", logging.INFO if verbose else logging.WARNING), ("uvicorn", "WARNING")):
+        logger = logging.getLogger(name)
+        logger.addHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = False
 
 
 def _print_launchd(has_key_file: bool) -> None:

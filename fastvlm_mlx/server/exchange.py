@@ -8,7 +8,7 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, suppress
 from typing import Any
 
@@ -26,6 +26,8 @@ from fastvlm_mlx.server.settings import Settings
 
 log = logging.getLogger(__name__)
 
+MOST_WARNINGS = 100
+"""That are remembered, so as not to be logged again."""
 MOST_LEVELS = 64
 """The most objects and lists within each other in a request."""
 
@@ -43,6 +45,7 @@ class Exchange:
         self._api = api
         self._service = service
         self._settings = settings
+        self._warned: set[tuple[str, ...]] = set()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers a request."""
@@ -69,8 +72,7 @@ class Exchange:
         question = await self._service.in_thread(self._read, body, context)
         del body
         reply.warnings = question.warnings
-        if question.warnings:
-            log.warning("%s: ignored: %s", context.id, printable(", ".join(question.warnings)))
+        self._warn(question.warnings)
         self._service.check(question.model)
         if not question.requests:
             await reply.json(200, self._api.whole(question, [], context))
@@ -79,7 +81,7 @@ class Exchange:
         stack.callback(self._service.leave, answering)
         watching = asyncio.create_task(_watch(receive, answering))
         stack.callback(watching.cancel)
-        pieces = await stack.enter_async_context(aclosing(self._pieces(answering)))
+        pieces = await stack.enter_async_context(aclosing(self._pieces(answering, context)))
         if question.stream:
             await self._stream(question, pieces, context, reply)
         else:
@@ -90,7 +92,16 @@ class Exchange:
         values = parse_object(body, "the request", most=len(body), levels=MOST_LEVELS, error=_unreadable, advice="")
         return self._api.read(values, context)
 
-    async def _pieces(self, answering: Answering) -> AsyncGenerator[tuple[int, GenerationResult], None]:
+    def _warn(self, ignored: Sequence[str]) -> None:
+        """Logs what was ignored, once: clients that send a key send it always."""
+        if ignored and ignored not in self._warned:
+            if len(self._warned) < MOST_WARNINGS:
+                self._warned.add(tuple(ignored))
+            log.warning("%s: ignored: %s (said once)", self._api.path, printable(", ".join(ignored)))
+
+    async def _pieces(
+        self, answering: Answering, context: Context
+    ) -> AsyncGenerator[tuple[int, GenerationResult], None]:
         """The pieces of the answers; those that take too long end.
 
         Raises:
@@ -116,6 +127,7 @@ class Exchange:
         finally:
             waiting.cancel()
             answer.cancel()
+            _log_answers(list(latest.values()), context)
 
     async def _stream(
         self,
@@ -216,6 +228,16 @@ async def _watch(receive: Callable[[], Awaitable[Mapping[str, Any]]], answering:
     while (await receive())["type"] != "http.disconnect":
         pass
     answering.fail(Disconnected())
+
+
+def _log_answers(latest: Sequence[GenerationResult], context: Context) -> None:
+    """Logs how long answers are and took, for those who want to know."""
+    if latest:
+        tokens = sum(piece.generated_tokens for piece in latest)
+        seconds = time.perf_counter() - context.start
+        ttft = min(piece.timings.ttft for piece in latest)
+        prompt = latest[0].prompt_tokens
+        log.info("%s: %d + %d tokens, the first after %.2f s, %.2f s", context.id, prompt, tokens, ttft, seconds)
 
 
 def as_api_error(error: FastVLMError) -> ApiError:

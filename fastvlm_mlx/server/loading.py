@@ -76,8 +76,8 @@ def load_engine(
 
 def warm_up(engine: Engine, settings: Settings) -> None:
     """Answers a question about a black picture at the server's resolution and at the low one, if that is lower."""
-    native = engine.processor.image_size if settings.resolution is None else settings.resolution
-    lower = [LOW_RESOLUTION] if isinstance(native, int) and native > LOW_RESOLUTION else []
+    native = settings.resolution if isinstance(settings.resolution, int) else engine.processor.image_size
+    lower = [LOW_RESOLUTION] if native > LOW_RESOLUTION else []
     picture = np.zeros((64, 64, 3), np.uint8)
     for resolution in (native, *lower):
         config = GenerationConfig(max_tokens=WARMUP_TOKENS, ignore_eos=True)

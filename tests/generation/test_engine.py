@@ -189,3 +189,34 @@ def test_questions_about_one_picture_show_it_to_the_tower_once(loaded, monkeypat
 def test_an_engine_without_room_is_refused(loaded, numbers):
     with pytest.raises(ConfigError, match="at least"):
         Engine(*loaded, **numbers)
+
+
+def test_a_handle_tells_what_it_has_without_waiting(loaded):
+    with Engine(*loaded) as engine:
+        handle = engine.submit(Request(image=IMAGE, config=GenerationConfig(max_tokens=6, ignore_eos=True)))
+        handle.wait(60)
+        pieces, done = handle.since(0)
+        assert done
+        assert pieces == list(handle)
+        assert handle.since(len(pieces) - 1) == (pieces[-1:], True)
+        assert handle.error is None
+        cancelled = engine.submit(Request(config=GenerationConfig(max_tokens=20_000, ignore_eos=True)))
+        cancelled.cancel()
+        cancelled.wait(60)
+        assert isinstance(cancelled.error, CancelledError)
+
+
+def test_an_engine_tells_how_long_its_step_takes_and_whether_it_lives(loaded, monkeypatch):
+    hold = threading.Event()
+    with Engine(*loaded) as engine:
+        assert (engine.is_alive, engine.step_seconds) == (True, 0.0)
+        step = engine._worker._step
+        monkeypatch.setattr(engine._worker, "_step", lambda: hold.wait(20) and step())
+        handle = engine.submit(Request(config=GenerationConfig(max_tokens=1)))
+        while engine.step_seconds == 0:
+            pass
+        before = engine.step_seconds
+        assert engine.step_seconds > before
+        hold.set()
+        handle.result(20)
+    assert not engine.is_alive
