@@ -139,7 +139,8 @@ def _answer_here(asked: Asked, holding: "Holding", showing: "Showing") -> None:
             if question.choices:
                 showing.choices(choose(network, processor, question.choices, **common))
                 return
-            for piece in stream_generate(network, processor, **common, config=question.config, free_tower=True):
+            settings: Any = {"config": question.config, "schema": question.schema}
+            for piece in stream_generate(network, processor, **common, **settings, free_tower=True):
                 showing.piece(piece)
 
         network, processor = loaded()

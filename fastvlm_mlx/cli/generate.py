@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from fastvlm_mlx.cli.answering import Asked, answer
-from fastvlm_mlx.cli.inputs import read_stdin, shortened
+from fastvlm_mlx.cli.inputs import read_schema, read_stdin, shortened
 from fastvlm_mlx.cli.options import (
     DEFAULT_MODEL,
     DEFAULT_PROMPT,
@@ -19,7 +19,7 @@ from fastvlm_mlx.cli.options import (
 )
 from fastvlm_mlx.cli.showing import Showing
 from fastvlm_mlx.cli.terminal import LiveLine
-from fastvlm_mlx.cli.usage import is_given, usage_errors
+from fastvlm_mlx.cli.usage import CHECK_FAILED, is_given, usage_errors
 
 
 def generate(
@@ -68,6 +68,12 @@ def generate(
     stop: Annotated[
         list[str] | None, typer.Option(metavar="TEXT", help="Ends the answer before this text; may be repeated.")
     ] = None,
+    schema: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="Answer with JSON of the JSON schema in a file; json stands for any JSON object."
+        ),
+    ] = None,
     choice: Annotated[
         list[str] | None,
         typer.Option(metavar="TEXT", help="Give the probability of this answer and of the other choices instead."),
@@ -90,7 +96,7 @@ def generate(
 
     The answer streams to stdout. Several images make one question about all of them; without images, --prompt is
     answered as plain text. With --choice yes --choice no, nothing is generated: the choices are listed, the most
-    probable first.
+    probable first. With --schema, an answer that is cut off is no JSON, and makes the exit code 3.
     """
     if not images and prompt is None:
         raise typer.BadParameter("give an image, or a question with --prompt", param_hint="IMAGE")
@@ -108,10 +114,11 @@ def generate(
             "repetition_penalty",
             "seed",
             "stop",
+            "schema",
             "verbose",
         )
         names = {"temperature": "--temp"}
-        given = [name for name in (*options, "verbose") if is_given(context, name)]
+        given = [name for name in options if is_given(context, name)]
         refuse([names.get(name, f"--{name.replace('_', '-')}") for name in given], "with --choice")
         with usage_errors():
             check_choices(choice)
@@ -134,6 +141,7 @@ def generate(
             seed=seed,
             stop=stop or (),
         )
+    followed = None if schema is None else read_schema(schema)
     sources, text = read_stdin(images or [], DEFAULT_PROMPT if prompt is None else prompt)
     question = Question(
         prompt=text,
@@ -142,6 +150,7 @@ def generate(
         background=background,
         config=config,
         choices=choice or (),
+        schema=followed,
     )
     asked = {
         "model": model,
@@ -149,11 +158,14 @@ def generate(
         "prompt": text,
     }
     with LiveLine() as line:
-        showing = Showing(line, asked if as_json else None, verbose=verbose, max_tokens=max_tokens)
+        showing = Showing(
+            line, asked if as_json else None, verbose=verbose, max_tokens=max_tokens, is_json=schema is not None
+        )
         answer(
             Asked(sources=sources, question=question, has_prompt=prompt is not None),
             Holding(model=model, revision=revision, dtype=dtype.value if dtype else None),
             showing,
             warm=warm,
         )
-    showing.end()
+    if not showing.end():
+        raise typer.Exit(CHECK_FAILED)

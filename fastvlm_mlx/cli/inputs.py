@@ -6,8 +6,11 @@ from typing import Any, TypeVar
 
 import typer
 
-from fastvlm_mlx.errors import ImageError, PromptError
+from fastvlm_mlx.errors import FastVLMError, ImageError, PromptError
 from fastvlm_mlx.formatting import printable
+
+ANY_OBJECT = "json"
+"""Stands for a schema that any JSON object fulfils."""
 
 _Loaded = TypeVar("_Loaded")
 
@@ -40,6 +43,29 @@ def _stdin() -> bytes:
     if not data:
         raise PromptError("stdin was empty; pipe an image or a prompt into it")
     return data
+
+
+def read_schema(name: str) -> Any:
+    """The JSON schema that a file holds, or `ANY_OBJECT`; one that answers can be made to follow.
+
+    Raises:
+        typer.BadParameter: If it cannot be read, or is no such schema.
+    """
+    from fastvlm_mlx.cli.options import user_path
+    from fastvlm_mlx.schema import LARGEST_JSON, parse_object, read_small_file
+    from fastvlm_mlx.structured.schemas import Schema
+
+    schema: Any = name
+    try:
+        if name != ANY_OBJECT:
+            data = read_small_file(user_path(name), LARGEST_JSON)
+            if data is None:
+                raise typer.BadParameter(f"{printable(name)}: no such file", param_hint="--schema")
+            schema = parse_object(data, printable(name), unique=True)
+        Schema.of(schema)
+    except FastVLMError as err:
+        raise typer.BadParameter(str(err).removesuffix("; fetch it again"), param_hint="--schema") from err
+    return schema
 
 
 def load_named(load_image: Callable[[Any], _Loaded], source: Any, *, has_prompt: bool) -> _Loaded:

@@ -1,5 +1,6 @@
 """How `fastvlm generate` shows an answer: as text that streams, as one JSON object, or as a table of choices."""
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -20,17 +21,21 @@ class Showing:
         asked: What was asked, for JSON; None shows text.
         verbose: Whether to write statistics.
         max_tokens: The most tokens that the user wants.
+        is_json: Whether the answer has to be JSON of a schema.
 
     Attributes:
         peak_memory: The most bytes that the process which answers has held.
     """
 
-    def __init__(self, line: LiveLine, asked: dict[str, Any] | None, *, verbose: bool, max_tokens: int) -> None:
+    def __init__(
+        self, line: LiveLine, asked: dict[str, Any] | None, *, verbose: bool, max_tokens: int, is_json: bool = False
+    ) -> None:
         self.line = line
         self.peak_memory = 0
         self._asked = asked
         self._verbose = verbose
         self._max_tokens = max_tokens
+        self._is_json = is_json
         self._pieces: list[GenerationResult] = []
         self._choices: Sequence[Choice] | None = None
         self._slow = ""
@@ -92,24 +97,30 @@ class Showing:
         """Takes the choices of a question."""
         self._choices = choices
 
-    def end(self) -> None:
-        """Shows what can be shown when all is there."""
+    def end(self) -> bool:
+        """Shows what can be shown when all is there; returns whether the answer is what it has to be."""
         if self._choices is not None:
             _show_choices(self._choices, self._asked)
-            return
+            return True
         text, last = "".join(piece.text for piece in self._pieces), self._pieces[-1]
+        valid = not self._is_json or (last.finish_reason == "stop" and last.stop_string is None)
         if self._asked is not None:
+            parsed = {"parsed": json.loads(text) if valid else None, "valid": valid} if self._is_json else {}
             token_ids = [token for piece in self._pieces for token in piece.token_ids]
-            show_json({**self._asked, "text": text, "token_ids": token_ids, **self._statistics(last)})
+            show_json({**self._asked, "text": text, **parsed, "token_ids": token_ids, **self._statistics(last)})
         else:
             if not text.endswith("\n"):
                 show_answer("\n")
             if last.finish_reason == "length":
                 is_limit = last.generated_tokens >= self._max_tokens
-                more = "--max-tokens allows more" if is_limit else "the context is full"
-                note(f"the answer was cut after {last.generated_tokens} tokens; {more}")
+                allowed = "--max-tokens allows more" if is_limit else "the context is full"
+                cut = f"the answer was cut after {last.generated_tokens} tokens"
+                note(f"{cut}{'' if valid else ', so it is no JSON'}; {allowed}")
+            elif not valid:
+                note("the answer was cut by a stop string, so it is no JSON")
         if self._verbose:
             self._summarize(last)
+        return valid
 
     def _statistics(self, last: "GenerationResult") -> dict[str, Any]:
         """The statistics of a finished answer: tokens, seconds by part, tokens per second, bytes."""

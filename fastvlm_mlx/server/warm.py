@@ -269,6 +269,7 @@ class WarmDoor:
             resolution=question.resolution,
             config=question.config,
             sentence=question.sentence,
+            schema=question.schema,
         )
         answering = self._service.submit([request])
         watching = asyncio.create_task(_cancel_when_gone(receive, answering))

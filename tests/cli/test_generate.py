@@ -163,6 +163,7 @@ def test_every_option_reaches_the_runtime(runtime: FakeRuntime) -> None:
         "system": "Be brief.",
         "resolution": 512,
         "config": config,
+        "schema": None,
         "free_tower": True,
     }
 
