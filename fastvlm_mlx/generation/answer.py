@@ -1,6 +1,7 @@
 """The text of an answer, token by token, with its statistics."""
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 from fastvlm_mlx.config import IMAGE_TOKEN
@@ -20,6 +21,8 @@ class Answer:
         start: When it was asked, a time of `time.perf_counter`.
         preprocess: Seconds from images and prompt to arrays.
         sentence: Whether the answer ends after its first sentence.
+        max_words: How many words end it.
+        opening: See `Request`.
 
     Attributes:
         max_tokens: The most tokens of the answer, within the context.
@@ -30,7 +33,15 @@ class Answer:
     """
 
     def __init__(
-        self, inputs: Inputs, config: GenerationConfig, *, start: float, preprocess: float, sentence: bool = False
+        self,
+        inputs: Inputs,
+        config: GenerationConfig,
+        *,
+        start: float,
+        preprocess: float,
+        sentence: bool = False,
+        max_words: int | None = None,
+        opening: Callable[[str], int] | None = None,
     ) -> None:
         processor, input_ids = inputs.processor, inputs.input_ids
         prompt_tokens = processor.positions(input_ids, inputs.resolution)
@@ -39,7 +50,14 @@ class Answer:
         self._inputs = inputs
         self._start = start
         self._first = 0.0
-        self._text = TextStream(processor.detokenizer(), config.stop_strings, sentence=sentence)
+        self._text = TextStream(
+            processor.detokenizer(),
+            config.stop_strings,
+            sentence=sentence,
+            max_words=max_words,
+            opening=opening,
+            prefix=inputs.prefix,
+        )
         self._piece = GenerationResult(
             text="",
             token_ids=(),

@@ -182,9 +182,18 @@ def _prepare(processor: FastVLMProcessor, worker: _Worker, handle: Handle, start
             system=request.system,
             background=request.background,
             allow=request.allow,
+            prefix=request.prefix,
         )
         preprocess = time.perf_counter() - began
-        answer = Answer(inputs, request.config, start=start, preprocess=preprocess, sentence=request.sentence)
+        answer = Answer(
+            inputs,
+            request.config,
+            start=start,
+            preprocess=preprocess,
+            sentence=request.sentence,
+            max_words=request.max_words,
+            opening=request.opening,
+        )
         row = Row(
             inputs.input_ids,
             inputs.pixel_values,

@@ -12,7 +12,7 @@ from fastvlm_mlx.engine.options import GenerationConfig, GenerationOptions
 from fastvlm_mlx.engine.prefix_cache import PrefixCache
 from fastvlm_mlx.generation.answer import Answer
 from fastvlm_mlx.generation.doors import check_loaded
-from fastvlm_mlx.generation.request import checked_schema
+from fastvlm_mlx.generation.request import checked_prefix, checked_schema
 from fastvlm_mlx.generation.result import GenerationResult, whole
 from fastvlm_mlx.inputs.processor import FastVLMProcessor, Inputs
 from fastvlm_mlx.inputs.prompts import DEFAULT_PROMPT, Prompt
@@ -38,6 +38,7 @@ def stream_generate(
     allow: Allow | None = None,
     config: GenerationConfig | None = None,
     schema: JsonSchema | Schema | None = None,
+    prefix: str | None = None,
     prefix_cache: PrefixCache | None = None,
     free_tower: bool = False,
     **options: Unpack[GenerationOptions],
@@ -62,6 +63,8 @@ def stream_generate(
         config: How to choose tokens, and where to stop.
         schema: The JSON that the answer has to be: a JSON schema as a dict, a class with `model_json_schema`, or
             `"json"` or True for any object; see `fastvlm_mlx.structured`.
+        prefix: How the answer begins: the model goes on from there. It is part of the text, counts as prompt, and its
+            tokens are those that it has alone, without spaces at its end.
         prefix_cache: Keys and values of earlier prompts: continues from the longest common beginning, and adds this
             prompt.
         free_tower: Whether the model will be shown no other images: see `FastVLM.prefill`.
@@ -80,8 +83,17 @@ def stream_generate(
     config = GenerationConfig.of(config, options)
     config.check_vocabulary(processor.vocab_size)
     followed = checked_schema(schema, config)
+    beginning = checked_prefix(prefix, followed)
     prompt = DEFAULT_PROMPT if prompt is None else prompt
-    inputs = processor.prepare(image, prompt, resolution=resolution, system=system, background=background, allow=allow)
+    inputs = processor.prepare(
+        image,
+        prompt,
+        resolution=resolution,
+        system=system,
+        background=background,
+        allow=allow,
+        prefix=beginning,
+    )
     prepared = time.perf_counter()
     constraint = None if followed is None else Grammars.of(processor).start(followed)
     decoder = RowDecoder(
@@ -119,6 +131,7 @@ def generate(
     allow: Allow | None = None,
     config: GenerationConfig | None = None,
     schema: JsonSchema | Schema | None = None,
+    prefix: str | None = None,
     prefix_cache: PrefixCache | None = None,
     free_tower: bool = False,
     **options: Unpack[GenerationOptions],
@@ -136,6 +149,7 @@ def generate(
             allow=allow,
             config=config,
             schema=schema,
+            prefix=prefix,
             prefix_cache=prefix_cache,
             free_tower=free_tower,
             **options,

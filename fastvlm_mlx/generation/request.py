@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
 
-from fastvlm_mlx.arguments import flag
+from fastvlm_mlx.arguments import check_callable, flag, valid_text
+from fastvlm_mlx.arguments import whole as whole_number
 from fastvlm_mlx.engine.options import GenerationConfig
 from fastvlm_mlx.errors import ConfigError
 from fastvlm_mlx.generation.result import GenerationResult, whole
+from fastvlm_mlx.generation.words import count_words
 from fastvlm_mlx.inputs.prompts import DEFAULT_PROMPT, Prompt
 from fastvlm_mlx.inputs.resolution import Resolution
 from fastvlm_mlx.inputs.sources import Allow, ImageSource
@@ -30,16 +32,33 @@ def checked_schema(schema: JsonSchema | Schema | None, config: GenerationConfig)
     return followed
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Request:
-    """One question; the fields are arguments of `fastvlm_mlx.generate`, but for `sentence`.
-
-    Attributes:
-        sentence: Whether the answer ends after its first whole sentence.
+def checked_prefix(prefix: str | None, schema: Schema | None) -> str:
+    """What an answer begins with.
 
     Raises:
-        ConfigError: If `config` is no `GenerationConfig`, `sentence` neither True nor False, or they do not go with a
-            schema.
+        PromptError: If it is no text.
+        ConfigError: If there is a schema, too.
+    """
+    text = valid_text("" if prefix is None else prefix, "the prefix")
+    if text and schema is not None:
+        raise ConfigError("an answer that follows a schema begins as that demands; leave prefix out")
+    return text
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Request:
+    """One question; the fields are arguments of `fastvlm_mlx.generate`, but for `sentence`, `max_words` and `opening`.
+
+    Attributes:
+        sentence: Whether the answer ends after its first whole sentence; one within the prefix does not count.
+        max_words: The most words of the answer, those of the prefix included; of Chinese and Japanese, characters.
+        opening: Returns how many characters at the beginning of a text will be removed from the answer, so that their
+            words do not count.
+
+    Raises:
+        ConfigError: If a field is of the wrong kind, the prefix leaves no room for a word, or a schema does not go with
+            another field.
+        PromptError: If the prefix is no text.
         SchemaError: If answers cannot be made to follow the schema.
     """
 
@@ -52,15 +71,26 @@ class Request:
     config: GenerationConfig = field(default_factory=GenerationConfig)
     sentence: bool = False
     schema: JsonSchema | Schema | None = None
+    prefix: str = ""
+    max_words: int | None = None
+    opening: Callable[[str], int] | None = None
 
     def __post_init__(self) -> None:
         """Replaces None by the defaults, and a schema by a `Schema`."""
         object.__setattr__(self, "prompt", DEFAULT_PROMPT if self.prompt is None else self.prompt)
         object.__setattr__(self, "config", GenerationConfig.of(self.config, {}))
         object.__setattr__(self, "sentence", flag(self.sentence, "sentence"))
-        object.__setattr__(self, "schema", checked_schema(self.schema, self.config))
-        if self.schema is not None and self.sentence:
-            raise ConfigError("an answer that follows a schema has no sentences; leave sentence out")
+        schema = checked_schema(self.schema, self.config)
+        object.__setattr__(self, "schema", schema)
+        if schema is not None and (self.sentence or self.max_words is not None):
+            name = "sentence" if self.sentence else "max_words"
+            raise ConfigError(f"an answer that follows a schema has no sentences; leave {name} out")
+        object.__setattr__(self, "prefix", checked_prefix(self.prefix, schema))
+        check_callable(self.opening, "opening")
+        if self.max_words is not None:
+            object.__setattr__(self, "max_words", whole_number(self.max_words, "max_words"))
+            if (words := count_words(self.prefix)) >= self.max_words:
+                raise ConfigError(f"the prefix has {words} of {self.max_words} words, and leaves none for the answer")
 
 
 class Handle:

@@ -33,7 +33,7 @@ class GenerationResult:
     """An answer, or one piece of it as it is streamed.
 
     Attributes:
-        text: The answer's text; of a piece, what is new since the piece before.
+        text: The answer's text, which begins with the `prefix`; of a piece, what is new since the piece before.
         token_ids: The ids generated, without the end token; of a piece, those since the piece before. Text that a stop
             string cut off still has its ids here.
         logprobs: How probable the model found each of `token_ids`, as (token_id, logprob, top); empty unless

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
-from fastvlm_mlx.arguments import StrPath, check_kind, checked_ids, elements, file_path, whole
+from fastvlm_mlx.arguments import StrPath, check_kind, checked_ids, elements, file_path, valid_text, whole
 from fastvlm_mlx.config import IMAGE_TOKEN, ModelConfig
 from fastvlm_mlx.errors import PromptError
 from fastvlm_mlx.formatting import counted, readable_bytes
@@ -136,15 +136,17 @@ class FastVLMProcessor:
         system: str | None = None,
         background: str | None = None,
         allow: Allow | None = None,
+        prefix: str = "",
     ) -> Inputs:
         """The inputs of one prompt, without waiting for the tokenizer.
 
-        Arguments and errors are those of a call with one prompt; a prompt that is too long is noticed when its
-        `input_ids` are used.
+        Arguments and errors are those of a call with one prompt, but for `prefix`, which the answer continues. A prompt
+        that is too long is noticed when its `input_ids` are used.
         """
+        prefix = str(valid_text(prefix, "the prefix")).rstrip(" ")  # a word brings the space before it
         turns = conversation(prompt, _as_list(images), system, allow=allow)
         pixel_values = self._preprocess(_images(turns), resolution, background)
-        return Inputs(processor=self, turns=turns, pixel_values=pixel_values)
+        return Inputs(processor=self, turns=turns, pixel_values=pixel_values, prefix=prefix)
 
     def measure(
         self, images: Sequence[Image], prompt: Prompt, *, resolution: Resolution = None, system: str | None = None
@@ -199,15 +201,17 @@ class FastVLMProcessor:
             conversation(prompt, [b""] * whole(n_images, "n_images", 0, self.context_length), system)
         )
 
-    def encode_turns(self, turns: Sequence[Turn]) -> list[int]:
-        """Token ids of a conversation.
+    def encode_turns(self, turns: Sequence[Turn], prefix: str = "") -> list[int]:
+        """Token ids of a conversation, and of the beginning of its answer.
+
+        The latter is encoded alone, so that a text means the same tokens before every answer.
 
         Raises:
             PromptError: If these are no turns, or their text is far too long.
         """
         if not isinstance(turns, (list, tuple)) or not all(isinstance(turn, Turn) for turn in turns):
             raise PromptError(f"turns must be a list of Turn, as `conversation` makes them, not {type(turns).__name__}")
-        self._check_size("".join(turn.text for turn in turns))
+        self._check_size("".join((*(turn.text for turn in turns), prefix)))
         marks = {
             Mark.IM_START: self.tokenizer.token_id(IM_START),
             Mark.IM_END: self.tokenizer.token_id(IM_END),
@@ -216,7 +220,7 @@ class FastVLMProcessor:
         ids: list[int] = []
         for piece in render(turns):
             ids += [marks[piece]] if isinstance(piece, Mark) else self.tokenizer.encode(piece)
-        return ids
+        return ids + self.tokenizer.encode(prefix) if prefix else ids
 
     def _check_size(self, text: str) -> None:
         """Refuses a text that cannot fit, since tokenizing ten megabytes takes a minute."""
@@ -350,11 +354,13 @@ class Inputs:
         processor: Made them.
         turns: The conversation.
         pixel_values: (images, R, R, 3), uint8; without images, there are 0.
+        prefix: What the answer begins with.
     """
 
     processor: FastVLMProcessor
     turns: tuple[Turn, ...]
     pixel_values: NDArray[np.uint8]
+    prefix: str = ""
 
     @property
     def resolution(self) -> int:
@@ -373,7 +379,7 @@ class Inputs:
             PromptError: If the prompt is too long.
             CheckpointError: If the tokenizer is damaged.
         """
-        ids = self.processor.encode_turns(self.turns)
+        ids = self.processor.encode_turns(self.turns, self.prefix)
         self.processor.check_length(ids, self.resolution)
         return ids
 

@@ -17,6 +17,7 @@ from fastvlm_mlx import (
     Request,
     generate,
 )
+from fastvlm_mlx.generation.words import count_words
 from tests.checkpoints import APPLE
 
 IMAGE = APPLE / "images" / "landscape.png"
@@ -105,6 +106,36 @@ def test_a_request_streams_the_pieces_of_its_answer(loaded):
         assert "".join(piece.text for piece in pieces) == handle.result().text
         assert [piece.finish_reason for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
         assert list(handle) == pieces
+
+
+def test_an_answer_can_end_after_words_and_begin_as_the_caller_says(loaded):
+    with Engine(*loaded) as engine:
+        options = {"image": IMAGE, "prefix": "A photo:", "config": GenerationConfig(max_tokens=40, ignore_eos=True)}
+        whole = engine.submit(Request(**options)).result()
+        short = engine.submit(Request(**options, max_words=3)).result()
+    assert whole.text == generate(*loaded, image=IMAGE, prefix="A photo:", max_tokens=40, ignore_eos=True).text
+    assert whole.text.startswith(short.text)
+    assert (count_words(short.text), short.finish_reason) == (3, "stop")
+    assert short.generated_tokens < 40
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"prefix": 5}, PromptError, "the prefix must be text, not int"),
+        ({"prefix": "\ud800"}, PromptError, "the prefix is not valid Unicode"),
+        ({"max_words": 0}, ConfigError, "max_words must be"),
+        ({"prefix": "one two", "max_words": 2}, ConfigError, "the prefix has 2 of 2 words, and leaves none"),
+        ({"opening": 5}, ConfigError, "opening must be a function or None"),
+        ({"prefix": "{", "schema": "json"}, ConfigError, "leave prefix out"),
+        ({"max_words": 3, "schema": "json"}, ConfigError, "leave max_words out"),
+    ],
+)
+def test_impossible_fields_are_refused_when_a_request_is_made(fields, error, message):
+    if "schema" in fields:
+        pytest.importorskip("llguidance")
+    with pytest.raises(error, match=message):
+        Request(image=IMAGE, **fields)
 
 
 def test_one_bad_request_fails_alone(loaded):

@@ -88,6 +88,26 @@ def test_a_stop_string_ends_the_answer_before_it(loaded):
     assert [piece.stop_string for piece in pieces] == [None] * (len(pieces) - 1) + [stop]
 
 
+def test_a_prefix_is_continued_and_not_counted(loaded):
+    _, processor = loaded
+    plain = generate(*loaded, image=IMAGE, max_tokens=6)
+    forced = generate(*loaded, image=IMAGE, max_tokens=6, prefix="A photo of ")
+    tokens = processor.tokenizer.encode("A photo of")
+    assert forced.text == "A photo of" + processor.decode(forced.token_ids)
+    assert forced.generated_tokens == 6
+    assert forced.prompt_tokens == plain.prompt_tokens + len(tokens)
+    pieces = list(stream_generate(*loaded, image=IMAGE, max_tokens=6, prefix="A photo of"))
+    assert "".join(piece.text for piece in pieces) == forced.text
+
+
+def test_the_tokens_of_a_prefix_are_those_that_it_has_alone(loaded):
+    _, processor = loaded
+    whole = processor.prepare(None, "Hi", prefix="It is\n ")
+    assert whole.input_ids == processor.encode("Hi") + processor.tokenizer.encode("It is\n")
+    with pytest.raises(PromptError, match=r"the prompt has .* of text, which take at least"):
+        _ = processor.prepare(None, "Hi", prefix="ab " * 10_000_000).input_ids
+
+
 def test_a_question_without_an_image_is_answered(loaded):
     result = generate(*loaded, prompt="Hello.", max_tokens=3)
     assert result.visual_tokens == 0

@@ -86,3 +86,29 @@ def test_sentences_and_stop_strings_go_together(text, stop, shown, ended, stop_s
         pieces.append(stream.finish())
     assert ("".join(piece for piece, _ in pieces).rstrip(), pieces[-1][1]) == (shown.rstrip(), ended)
     assert stream.stop_string == stop_string
+
+
+@pytest.mark.parametrize(
+    ("prefix", "text", "limits", "shown"),
+    [
+        ("A photo of", " a dog", {}, "A photo of a dog"),
+        ("By Anna.", " A dog runs. It is brown.", {"sentence": True}, "By Anna. A dog runs."),
+        ("By Dr", ". Doe. It", {"sentence": True}, "By Dr. Doe."),
+        ("A photo of", " a dog, a cat", {"max_words": 5}, "A photo of a dog"),
+        ("END of", " it. END", {}, "END of it. "),
+        ("One,", " two. Three four", {"sentence": True, "max_words": 3}, "One, two."),
+        ("", "one two three. Four", {"sentence": True, "max_words": 2}, "one two"),
+        ("", "one two END three", {"max_words": 4}, "one two "),
+        ("Only", "", {"max_words": 4, "sentence": True}, "Only"),
+    ],
+)
+def test_what_ends_an_answer_goes_together_with_its_prefix(prefix, text, limits, shown):
+    stream, got, ended = TextStream(Letters(), ("END",), prefix=prefix, **limits), "", False
+    for char in text:
+        piece, ended = stream.add(ord(char))
+        got += piece
+        if ended:
+            break
+    else:
+        got += stream.finish()[0]
+    assert got == shown
