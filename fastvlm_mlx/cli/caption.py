@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastvlm_mlx.cli.captioning import NAMED, Run, run
+from fastvlm_mlx.cli.captioning import NAMED, Run, folder_of, identity, run
 from fastvlm_mlx.cli.options import (
     CHECK_FAILED,
     DEFAULT_MODEL,
     DEFAULT_PROMPT,
     Background,
-    DType,
     LoadDType,
     Model,
     Resolution,
@@ -25,7 +24,7 @@ from fastvlm_mlx.cli.options import (
     refuse,
     user_path,
 )
-from fastvlm_mlx.cli.terminal import ByteProgress, LiveLine, note
+from fastvlm_mlx.cli.terminal import LiveLine, note
 from fastvlm_mlx.cli.usage import usage_errors
 from fastvlm_mlx.errors import ConfigError
 from fastvlm_mlx.formatting import printable
@@ -68,19 +67,26 @@ def caption(
             "--prompt",
             "-p",
             metavar="TEXT",
-            help="What to ask; name, directory, date, camera, existing and tags in braces stand for what is known of "
-            f"a picture. [default: {DEFAULT_PROMPT}]",
+            help="What to ask; name, directory, date, camera, gps, existing and tags in braces stand for what is known "
+            f"of a picture. [default: {DEFAULT_PROMPT}]",
         ),
     ] = None,
     ask: Annotated[
         list[str] | None,
         typer.Option(metavar="FIELD=TEXT", help="A question whose answer goes into a field; may be repeated."),
     ] = None,
+    prefix: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Begin each caption, but no --ask, with this; the model goes on.")
+    ] = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="Replaces the system prompt.")] = None,
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", "-n", metavar="N", min=1, help="Longest answer, in tokens.")
     ] = 128,
     sentence: Annotated[bool, typer.Option("--sentence", help="End each answer after its first sentence.")] = False,
+    max_words: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="End each answer after N words; of Chinese and Japanese, characters."),
+    ] = None,
     keep_openings: Annotated[
         bool, typer.Option("--keep-openings", help="Keep phrases such as “The image shows”.")
     ] = False,
@@ -99,6 +105,9 @@ def caption(
     retry_errors: Annotated[bool, typer.Option("--retry-errors", help="Try pictures again that failed.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Ask again about pictures that have a line.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False,
+    json_progress: Annotated[
+        bool, typer.Option("--json-progress", help="Say how far it is on stderr as JSON, a line a second.")
+    ] = False,
     txt: Annotated[bool, typer.Option("--txt", help="Write photo.txt beside each picture.")] = False,
     xmp: Annotated[bool, typer.Option("--xmp", help="Write an XMP sidecar beside each picture.")] = False,
     xmp_name: Annotated[
@@ -138,6 +147,9 @@ def caption(
         )
     if not xmp:
         refuse(["--xmp-name"] if xmp_name else [], "without --xmp")
+    prefix = _prefix(prefix, max_words)
+    if prefix:
+        refuse(["--keep-openings"] if keep_openings else [], "with --prefix: no phrase is removed then")
     exports = Exports(
         txt=txt,
         xmp=xmp,
@@ -152,12 +164,14 @@ def caption(
     questions = _questions(prompt, ask or [])
     if exports.need_a_caption and "text" not in questions:
         raise typer.BadParameter("--ask alone gives no caption; add --prompt", param_hint="--txt, --xmp, --hf")
+    if prefix and "text" not in questions:
+        raise typer.BadParameter("--ask alone gives no caption; add --prompt", param_hint="--prefix")
     _check_outputs(output, exports)
     found = _find(paths or [], filelist, include or [], exclude or [])
     exporter = Exporter(exports, found.found, fields=list(questions), generator=f"fastvlm-mlx {__version__}, {model}")
     if not dry_run:
         exporter.check()
-    folder = _folder(model, revision, dry_run)
+    folder = folder_of(model, revision, dry_run)
     config = GenerationConfig(max_tokens=max_tokens)
     with ExitStack() as stack:
         task = journal = None
@@ -165,13 +179,15 @@ def caption(
             task = Task(
                 questions=questions,
                 model=model,
-                **_identity(folder, dtype),
+                **identity(folder, dtype),
                 system=system,
                 resolution=resolution,
                 background=background,
                 config=config,
                 keep_openings=keep_openings,
                 sentence=sentence,
+                max_words=max_words,
+                prefix=prefix,
             )
             if output is not None and not (dry_run and not output.exists()):
                 journal = stack.enter_context(Journal(output, read_only=dry_run, notify=note))
@@ -182,7 +198,7 @@ def caption(
             note(f"{unreadable.path}: {unreadable.reason}")
         if dry_run or job is None or folder is None:
             return
-        failed = plan.failed + run(job, plan, exporter, Run(model, folder, dtype, batch, force, output))
+        failed = plan.failed + run(job, plan, exporter, Run(model, folder, dtype, batch, force, output, json_progress))
         exporter.write_data_sets(job.record)
     for reason, count in exporter.left_out.items():
         note(f"{count} text{'s' * (count > 1)} not written: {reason}")
@@ -192,6 +208,19 @@ def caption(
         note(f"not written: {len(exporter.failures) - NAMED} more for such reasons")
     if failed or found.unreadable or exporter.failures:
         raise typer.Exit(CHECK_FAILED)
+
+
+def _prefix(prefix: str | None, max_words: int | None) -> str:
+    """What captions begin with, without spaces around it; nothing if none was given."""
+    if prefix is None:
+        return ""
+    from fastvlm_mlx.generation.words import count_words
+
+    if not prefix.strip():
+        raise typer.BadParameter("is empty; give the first words of the captions", param_hint="--prefix")
+    if max_words is not None and (words := count_words(prefix)) >= max_words:
+        raise typer.BadParameter(f"has {words} of {max_words} words, and leaves none", param_hint="--prefix")
+    return prefix.strip()
 
 
 def _questions(prompt: str | None, ask: list[str]) -> dict[str, str]:
@@ -269,27 +298,3 @@ def _plan_line(found: "Pictures", plan: "Plan", retry_errors: bool) -> str:
     if found.unreadable:
         parts.append(f"{len(found.unreadable)} unreadable")
     return f"{', '.join(parts)}, {len(plan.todo)} to do{_skipped(found)}"
-
-
-def _folder(model: str, revision: str | None, dry_run: bool) -> Path | None:
-    """The folder of the model; for a dry run only if it is on this machine."""
-    from fastvlm_mlx.resolve import check_names, find, resolve
-
-    if dry_run:
-        check_names([(model, revision)])
-        return find(model, revision=revision)
-    with ByteProgress() as progress:
-        return resolve(model, revision=revision, notify=note, progress=progress)
-
-
-def _identity(folder: Path, dtype: DType | None) -> dict[str, str]:
-    """What a model's answers depend on: its files, and what it computes in."""
-    from fastvlm_mlx.backend import compute_dtype
-    from fastvlm_mlx.config import ModelConfig
-    from fastvlm_mlx.jobs.fingerprints import checkpoint_fingerprint
-    from fastvlm_mlx.machine import cache_folder
-
-    with ByteProgress() as progress:
-        weights = checkpoint_fingerprint(folder, cache_folder() / "digests.json", progress)
-    stored = dtype.value if dtype else ModelConfig.from_path(folder).dtype
-    return {"weights": weights, "dtype": str(compute_dtype(stored)).rpartition(".")[2]}

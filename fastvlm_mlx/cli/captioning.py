@@ -1,5 +1,6 @@
-"""The run of `fastvlm caption`: its progress, what it writes, and its summary."""
+"""The run of `fastvlm caption`: its model, its progress, what it writes, and its summary."""
 
+import json
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from fastvlm_mlx.cli.options import DType
-from fastvlm_mlx.cli.terminal import LiveLine, is_terminal, note, show_json, warn_of_slow_blas
+from fastvlm_mlx.cli.terminal import ByteProgress, LiveLine, is_terminal, note, show_json, warn_of_slow_blas
 from fastvlm_mlx.formatting import printable
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ _PREFIX_BYTES = 32 << 20
 """For the questions about the pictures at work; a picture that is done is not asked about again."""
 _REPORT_SECONDS = 60.0
 """How often progress is noted where it cannot be shown in place, as in a log."""
+_JSON_SECONDS = 1.0
+"""How often progress is written for programs."""
 
 
 class Run(NamedTuple):
@@ -33,6 +36,83 @@ class Run(NamedTuple):
     batch: int | None
     force: bool
     output: Path | None
+    json_progress: bool
+
+
+def folder_of(model: str, revision: str | None, dry_run: bool) -> Path | None:
+    """The folder of the model; for a dry run only if it is on this machine."""
+    from fastvlm_mlx.resolve import check_names, find, resolve
+
+    if dry_run:
+        check_names([(model, revision)])
+        return find(model, revision=revision)
+    with ByteProgress() as progress:
+        return resolve(model, revision=revision, notify=note, progress=progress)
+
+
+def identity(folder: Path, dtype: DType | None) -> dict[str, str]:
+    """What a model's answers depend on: its files, and what it computes in."""
+    from fastvlm_mlx.backend import compute_dtype
+    from fastvlm_mlx.config import ModelConfig
+    from fastvlm_mlx.jobs.fingerprints import checkpoint_fingerprint
+    from fastvlm_mlx.machine import cache_folder
+
+    with ByteProgress() as progress:
+        weights = checkpoint_fingerprint(folder, cache_folder() / "digests.json", progress)
+    stored = dtype.value if dtype else ModelConfig.from_path(folder).dtype
+    return {"weights": weights, "dtype": str(compute_dtype(stored)).rpartition(".")[2]}
+
+
+class _Report:
+    """Says how far a run is: in place on a terminal, now and then elsewhere, or as JSON lines.
+
+    Args:
+        line: Where it is shown on a terminal.
+        total: Pictures to do.
+        as_json: Whether it is for programs.
+    """
+
+    def __init__(self, line: LiveLine, total: int, *, as_json: bool) -> None:
+        self._line, self._total, self._as_json = line, total, as_json
+        self._start = self._reported = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """How long the run takes so far."""
+        return time.monotonic() - self._start
+
+    def update(self, counts: Mapping[str, int]) -> None:
+        """Reports after a picture, if it is time."""
+        since = time.monotonic() - self._reported
+        if self._as_json:
+            if since >= _JSON_SECONDS:
+                self._reported = time.monotonic()
+                self._write(counts)
+            return
+        progress = _progress(counts["pictures"], self._total, self.seconds)
+        self._line.show(progress)
+        if since >= _REPORT_SECONDS:
+            self._reported = time.monotonic()
+            if not is_terminal():
+                note(progress)
+
+    def end(self, counts: Mapping[str, int]) -> None:
+        """Reports for the last time."""
+        self._line.clear()
+        if self._as_json:
+            self._write(counts)
+
+    def _write(self, counts: Mapping[str, int]) -> None:
+        done, seconds = counts["pictures"], self.seconds
+        left = seconds / done * (self._total - done) if done else None if self._total else 0.0
+        record = {
+            "done": done,
+            "failed": counts["failed"],
+            "total": self._total,
+            "pictures_per_second": round(done / seconds, 3) if done else 0.0,
+            "seconds_left": None if left is None else round(left, 1),
+        }
+        note(json.dumps(record))
 
 
 def run(job: "CaptionJob", plan: "Plan", exporter: "Exporter", options: Run) -> int:
@@ -47,14 +127,15 @@ def run(job: "CaptionJob", plan: "Plan", exporter: "Exporter", options: Run) -> 
         record = None if picture in todo else job.record(picture)
         if record is not None:
             exporter.write_beside(picture, record, record)
+    counts: Counter[str] = Counter()
     if not plan.todo:
+        _Report(LiveLine(), 0, as_json=options.json_progress).end(counts)
         return 0
     warn_of_slow_blas()
     with LiveLine() as line:
         line.wait_for(f"loading {options.model}")
         network, processor = load(options.folder, dtype=options.dtype.value if options.dtype else None)
-        counts: Counter[str] = Counter()
-        start = reported = time.monotonic()
+        report = _Report(line, len(plan.todo), as_json=options.json_progress)
         prefixes = PrefixCache(_PREFIX_BYTES)
         with Engine(network, processor, max_batch=options.batch or "auto", prefix_cache=prefixes) as engine:
             try:
@@ -69,18 +150,13 @@ def run(job: "CaptionJob", plan: "Plan", exporter: "Exporter", options: Run) -> 
                     if options.output is None:
                         line.clear()
                         show_json({key: value for key, value in record.items() if key not in _BOOKKEEPING})
-                    now = time.monotonic()
-                    progress = _progress(counts["pictures"], len(plan.todo), now - start)
-                    line.show(progress)
-                    if now - reported >= _REPORT_SECONDS:
-                        reported = now
-                        if not is_terminal():
-                            note(progress)
+                    report.update(counts)
             except KeyboardInterrupt:
-                line.clear()
+                report.end(counts)
                 note(f"interrupted after {counts['pictures']} of {len(plan.todo)} pictures" + _how_to_continue(options))
                 raise
-    note(_summary(counts, time.monotonic() - start))
+    report.end(counts)
+    note(_summary(counts, report.seconds))
     return counts["failed"]
 
 

@@ -16,9 +16,10 @@ from fastvlm_mlx.errors import ConfigError, FastVLMError, ImageError
 from fastvlm_mlx.formatting import names, printable
 from fastvlm_mlx.generation.engine import Engine
 from fastvlm_mlx.generation.request import Handle, Request
+from fastvlm_mlx.generation.words import first_words
 from fastvlm_mlx.inputs.formats import DECODER_ERRORS, open_image, quiet
 from fastvlm_mlx.inputs.sources import Encoded, read
-from fastvlm_mlx.jobs.captions import PromptTemplate, exif_values, path_values, remove_opening
+from fastvlm_mlx.jobs.captions import PromptTemplate, exif_values, opening_length, path_values, remove_opening
 from fastvlm_mlx.jobs.fingerprints import fingerprint
 from fastvlm_mlx.jobs.journal import FINGERPRINT, Journal
 from fastvlm_mlx.jobs.pictures import Picture
@@ -190,6 +191,9 @@ class CaptionJob:
                 background=task.background,
                 config=task.config,
                 sentence=task.sentence,
+                max_words=task.max_words,
+                prefix=task.prefix if name == CAPTION else "",
+                opening=opening_length if name == CAPTION and task.removes_openings else None,
             )
             work.handles[name] = engine.submit(request)
 
@@ -197,7 +201,7 @@ class CaptionJob:
         """What the placeholders of the prompts stand for."""
         fields = {field for template in self._templates.values() for field in template.fields}
         values = path_values(picture.path)
-        if fields & {"date", "camera"}:
+        if fields & {"date", "camera", "gps"}:
             values |= exif_values(encoded.data)
         if fields & {"existing", "tags"}:
             beside = read_sidecars(picture.path)
@@ -246,8 +250,10 @@ class CaptionJob:
         if _stat(work.picture.path) != work.stat:
             raise ImageError(f"{printable(work.picture.path)}: changed while it was read; run the command again")
         texts = {name: result.text.strip() for name, result in results.items()}
-        if not self._task.keep_openings and CAPTION in texts:
+        if self._task.removes_openings and CAPTION in texts:
             texts[CAPTION] = remove_opening(texts[CAPTION])
+            if self._task.max_words is not None:
+                texts[CAPTION] = first_words(texts[CAPTION], self._task.max_words)
         answers = {name: text for name, text in texts.items() if name != CAPTION}
         size = dict(zip(("width", "height"), work.size or (), strict=False))
         return {

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from fastvlm_mlx.errors import ImageError, PromptError
 from fastvlm_mlx.formatting import printable
@@ -16,6 +17,7 @@ FIELDS = MappingProxyType(
         "directory": "the name of its folder",
         "date": "the day on which it was taken, such as 2026-11-26",
         "camera": "the camera's maker and model",
+        "gps": "the place in decimal degrees, such as 48.85837, 2.29448",
         "existing": "what somebody has written about it",
         "tags": "its keywords",
     }
@@ -49,6 +51,9 @@ _OPENINGS = tuple(
 
 _DATE = re.compile(r"(\d{4})[:-](\d\d)[:-](\d\d)\b")
 _EXIF, _MAKE, _MODEL, _TAKEN, _CHANGED = 0x8769, 0x010F, 0x0110, 0x9003, 0x0132
+_GPS = 0x8825
+_PLACE = ((1, 2, {"N": 1, "S": -1}, 90), (3, 4, {"E": 1, "W": -1}, 180))
+"""For latitude and longitude: the tags of hemisphere and angle, the signs, and the most degrees."""
 
 
 def remove_opening(caption: str) -> str:
@@ -59,10 +64,16 @@ def remove_opening(caption: str) -> str:
     >>> remove_opening("This is a photo of two dogs on a beach.")
     'Two dogs on a beach.'
     """
+    length = opening_length(caption)
+    return _capitalized(caption[length:]) if length else caption
+
+
+def opening_length(caption: str) -> int:
+    """Returns how many characters at the beginning of a caption `remove_opening` removes."""
     text = caption
     while (shorter := _without_opening(text)) != text:
         text = shorter
-    return caption if text == caption else _capitalized(text)
+    return len(caption) - len(text)
 
 
 def _without_opening(text: str) -> str:
@@ -119,18 +130,36 @@ def path_values(picture: str) -> dict[str, str]:
 
 
 def exif_values(data: bytes) -> dict[str, str]:
-    """Returns the fields that the EXIF data of an encoded picture give: `date` and `camera`, if they are there."""
+    """Returns the fields that a picture's EXIF data give: `date`, `camera` and `gps`, if they are there."""
     try:
         with quiet, open_image(Encoded(data, "")) as image:
             exif = image.getexif()
             taken = exif.get_ifd(_EXIF).get(_TAKEN) or exif.get(_CHANGED)
+            place = _decimal_degrees(exif.get_ifd(_GPS))
             make, model = (_one_line(str(exif.get(tag, ""))) for tag in (_MAKE, _MODEL))
     except (*DECODER_ERRORS, ImageError):
         return {}
     date = _DATE.match(str(taken))
     camera = model if make and model.casefold().startswith(make.split()[0].casefold()) else f"{make} {model}".strip()
-    values = {"date": "-".join(date.groups()) if date and date[1] != "0000" else "", "camera": camera}
+    values = {"date": "-".join(date.groups()) if date and date[1] != "0000" else "", "camera": camera, "gps": place}
     return {name: value for name, value in values.items() if value}
+
+
+def _decimal_degrees(gps: Mapping[int, Any]) -> str:
+    """Latitude and longitude of GPS data; empty if they are missing, impossible or both 0, as without a fix."""
+    degrees = []
+    for hemisphere, angle, signs, most in _PLACE:
+        sign, parts = signs.get(str(gps.get(hemisphere, "")).strip("\0 ").upper()), gps.get(angle)
+        if sign is None or not isinstance(parts, (tuple, list)) or len(parts) != 3:
+            return ""
+        try:
+            value = sum(float(part) / 60**place for place, part in enumerate(parts))
+        except (ArithmeticError, TypeError, ValueError):
+            return ""
+        if not 0 <= value <= most:  # nor NaN, as of 0/0
+            return ""
+        degrees.append(sign * value)
+    return ", ".join(f"{value:.5f}" for value in degrees) if any(degrees) else ""
 
 
 def _one_line(text: str) -> str:

@@ -27,6 +27,8 @@ class Task:
         config: How tokens are chosen.
         keep_openings: Whether phrases such as "The image shows" stay.
         sentence: Whether each answer ends after its first sentence.
+        max_words: How many words each answer has at the most.
+        prefix: What the caption begins with, but not the answers to other questions. No opening phrase is then removed.
     """
 
     questions: Mapping[str, str]
@@ -39,6 +41,13 @@ class Task:
     config: GenerationConfig = field(default_factory=GenerationConfig)
     keep_openings: bool = False
     sentence: bool = False
+    max_words: int | None = None
+    prefix: str = ""
+
+    @property
+    def removes_openings(self) -> bool:
+        """Whether phrases such as "The image shows" are removed from captions."""
+        return not (self.keep_openings or self.prefix)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -51,6 +60,8 @@ class Task:
             "background": self.background,
             "keep_openings": self.keep_openings or None,
             "sentence": self.sentence or None,
+            "max_words": self.max_words,
+            "prefix": self.prefix or None,
         }
         return {
             "model": self.model,

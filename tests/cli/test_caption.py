@@ -18,6 +18,7 @@ from typer.testing import CliRunner, Result
 from fastvlm_mlx.cli import captioning
 from fastvlm_mlx.cli.app import app
 from fastvlm_mlx.generation.stop import FirstSentence
+from fastvlm_mlx.generation.words import count_words
 from tests.checkpoints import APPLE
 
 
@@ -119,6 +120,38 @@ def test_answers_can_end_with_their_first_sentence(model: str, folder: Path, mon
     assert "other settings (sentence)" in run(*options).stderr
 
 
+def test_captions_can_begin_with_given_words_and_end_after_some(model: str, folder: Path) -> None:
+    options = ("photos", "-m", model, "-n", "9", "-o", "out.jsonl")
+    assert run(*options, "--prefix", " A photo of ", "--max-words", "4").exit_code == 0
+    texts = [str(record["text"]) for record in lines(Path("out.jsonl").read_text())]
+    assert all(text.startswith("A photo of") and count_words(text) <= 4 for text in texts)
+    assert "other settings (max_words, prefix)" in run(*options).stderr
+
+
+def test_the_command_for_one_picture_gives_the_same_text(model: str, folder: Path) -> None:
+    options = ("-m", model, "-n", "9", "-p", "What is it?")
+    records = lines(run("photos", *options, "--keep-openings").stdout)
+    for record in records:
+        alone = CliRunner().invoke(app, ["generate", str(folder / str(record["file"])), *options, "--no-warm"])
+        assert record["text"] == alone.stdout.strip()
+
+
+def test_progress_is_said_to_programs_as_json(model: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "torn.jpg").write_bytes(b"\xff\xd8\xff")
+    options = ("photos", "-m", model, "-n", "2", "-o", "out.jsonl")
+    for seconds, expected in ((1e9, [4]), (0.0, [1, 2, 3, 4, 4])):
+        monkeypatch.setattr(captioning, "_JSON_SECONDS", seconds)
+        result = run(*options, "--json-progress", "--force")
+        said = [json.loads(line) for line in result.stderr.splitlines() if line.startswith("{")]
+        assert (result.stdout, [each["done"] for each in said]) == ("", expected)
+        assert {**said[-1], "pictures_per_second": 0} == {
+            **{"done": 4, "failed": 1, "total": 4, "pictures_per_second": 0, "seconds_left": 0.0}
+        }
+        assert said[-1]["pictures_per_second"] > 0
+    done = [line for line in run(*options, "--json-progress").stderr.splitlines() if line.startswith("{")]
+    assert [json.loads(line)["total"] for line in done] == [0]
+
+
 def test_progress_is_noted_now_and_then_where_it_cannot_be_shown(
     model: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,6 +202,11 @@ def test_a_dry_run_looks_into_the_file_of_a_run_that_goes_on(model: str, folder:
         (("photos", "--ask", "colour=What?", "--txt"), "--ask alone gives no caption"),
         (("photos", "-p", "About {what}"), "the prompt has {what}"),
         (("photos", "-o", "a", "--csv", "a"), "is --output"),
+        (("photos", "--prefix", " "), "--prefix: is empty"),
+        (("photos", "--prefix", "one two", "--max-words", "2"), "--prefix: has 2 of 2 words"),
+        (("photos", "--prefix", "A", "--ask", "colour=What?"), "--ask alone gives no caption"),
+        (("photos", "--prefix", "A", "--keep-openings"), "--keep-openings: would change nothing with --prefix"),
+        (("photos", "--max-words", "0"), "--max-words"),
     ],
 )
 def test_wrong_usage_is_found_before_any_work(folder: Path, arguments: tuple[str, ...], message: str) -> None:

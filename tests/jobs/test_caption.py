@@ -13,6 +13,7 @@ from PIL import Image
 from fastvlm_mlx import Engine, FastVLM, FastVLMProcessor, GenerationConfig, generate
 from fastvlm_mlx.errors import ConfigError
 from fastvlm_mlx.inputs import images, processor
+from fastvlm_mlx.inputs.tokenizer import StreamingDetokenizer
 from fastvlm_mlx.jobs.caption import CaptionJob, Record
 from fastvlm_mlx.jobs.captions import remove_opening
 from fastvlm_mlx.jobs.journal import Journal
@@ -133,6 +134,8 @@ def test_force_asks_again_about_everything(engine: Engine, folder: Path, tmp_pat
         ({"config": GenerationConfig(max_tokens=7)}, "max_tokens"),
         ({"resolution": 128}, "resolution"),
         ({"system": "Be brief."}, "system"),
+        ({"prefix": "A photo of"}, "prefix"),
+        ({"max_words": 3}, "max_words"),
     ],
 )
 def test_records_with_other_settings_are_not_taken_for_these(
@@ -144,6 +147,51 @@ def test_records_with_other_settings_are_not_taken_for_these(
     with pytest.raises(ConfigError, match=rf"captions.jsonl: holds captions with other settings \({named}\)"):
         run(engine, folder, output, other)
     assert len(run(engine, folder, output, other, force=True)) == 5
+
+
+def test_captions_begin_with_the_prefix_and_answers_do_not(
+    engine: Engine, folder: Path, loaded: tuple[FastVLM, FastVLMProcessor]
+) -> None:
+    questions = {"text": "What is it?", "colour": "What colour is it?"}
+    task = Task(**{**vars(TASK), "questions": questions, "prefix": "The image shows"})
+    for record in run(engine, folder, None, task)[1:]:
+        path = folder / record["file"]
+        alone = generate(*loaded, image=path, prompt="What is it?", prefix="The image shows", max_tokens=6)
+        assert record["text"] == alone.text.strip()
+        colour = generate(*loaded, image=path, prompt="What colour is it?", max_tokens=6)
+        assert record["answers"]["colour"] == colour.text.strip()
+        assert record["generated_tokens"] == alone.generated_tokens + colour.generated_tokens
+        assert record["text"].startswith("The image shows")
+
+
+def test_answers_end_after_a_number_of_words_without_their_opening(
+    engine: Engine, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "The image shows a dog, that runs over the green grass of a garden in the rain."
+    tokens = iter(range(10**6))
+    monkeypatch.setattr(StreamingDetokenizer, "add", lambda *_: f" {text.split()[next(tokens) % 17]}")
+    shutil.rmtree(folder / "more")
+    for path in ("landscape", "portrait", "broken"):
+        next(folder.glob(f"{path}.*")).unlink()
+    config = GenerationConfig(max_tokens=17, ignore_eos=True)
+    for change, shown, generated in (
+        ({"max_words": 2}, "A dog", 14),
+        ({"max_words": 12}, "A dog, that runs over the green grass of a garden in", 16),
+        ({"max_words": 2, "keep_openings": True}, "The image", 3),
+        ({"max_words": 5, "prefix": "My dog:"}, "My dog: The image shows", 4),
+    ):
+        tokens = iter(range(10**6))
+        (record,) = run(engine, folder, None, Task(**{**vars(TASK), "config": config, **change}))
+        assert (record["text"], record["generated_tokens"], record["finish_reason"]) == (shown, generated, "stop")
+
+
+def test_a_second_run_goes_on_with_a_prefix_and_a_number_of_words(engine: Engine, folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "captions.jsonl"
+    task = Task(**{**vars(TASK), "prefix": "A photo of", "max_words": 5})
+    records = {record["file"]: record for record in run(engine, folder, output, task)}
+    assert records["square.png"]["duplicate_of"] == "more/copy.png"
+    assert records["square.png"]["text"] == records["more/copy.png"]["text"]
+    assert run(engine, folder, output, task) == []
 
 
 def test_several_questions_give_fields(engine: Engine, folder: Path) -> None:

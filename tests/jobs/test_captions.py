@@ -1,11 +1,13 @@
 import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
+from PIL.TiffImagePlugin import IFDRational
 
 from fastvlm_mlx.errors import PromptError
-from fastvlm_mlx.jobs.captions import FIELDS, PromptTemplate, exif_values, path_values, remove_opening
+from fastvlm_mlx.jobs.captions import FIELDS, PromptTemplate, exif_values, opening_length, path_values, remove_opening
 
 
 @pytest.mark.parametrize(
@@ -36,6 +38,7 @@ from fastvlm_mlx.jobs.captions import FIELDS, PromptTemplate, exif_values, path_
 )
 def test_opening_phrases_are_removed(caption: str, expected: str) -> None:
     assert remove_opening(caption) == expected
+    assert caption[opening_length(caption) :].casefold() == expected.casefold()
 
 
 @pytest.mark.parametrize(
@@ -95,13 +98,21 @@ def test_a_path_gives_name_and_folder() -> None:
     assert path_values("/caf\udce9/a\nb.jpg") == {"name": "a b", "directory": "caf?"}
 
 
-def encoded(kind: str = "JPEG", details: dict[int, str] | None = None, **tags: str) -> bytes:
+GPS: dict[int, Any] = {1: "N", 2: (48.0, 51.0, 30.132), 3: "W", 4: (2.0, 17.0, 40.128)}
+"""Latitude and longitude, each with its hemisphere."""
+
+
+def encoded(
+    kind: str = "JPEG", details: dict[int, str] | None = None, gps: dict[int, Any] | None = None, **tags: str
+) -> bytes:
     exif = Image.Exif()
     for name, tag in {"make": 0x010F, "model": 0x0110, "changed": 0x0132}.items():
         if name in tags:
             exif[tag] = tags[name]
     for tag, value in (details or {}).items():
         exif.get_ifd(0x8769)[tag] = value
+    for tag, value in (gps or {}).items():
+        exif.get_ifd(0x8825)[tag] = value
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8)).save(buffer, kind, exif=exif)
     return buffer.getvalue()
@@ -115,8 +126,23 @@ def test_exif_gives_date_and_camera() -> None:
     assert exif_values(encoded(changed="2025:01:01 00:00:00")) == {"date": "2025-01-01"}
     assert exif_values(encoded(changed="0000:00:00 00:00:00")) == {}
     assert exif_values(encoded(changed="?", make="NIKON CORPORATION", model="NIKON D5")) == {"camera": "NIKON D5"}
+    assert exif_values(encoded(gps=GPS)) == {"gps": "48.85837, -2.29448"}
     for damaged in (b"", b"no picture", data[:40], data.replace(b"Exif\0\0", b"Exif\0\0??")):
         assert exif_values(damaged) == {}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {1: "?"},
+        {2: (91.0, 0.0, 0.0)},
+        {2: (48.0, 51.0)},
+        {4: (IFDRational(0, 0), 17.0, 40.0)},
+        {2: (0.0, 0.0, 0.0), 4: (0.0, 0.0, 0.0)},
+    ],
+)
+def test_a_place_that_cannot_be_is_none(change: dict[int, Any]) -> None:
+    assert exif_values(encoded(gps={**GPS, **change})) == {}
 
 
 def test_exif_of_an_iphones_picture_gives_date_and_camera() -> None:
