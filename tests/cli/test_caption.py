@@ -207,6 +207,7 @@ def test_a_dry_run_looks_into_the_file_of_a_run_that_goes_on(model: str, folder:
         (("photos", "--prefix", "A", "--ask", "colour=What?"), "--ask alone gives no caption"),
         (("photos", "--prefix", "A", "--keep-openings"), "--keep-openings: would change nothing with --prefix"),
         (("photos", "--max-words", "0"), "--max-words"),
+        (("--filelist", "\ud800"), "is not valid Unicode"),
     ],
 )
 def test_wrong_usage_is_found_before_any_work(folder: Path, arguments: tuple[str, ...], message: str) -> None:
@@ -223,7 +224,6 @@ def test_wrong_usage_is_found_before_any_work(folder: Path, arguments: tuple[str
         (("photos", "--csv", "photos"), "photos: cannot be written"),
         (("photos", "--webdataset", "."), ".: has no name that files could begin with"),
         (("--filelist", "missing.txt"), "missing.txt: cannot be read as a list of names"),
-        (("--filelist", "\ud800"), "cannot be read as a list of names"),
     ],
 )
 def test_what_cannot_work_is_found_before_the_model_is_looked_for(
