@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$p && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: setup demo test test-clients lint fmt fuzz stress bench bench-peers dist help
+.PHONY: setup demo test test-clients lint fmt fuzz stress stress-server bench bench-peers dist help
 
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
@@ -52,6 +52,9 @@ fuzz: setup ## run N=5000 damaged inputs from SEED=0 on, or one CASE=class:seed;
 stress: setup ## random calls from threads and processes, then jobs killed at random moments (SEED=0)
 	$(BIN)/python -m tests.stress.sequences --number $(or $(N),300) --seed $(or $(SEED),0)
 	$(BIN)/python -m tests.stress.kills --number 10 --seed $(or $(SEED),0)
+
+stress-server: setup ## a server among good and bad clients and schemathesis for MINUTES=10 (SEED=0)
+	$(BIN)/python -m tests.stress.serving --minutes $(or $(MINUTES),10) --seed $(or $(SEED),0) $(ARGS)
 
 lint: setup ## check style and types: ruff, mypy --strict
 	$(BIN)/ruff check .

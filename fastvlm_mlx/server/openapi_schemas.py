@@ -60,7 +60,9 @@ _TEXT: Schema = {"type": "string"}
 _FLAG: Schema = {"type": "boolean"}
 _ANY_OBJECT: Schema = {"type": "object"}
 _COUNT = _whole(0)
-_STOP: Schema = {"anyOf": [{"type": "string", "minLength": 1}, _array({"type": "string", "minLength": 1}, maxItems=16)]}
+_TEXTS: Schema = {
+    "anyOf": [{"type": "string", "minLength": 1}, _array({"type": "string", "minLength": 1}, maxItems=16)]
+}
 _LIMIT = _whole(-1, description="The most tokens of the answer; -1 for the server's own limit.")
 _IMAGE_URL: Schema = {
     "type": "string",
@@ -90,7 +92,7 @@ _OPENAI_SAMPLING: dict[str, Schema] = {
     **_SAMPLING,
     **_PENALTIES,
     "repetition_penalty": _number(None, 100, exclusiveMinimum=0),
-    "stop": _STOP,
+    "stop": _TEXTS,
     "resolution": _RESOLUTION,
 }
 _LOGPROBS: dict[str, Schema] = {"logprobs": _FLAG, "top_logprobs": _whole(0, 20)}
@@ -137,7 +139,7 @@ _OLLAMA: dict[str, Schema] = {
         **_SAMPLING,
         **_PENALTIES,
         repeat_penalty=_number(None, 100, exclusiveMinimum=0),
-        stop=_STOP,
+        stop=_TEXTS,
         num_predict=_whole(-2),
     ),
     "resolution": _RESOLUTION,
@@ -207,7 +209,7 @@ SCHEMAS: dict[str, Schema] = {
         max_output_tokens=_LIMIT,
         stream=_FLAG,
         text=_object(format=_TEXT_FORMAT),
-        include=_array({"type": "string", "minLength": 1}, maxItems=16),
+        include=_TEXTS,
         top_logprobs=_whole(0, 20),
         **_OPENAI_SAMPLING,
     ),
@@ -225,7 +227,7 @@ SCHEMAS: dict[str, Schema] = {
     "MessagesRequest": _object(
         {"messages": _ANTHROPIC_MESSAGES, "max_tokens": _whole(1)},
         stream=_FLAG,
-        stop_sequences=_STOP,
+        stop_sequences=_TEXTS,
         output_config=_object(format=_object({"type": {"const": "json_schema"}, "schema": _ANY_OBJECT})),
         **_ANTHROPIC,
         **_SAMPLING,
