@@ -49,9 +49,10 @@ test-clients: setup .venv-clients/.installed ## run the official client packages
 fuzz: setup ## run N=5000 damaged inputs from SEED=0 on, or one CASE=class:seed; ends with a table
 	$(BIN)/python -m tests.fuzz.driver --number $(or $(N),5000) --seed $(or $(SEED),0) $(if $(CASE),--case $(CASE)) $(ARGS)
 
-stress: setup ## random calls from threads and processes, then jobs killed at random moments (SEED=0)
+stress: setup ## random calls from threads and processes, jobs killed at random moments, random schemas (SEED=0)
 	$(BIN)/python -m tests.stress.sequences --number $(or $(N),300) --seed $(or $(SEED),0)
 	$(BIN)/python -m tests.stress.kills --number 10 --seed $(or $(SEED),0)
+	$(BIN)/python -m tests.stress.schemas --number 200 --seed $(or $(SEED),0)
 
 stress-server: setup ## a server among good and bad clients and schemathesis for MINUTES=10 (SEED=0)
 	$(BIN)/python -m tests.stress.serving --minutes $(or $(MINUTES),10) --seed $(or $(SEED),0) $(ARGS)
