@@ -58,7 +58,7 @@ class Messages(_Anthropic):
         model = fields.text("model", "") or ""
         context.service.check(model)
         conversation = _read_conversation(fields, context)
-        if "max_tokens" not in fields:
+        if fields.whole("max_tokens", least=1) is None:
             raise fields.wrong("max_tokens", "a whole number, at least 1")
         config = read_config(fields, context, limits=("max_tokens",), names={"stop": "stop_sequences"})
         request = Request(

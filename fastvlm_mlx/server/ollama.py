@@ -19,7 +19,7 @@ from fastvlm_mlx.server.fields import Fields
 from fastvlm_mlx.server.logprobs import read_logprobs, shown_logprobs
 from fastvlm_mlx.server.messages import read_messages, read_resolution
 from fastvlm_mlx.server.sampling import read_config
-from fastvlm_mlx.server.schemas import with_schema
+from fastvlm_mlx.server.schemas import ANY_OBJECT, with_schema
 
 MEANING = {
     "raw": "every prompt gets the model's template",
@@ -200,8 +200,10 @@ def _read_options(fields: Fields, context: Context) -> GenerationConfig:
 def _read_format(fields: Fields) -> Any:
     """The form that the answer must have, as a schema."""
     form = fields.value("format")
-    if form in (None, "", "json") or isinstance(form, dict):
-        return form or None
+    if form in (None, ""):
+        return None
+    if form == ANY_OBJECT or isinstance(form, dict):
+        return form
     raise fields.wrong("format", "json or a JSON schema")
 
 

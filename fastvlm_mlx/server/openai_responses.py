@@ -58,11 +58,14 @@ class Responses:
         echo = {
             "instructions": instructions,
             "max_output_tokens": fields.whole("max_output_tokens", least=1),
-            "metadata": fields.value("metadata") or {},
+            "metadata": _read_metadata(fields),
         }
         stored = ("store",) if fields.flag("store") else ()
         cut = ("truncation",) if fields.text("truncation", among=("auto", "disabled")) == "auto" else ()
-        logprobs = _read_logprobs(fields)
+        include = fields.texts("include")
+        left_out = ("include",) if set(include) - {_WITH_LOGPROBS} else ()
+        top = fields.whole("top_logprobs", least=0, most=20)
+        logprobs = (top or 0) if top or _WITH_LOGPROBS in include else None
         form, schema = _read_format(fields)
         config = read_config(fields, context, limits=("max_output_tokens",), logprobs=logprobs)
         request = Request(
@@ -75,7 +78,7 @@ class Responses:
             requests=(with_schema(request, schema, "text.format"),),
             stream=fields.flag("stream"),
             model=model,
-            warnings=(*stored, *cut, *ignored, *fields.unknown(), *conversation.warnings),
+            warnings=(*stored, *cut, *left_out, *ignored, *fields.unknown(), *conversation.warnings),
             options={**echo, "temperature": config.temperature, "top_p": config.top_p, "text": {"format": form}},
         )
 
@@ -170,11 +173,12 @@ def _as_message(item: Any, where: str) -> Any:
     return {key: item[key] for key in item if key not in ("type", "id", "status")} if isinstance(item, dict) else item
 
 
-def _read_logprobs(fields: Fields) -> int | None:
-    """How many alternatives are wanted for each token; None if no probabilities are."""
-    include = fields.texts("include")
-    top = fields.whole("top_logprobs", least=0, most=20)
-    return (top or 0) if _WITH_LOGPROBS in include or top else None
+def _read_metadata(fields: Fields) -> dict[str, Any]:
+    """What the client wants to find again in the answer."""
+    metadata = fields.value("metadata")
+    if not isinstance(metadata, dict | None):
+        raise fields.wrong("metadata", "an object")
+    return metadata or {}
 
 
 def _read_format(fields: Fields) -> tuple[dict[str, Any], Any]:
@@ -184,7 +188,7 @@ def _read_format(fields: Fields) -> tuple[dict[str, Any], Any]:
     kind, schema = read_format(form)
     if form is None or kind != "json_schema":
         return {"type": kind}, schema
-    return {"type": kind, "name": form.value("name"), "strict": form.flag("strict"), "schema": schema}, schema
+    return {"type": kind, "name": form.text("name"), "strict": form.flag("strict"), "schema": schema}, schema
 
 
 def _item_id(context: Context) -> str:

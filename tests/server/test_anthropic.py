@@ -152,6 +152,7 @@ def test_tokens_are_counted_at_the_resolution_that_counts(serving):
     [
         ({"max_tokens": None}, "max_tokens is missing; it must be a whole number, at least 1"),
         ({"max_tokens": 0}, "max_tokens must be a whole number, at least 1, not 0"),
+        ({"max_tokens": -1}, "max_tokens must be a whole number, at least 1, not -1"),
         ({"messages": []}, "messages must be a list of messages, with one at least, not []"),
         ({"messages": [3]}, "messages[0] must be an object, not 3"),
         ({"messages": [{"role": "robot", "content": "a"}]}, "messages[0].role must be one of"),

@@ -176,6 +176,7 @@ def test_instructions_and_a_developers_message_are_the_system_text(serving, demo
         ({"text": {"format": {"type": "json_schema"}}}, "text.format.schema", "is missing; it must be a JSON schema"),
         ({"truncation": "some"}, "truncation", "must be one of auto, disabled"),
         ({"include": [3]}, "include", "include must be a text or a list"),
+        ({"metadata": 3}, "metadata", "metadata must be an object, not 3"),
     ],
 )
 def test_what_would_change_the_meaning_is_refused_by_its_name(serving, body, param, message):
@@ -189,9 +190,18 @@ def test_what_would_change_the_meaning_is_refused_by_its_name(serving, body, par
 
 def test_what_changes_nothing_is_left_out_and_said(serving):
     with serving() as (client, _):
-        response = ask(client, input="Count.", store=True, truncation="auto", user="me", metadata={"a": "b"}, mood=3)
+        response = ask(
+            client,
+            input="Count.",
+            store=True,
+            truncation="auto",
+            user="me",
+            metadata={"a": "b"},
+            mood=3,
+            include=["reasoning.encrypted_content"],
+        )
     assert response.status == 200
-    assert response.headers["x-fastvlm-warning"] == "ignored: store, truncation, mood"
+    assert response.headers["x-fastvlm-warning"] == "ignored: store, truncation, include, mood"
     assert (response.json["store"], response.json["metadata"]) == (False, {"a": "b"})
 
 

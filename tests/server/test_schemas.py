@@ -63,6 +63,7 @@ def test_an_answer_follows_the_schema(serving, api, stream):
         (CHAT, {"messages": [{"role": "user", "content": QUESTION}], "response_format": {"type": "json_object"}}),
         (RESPONSES, {"input": QUESTION, "text": {"format": {"type": "json_object"}}}),
         ("/api/generate", {"prompt": QUESTION, "format": "json", "stream": False}),
+        ("/api/chat", {"messages": [{"role": "user", "content": QUESTION}], "format": {"type": "object"}}),
     ],
 )
 def test_any_object_may_be_asked_for(serving, path, body):
