@@ -2,6 +2,7 @@
 
 import base64
 import json
+from typing import Literal
 
 import pytest
 
@@ -36,6 +37,25 @@ def test_openais_chat(server, image_url):
         response_format={"type": "json_schema", "json_schema": {"name": "animal", "strict": True, "schema": ANIMAL}},
     )
     check(answer.choices[0].message.content)
+
+
+def test_openais_chat_parses_into_a_model(server):
+    pydantic = pytest.importorskip("pydantic")
+
+    class Animal(pydantic.BaseModel):
+        """An animal."""
+
+        name: str = pydantic.Field(max_length=8)
+        kind: Literal["dog", "cat"]
+        tags: list[Literal["old", "young"]] = pydantic.Field(max_length=2)
+        legs: int | None = pydantic.Field(ge=0, le=8)
+
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=server.key)
+    messages = [{"role": "user", "content": "Describe an animal."}]
+    answer = client.chat.completions.parse(model="demo", messages=messages, response_format=Animal)
+    assert isinstance(answer.choices[0].message.parsed, Animal)
+    response = client.responses.parse(model="demo", input="Describe an animal.", text_format=Animal)
+    assert isinstance(response.output_parsed, Animal)
 
 
 def test_openais_responses(server, image_url):
