@@ -99,7 +99,7 @@ def test_a_damaged_picture_is_refused_by_the_server_in_words(visit, site, tmp_pa
     here.page.set_input_files("#file", tmp_path / "broken.png")
     here.page.wait_for_selector("#not-shown")
     article = here.ask(DESCRIBE)
-    assert "not an image" in article.get_by_role("alert").inner_text()
+    assert "Not an image" in article.get_by_role("alert").inner_text()
     here.show("sample-2.png")
     here.page.get_by_role("button", name="Remove broken.png").click()
     here.ask(DESCRIBE)
