@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fastvlm_mlx.cli.captioning import NAMED, Run, folder_of, identity, run
+from fastvlm_mlx.cli.inputs import read_schema
 from fastvlm_mlx.cli.options import (
     CHECK_FAILED,
     DEFAULT_MODEL,
@@ -77,6 +78,10 @@ def caption(
     ] = None,
     prefix: Annotated[
         str | None, typer.Option(metavar="TEXT", help="Begin each caption, but no --ask, with this; the model goes on.")
+    ] = None,
+    schema: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Make captions JSON of the JSON schema in a file; json is any JSON object."),
     ] = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="Replaces the system prompt.")] = None,
     max_tokens: Annotated[
@@ -150,6 +155,15 @@ def caption(
     prefix = _prefix(prefix, max_words)
     if prefix:
         refuse(["--keep-openings"] if keep_openings else [], "with --prefix: no phrase is removed then")
+    if schema is not None:
+        others = {
+            "--prefix": prefix,
+            "--sentence": sentence,
+            "--max-words": max_words,
+            "--keep-openings": keep_openings,
+        }
+        refuse([name for name, given in others.items() if given], "with --schema: captions are JSON then")
+    followed = None if schema is None else read_schema(schema)
     exports = Exports(
         txt=txt,
         xmp=xmp,
@@ -166,6 +180,8 @@ def caption(
         raise typer.BadParameter("--ask alone gives no caption; add --prompt", param_hint="--txt, --xmp, --hf")
     if prefix and "text" not in questions:
         raise typer.BadParameter("--ask alone gives no caption; add --prompt", param_hint="--prefix")
+    if schema is not None and "text" not in questions:
+        raise typer.BadParameter("--ask alone gives no caption; add --prompt", param_hint="--schema")
     _check_outputs(output, exports)
     found = _find(paths or [], filelist, include or [], exclude or [])
     exporter = Exporter(exports, found.found, fields=list(questions), generator=f"fastvlm-mlx {__version__}, {model}")
@@ -188,6 +204,7 @@ def caption(
                 sentence=sentence,
                 max_words=max_words,
                 prefix=prefix,
+                schema=followed,
             )
             if output is not None and not (dry_run and not output.exists()):
                 journal = stack.enter_context(Journal(output, read_only=dry_run, notify=note))

@@ -1,6 +1,7 @@
 """Captions many pictures: a record for each, in a journal with which a later run continues."""
 
 import hashlib
+import json
 import os
 import threading
 from collections import Counter, deque
@@ -16,6 +17,7 @@ from fastvlm_mlx.errors import ConfigError, FastVLMError, ImageError
 from fastvlm_mlx.formatting import names, printable
 from fastvlm_mlx.generation.engine import Engine
 from fastvlm_mlx.generation.request import Handle, Request
+from fastvlm_mlx.generation.result import GenerationResult
 from fastvlm_mlx.generation.words import first_words
 from fastvlm_mlx.inputs.formats import DECODER_ERRORS, open_image, quiet
 from fastvlm_mlx.inputs.sources import Encoded, read
@@ -25,9 +27,14 @@ from fastvlm_mlx.jobs.journal import FINGERPRINT, Journal
 from fastvlm_mlx.jobs.pictures import Picture
 from fastvlm_mlx.jobs.sidecars import read_sidecars
 from fastvlm_mlx.jobs.task import CAPTION, Task, essence
+from fastvlm_mlx.structured.schemas import Schema
 
 Record = dict[str, Any]
 """What is known of a picture: `file`, and either the answers with their statistics or an `error`."""
+
+
+PARSED = "parsed"
+"""The field of a record with the value of a caption that is JSON."""
 
 
 class Plan(NamedTuple):
@@ -52,12 +59,14 @@ class CaptionJob:
         journal: Where records are kept, and those of earlier runs are; None keeps none.
 
     Raises:
+        SchemaError: If captions cannot be made to follow the task's schema.
         ConfigError: If the journal holds only records with other settings, unless `mixed`. Once it holds some with
             these, the others are none of this job's business.
     """
 
     def __init__(self, task: Task, journal: Journal | None = None, *, mixed: bool = False) -> None:
         self._task = task
+        self._schema = Schema.of(task.schema)
         self._settings = task.settings
         self._essence = essence(self._settings)
         self._templates = {name: PromptTemplate(text) for name, text in task.questions.items()}
@@ -89,6 +98,8 @@ class CaptionJob:
             return False
         if "error" in record:
             return isinstance(error, dict) and isinstance(error.get("message"), str)
+        if self._schema is not None and PARSED not in record:
+            return False
         texts = {**answers, CAPTION: record.get(CAPTION)}
         return all(isinstance(texts.get(name), str) for name in self._task.questions)
 
@@ -193,6 +204,7 @@ class CaptionJob:
                 sentence=task.sentence,
                 max_words=task.max_words,
                 prefix=task.prefix if name == CAPTION else "",
+                schema=self._schema if name == CAPTION else None,
                 opening=opening_length if name == CAPTION and task.removes_openings else None,
             )
             work.handles[name] = engine.submit(request)
@@ -249,6 +261,7 @@ class CaptionJob:
         results = {name: handle.result() for name, handle in work.handles.items()}
         if _stat(work.picture.path) != work.stat:
             raise ImageError(f"{printable(work.picture.path)}: changed while it was read; run the command again")
+        parsed = self._parsed(work, results)
         texts = {name: result.text.strip() for name, result in results.items()}
         if self._task.removes_openings and CAPTION in texts:
             texts[CAPTION] = remove_opening(texts[CAPTION])
@@ -258,6 +271,7 @@ class CaptionJob:
         size = dict(zip(("width", "height"), work.size or (), strict=False))
         return {
             **({CAPTION: texts[CAPTION]} if CAPTION in texts else {}),
+            **parsed,
             **({"answers": answers} if answers else {}),
             **size,
             "prompt_tokens": sum(result.prompt_tokens for result in results.values()),
@@ -265,6 +279,20 @@ class CaptionJob:
             "finish_reason": max((str(result.finish_reason) for result in results.values()), key="stop length".index),
             "seconds": round(sum(result.timings.total - result.timings.queue for result in results.values()), 3),
         }
+
+    def _parsed(self, work: "_Work", results: Mapping[str, GenerationResult]) -> Record:
+        """The value of a caption that is JSON, as a field of the record; no field if there is no schema.
+
+        Raises:
+            ConfigError: If the caption was cut.
+        """
+        caption = results.get(CAPTION)
+        if self._schema is None or caption is None:
+            return {}
+        if caption.finish_reason != "stop" or caption.stop_string is not None:
+            cut = f"the answer was cut after {caption.generated_tokens} tokens, so it is no JSON"
+            raise ConfigError(f"{printable(work.picture.path)}: {cut}; allow more, or bound the schema")
+        return {PARSED: json.loads(caption.text)}
 
     def _copied(self, key: str, name: str) -> Record:
         """What was found about the same content, for a picture called `name`."""

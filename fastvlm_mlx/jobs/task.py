@@ -29,6 +29,7 @@ class Task:
         sentence: Whether each answer ends after its first sentence.
         max_words: How many words each answer has at the most.
         prefix: What the caption begins with, but not the answers to other questions. No opening phrase is then removed.
+        schema: The JSON that the caption has to be, see `fastvlm_mlx.structured`; answers to other questions are text.
     """
 
     questions: Mapping[str, str]
@@ -43,11 +44,12 @@ class Task:
     sentence: bool = False
     max_words: int | None = None
     prefix: str = ""
+    schema: Any = None
 
     @property
     def removes_openings(self) -> bool:
         """Whether phrases such as "The image shows" are removed from captions."""
-        return not (self.keep_openings or self.prefix)
+        return not (self.keep_openings or self.prefix or self.schema)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -62,6 +64,7 @@ class Task:
             "sentence": self.sentence or None,
             "max_words": self.max_words,
             "prefix": self.prefix or None,
+            "schema": self.schema,
         }
         return {
             "model": self.model,

@@ -128,6 +128,26 @@ def test_captions_can_begin_with_given_words_and_end_after_some(model: str, fold
     assert "other settings (max_words, prefix)" in run(*options).stderr
 
 
+def test_captions_can_be_json(model: str, folder: Path) -> None:
+    pytest.importorskip("llguidance", reason="the extra `structured` is not installed")
+    Path("dogs.json").write_text('{"properties": {"dogs": {"type": "boolean"}}, "required": ["dogs"]}')
+    options = ("photos", "-m", model, "--schema", "dogs.json")
+    result = run(*options)
+    assert result.exit_code == 0
+    for record in lines(result.stdout):
+        assert record["parsed"] == json.loads(str(record["text"]))
+    assert run(*options, "-n", "2").exit_code == 3
+    for given, message in (
+        (("--sentence",), "--sentence: would change nothing with --schema: captions are JSON then"),
+        (("--prefix", "A"), "--prefix: would change nothing with --schema"),
+        (("--ask", "a=b"), "--schema: --ask alone gives no caption; add --prompt"),
+        (("--schema", "no.json"), "--schema: no.json: no such file"),
+    ):
+        refused = run(*options, *given)
+        assert refused.exit_code == 2
+        assert message in refused.stderr
+
+
 def test_the_command_for_one_picture_gives_the_same_text(model: str, folder: Path) -> None:
     options = ("-m", model, "-n", "9", "-p", "What is it?")
     records = lines(run("photos", *options, "--keep-openings").stdout)

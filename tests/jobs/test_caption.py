@@ -136,6 +136,7 @@ def test_force_asks_again_about_everything(engine: Engine, folder: Path, tmp_pat
         ({"system": "Be brief."}, "system"),
         ({"prefix": "A photo of"}, "prefix"),
         ({"max_words": 3}, "max_words"),
+        ({"schema": {"type": "boolean"}}, "schema"),
     ],
 )
 def test_records_with_other_settings_are_not_taken_for_these(
@@ -192,6 +193,33 @@ def test_a_second_run_goes_on_with_a_prefix_and_a_number_of_words(engine: Engine
     assert records["square.png"]["duplicate_of"] == "more/copy.png"
     assert records["square.png"]["text"] == records["more/copy.png"]["text"]
     assert run(engine, folder, output, task) == []
+
+
+def test_captions_can_be_json_of_a_schema(engine: Engine, folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("llguidance", reason="the extra `structured` is not installed")
+    schema = {"properties": {"dogs": {"type": "integer", "minimum": 0, "maximum": 9}}, "required": ["dogs"]}
+    config = GenerationConfig(max_tokens=40)
+    questions = {"text": "How many dogs?", "colour": "What colour is it?"}
+    task = Task(**{**vars(TASK), "questions": questions, "config": config, "schema": schema})
+    output = tmp_path / "captions.jsonl"
+    for record in run(engine, folder, output, task)[1:]:
+        assert record["text"] == f'{{"dogs":{record["parsed"]["dogs"]}}}'
+        assert not record["answers"]["colour"].startswith("{")
+    (again,) = run(engine, folder, output, task, retry_errors=True)
+    assert again["error"]["type"] == "ImageError"
+    line = output.read_text().splitlines()[1]
+    output.write_text(line.replace('"parsed"', '"other"') + "\n")
+    assert json.loads(line)["file"] in files(run(engine, folder, output, task)), "it was damaged"
+
+
+def test_a_json_caption_that_is_cut_is_an_error(engine: Engine, folder: Path) -> None:
+    pytest.importorskip("llguidance", reason="the extra `structured` is not installed")
+    task = Task(**{**vars(TASK), "config": GenerationConfig(max_tokens=3), "schema": {"const": "a long word"}})
+    for record in run(engine, folder, None, task)[1:]:
+        assert record["error"]["type"] == "ConfigError"
+        message = "the answer was cut after 3 tokens, so it is no JSON; allow more, or bound the schema"
+        assert record["error"]["message"].endswith(f"{Path(record['file']).name}: {message}")
+        assert "text" not in record
 
 
 def test_several_questions_give_fields(engine: Engine, folder: Path) -> None:
