@@ -24,7 +24,8 @@ def routes(service: Service) -> list[Route]:
     async def ready(_: Request) -> Response:
         """200 while questions are answered; otherwise 503."""
         is_ready = service.state == "ready" and service.is_healthy
-        return JSONResponse({"ready": is_ready, "state": service.state}, 200 if is_ready else 503)
+        body = {"ready": is_ready, "state": service.state, "detail": service.activity}
+        return JSONResponse(body, 200 if is_ready else 503)
 
     async def metrics(_: Request) -> Response:
         """What Prometheus reads."""

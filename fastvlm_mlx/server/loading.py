@@ -54,10 +54,16 @@ def load_engine(
     Raises:
         FastVLMError: If the model cannot be loaded.
     """
-    folder = resolve(model, revision=revision, notify=notify, progress=progress)
-    network, processor = load(folder, dtype=dtype, notify=notify, progress=progress)
+
+    def show(done: int, total: int, what: str) -> None:
+        service.activity = f"{what}: {done / max(total, 1):.0%}"
+        if progress is not None:
+            progress(done, total, what)
+
+    folder = resolve(model, revision=revision, notify=notify, progress=show)
+    network, processor = load(folder, dtype=dtype, notify=notify, progress=show)
     config = ModelConfig.from_path(folder)
-    weights = checkpoint_fingerprint(folder, cache_folder() / "digests.json", progress)
+    weights = checkpoint_fingerprint(folder, cache_folder() / "digests.json", show)
     service.fingerprint = f"fp_{weights[:12]}_{__version__}"
     service.license = license_of(service.name, config)
     sizes = parts(config, tensors(folder)).values()
@@ -67,6 +73,7 @@ def load_engine(
     engine = Engine(network, processor, max_batch=max_batch, queue_size=settings.max_queue + settings.max_choices)
     try:
         if warmup:
+            service.activity = "warming up"
             warm_up(engine, settings)
     except BaseException:
         engine.close()

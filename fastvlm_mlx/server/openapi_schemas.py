@@ -262,7 +262,7 @@ SCHEMAS: dict[str, Schema] = {
     "Model": _MODEL,
     "Models": _answer(object={"const": "list"}, data=_array(ref("Model"))),
     "Health": _answer(status=_one_of("ok", "failed"), state=_TEXT, step_seconds=_number(0), requests=_COUNT),
-    "Ready": _answer(ready=_FLAG, state=_TEXT),
+    "Ready": _answer(ready=_FLAG, state=_TEXT, detail=_TEXT),
     "OpenAIError": _answer(
         error=_answer(message=_TEXT, type=_TEXT, param={"type": ["string", "null"]}, code={"type": ["string", "null"]})
     ),

@@ -55,6 +55,7 @@ class Service:
         parameters: The number of its weights; 0 if unknown.
         size_bytes: The bytes of its tensors on disk; 0 if unknown.
         engine: What answers; None while the model loads.
+        activity: What loading does now, for people; empty if nothing is known.
         metrics: What is counted.
     """
 
@@ -71,6 +72,7 @@ class Service:
         self.parameters = 0
         self.size_bytes = 0
         self.engine: Engine | None = None
+        self.activity = ""
         self._readers = ThreadPoolExecutor(READING_THREADS, thread_name_prefix="fastvlm-read")
         self._open: set[Answering] = set()
         self._rate = Rate()
@@ -80,6 +82,7 @@ class Service:
     def start(self, engine: Engine) -> None:
         """Begins to answer."""
         self.engine = engine
+        self.activity = ""
         self.max_model_len = engine.processor.context_length
         self.native_resolution = engine.processor.image_size
         if self.state == "loading":

@@ -87,6 +87,23 @@ def test_what_is_loaded_is_described_and_warm():
         assert engine._worker._thread is not None
 
 
+def test_what_loading_does_is_told(monkeypatch):
+    service = Service("demo", Settings())
+    shown = []
+
+    def fingerprint(folder, cache, progress):
+        progress(1, 4, "reading demo")
+        shown.append(service.activity)
+        return "0" * 64
+
+    monkeypatch.setattr("fastvlm_mlx.server.loading.checkpoint_fingerprint", fingerprint)
+    monkeypatch.setattr("fastvlm_mlx.server.loading.warm_up", lambda *_: shown.append(service.activity))
+    with load_engine(service, service.settings, "demo") as engine:
+        service.start(engine)
+    assert shown == ["reading demo: 25%", "warming up"]
+    assert service.activity == ""
+
+
 def test_a_server_that_was_told_to_stop_while_it_loaded_answers_nothing(demo):
     service = Service("demo", Settings())
     service.stop()

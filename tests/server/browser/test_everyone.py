@@ -160,6 +160,8 @@ def test_the_page_waits_while_the_model_loads(visit, serve):
         page = here.page
         page.goto(site.url)
         page.get_by_text("Loading the model").wait_for()
+        site.service.activity = "downloading: 40%"
+        page.get_by_text("Downloading: 40%").wait_for()
         here.show("sample-2.png")
         assert page.get_by_role("button", name="Ask", exact=True).is_disabled()
         site.service.start(site.engine)
