@@ -111,7 +111,7 @@ class Matcher:
             bits = np.unpackbits(np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8), bitorder="little")
             allowed[: len(bits)] = bits[: len(allowed)]
         if matcher.is_error() or not (stopped or allowed.any()):
-            reason = printable(" ".join(matcher.get_error().split()), 200)
+            reason = printable(matcher.get_error().partition("\n")[0], 200)
             raise SchemaError(f"the schema is too complex to be followed ({reason}); simplify it")
         self.complete = stopped or matcher.is_stopped()
         if self.complete:

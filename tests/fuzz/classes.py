@@ -12,6 +12,7 @@ from tests.fuzz import (
     pictures,
     prompts,
     questions,
+    schemas,
     servers,
     sources,
 )
@@ -27,6 +28,6 @@ CLASSES: dict[str, Case] = {
         *(pictures.picture, headers.header, sources.array, sources.source, servers.server),
         *(prompts.prompt, prompts.messages, prompts.ids),
         *(questions.questions, questions.journal, captions.captions),
-        *(arguments.python, commands.command_line),
+        *(arguments.python, commands.command_line, schemas.schema),
     )
 }

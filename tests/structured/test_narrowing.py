@@ -11,59 +11,9 @@ from tests.structured.random_schemas import random_schema
 
 pytest.importorskip("llguidance", reason="the extra `structured` is not installed")
 
-from fastvlm_mlx.structured.grammar import Matcher
 from fastvlm_mlx.structured.narrowing import narrowed
-from fastvlm_mlx.structured.schemas import Schema, library
-
-END = 256
-
-
-class Bytes:
-    """A vocabulary of the 256 bytes and an end token."""
-
-    is_tokenizer_wrapper = True
-    eos_token_id = END
-    bos_token_id = None
-    special_token_ids = (END,)
-    tokens = (*(bytes([byte]) for byte in range(256)), b"<end>")
-
-    def __call__(self, text):
-        return list(text if isinstance(text, bytes) else text.encode())
-
-
-TOKENIZER = None
-
-
-def matcher(schema):
-    """A matcher of bytes for a schema."""
-    global TOKENIZER
-    TOKENIZER = TOKENIZER or library().LLTokenizer(Bytes(), eos_token=[END])
-    return Matcher(library().LLMatcher(TOKENIZER, Schema.of(schema).grammar, log_level=0), (END,), END + 1)
-
-
-def random_answer(schema, rng, favoured=b'"]}:,0123456789abc', share=0.7):
-    """A text that a schema allows, chosen byte by byte, preferably among those that are favoured."""
-    follower, answer = matcher(schema), bytearray()
-    while not follower.complete:
-        allowed = np.flatnonzero(follower.allowed)
-        preferred = [byte for byte in allowed if byte < 256 and byte in favoured] if rng.random() < share else []
-        byte = int(rng.choice(preferred or allowed))
-        if byte == END:
-            break
-        answer.append(byte)
-        follower.advance(byte)
-        assert len(answer) < 20_000
-    return answer.decode()
-
-
-def is_allowed(schema, text):
-    """Whether an answer may be this text."""
-    follower = matcher(schema)
-    for byte in text.encode():
-        if not follower.allowed[byte]:
-            return False
-        follower.advance(byte)
-    return follower.complete or bool(follower.allowed[END])
+from fastvlm_mlx.structured.schemas import Schema
+from tests.structured.answers import is_allowed, random_answer
 
 
 @pytest.mark.parametrize("seed", range(30))
