@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -21,6 +22,7 @@ from fastvlm_mlx import (
     PrefixCache,
     Request,
     Timings,
+    TokenLogprob,
     choose,
     evaluate,
     generate,
@@ -62,6 +64,24 @@ def questions(model: FastVLM, processor: FastVLMProcessor) -> Iterator[str]:
             yield from (handle.result().text for handle in engine.map([Request(image="a.jpg")]))
     except FastVLMError as error:
         yield str(error)
+
+
+class Animal:
+    """Looks as pydantic's models do."""
+
+    @classmethod
+    def model_json_schema(cls, by_alias: bool = True, *, mode: str = "validation") -> dict[str, Any]:
+        """The schema."""
+        return {"type": "object", "properties": {"name": {"type": "string"}}}
+
+
+def json_answers(model: FastVLM, processor: FastVLMProcessor) -> list[TokenLogprob]:
+    """Schemas of every kind, and the probabilities of tokens."""
+    answers = [generate(model, processor, image="a.jpg", schema=schema) for schema in ({"type": "object"}, Animal)]
+    answers.append(generate(model, processor, "Hi", schema="json", logprobs=5, logit_bias={5: -1.0}))
+    with Engine(model, processor) as engine:
+        answers.append(engine.submit(Request(prompt="Hi", schema=Animal)).result())
+    return [logprob for answer in answers for logprob in answer.logprobs if logprob.top[0][1] > -1.0]
 
 
 def arrays(model: FastVLM, processor: FastVLMProcessor) -> list[str]:

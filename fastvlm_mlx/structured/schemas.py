@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 from fastvlm_mlx.errors import SchemaError
 from fastvlm_mlx.formatting import printable, readable_bytes
 from fastvlm_mlx.schema import is_deeper, shown
 from fastvlm_mlx.structured.narrowing import any_object, narrowed
-
-if TYPE_CHECKING:
-    pass
 
 LARGEST = 500_000
 """The most bytes of a schema."""
@@ -25,7 +22,9 @@ MOST_LEVELS = 64
 class HasSchema(Protocol):
     """A class that knows its JSON schema, as pydantic's models do."""
 
-    model_json_schema: Callable[[], dict[str, Any]]
+    @classmethod
+    def model_json_schema(cls) -> dict[str, Any]:
+        """The schema."""
 
 
 @dataclass(frozen=True)
