@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -64,6 +65,46 @@ def writing(path: Path) -> Iterator[BinaryIO]:
             with suppress(FileNotFoundError):
                 shutil.copymode(os.path.realpath(path), partial)
             os.replace(partial, os.path.realpath(path))
+
+
+def replace_content(path: Path, content: bytes, seen: os.stat_result) -> None:
+    """Replaces the content of a user's file at once; its times, owner, rights and extended attributes stay.
+
+    Args:
+        path: The file; not a link.
+        content: Written through to the disk before it takes the place of the earlier content.
+        seen: What `os.lstat` gave before the file was read.
+
+    Raises:
+        ConfigError: If it has changed since, or cannot be written; the file is then as it was.
+    """
+    with _refused(path), _partial_file(path) as (partial, file):
+        file.write(content)
+        file.flush()
+        status = os.fstat(file.fileno())
+        if (status.st_uid, status.st_gid) != (seen.st_uid, seen.st_gid):
+            os.chown(file.fileno(), seen.st_uid, seen.st_gid)
+        _copy_attributes(path, partial)
+        os.fsync(file.fileno())
+        if _version(os.lstat(path)) != _version(seen):
+            raise ConfigError(f"{printable(path)}: was changed by another program; run the command again")
+        os.replace(partial, path)
+
+
+def _version(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _copy_attributes(source: Path, target: Path) -> None:
+    """Gives a file the rights, times and extended attributes of another one."""
+    if sys.platform == "darwin":  # where `copystat` leaves out extended attributes, such as Finder's tags
+        import ctypes
+
+        system = ctypes.CDLL(None, use_errno=True)
+        acl_and_xattr = ctypes.c_uint32(1 << 0 | 1 << 2)
+        if system.copyfile(os.fsencode(source), os.fsencode(target), None, acl_and_xattr):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    shutil.copystat(source, target)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""XMP: reads the description in a sidecar, and writes it without a change to anything else in the file.
+"""XMP: reads the description in a packet, and writes it without a change to anything else in it.
 
 A description is `dc:description` in the language `x-default`, where Lightroom, darktable, digiKam and others look for
 it. A copy in a namespace of our own says that the text is ours: once somebody has edited the description, the two
@@ -28,6 +28,12 @@ _EMPTY = f"""<?xml version="1.0" encoding="UTF-8"?>
  </rdf:RDF>
 </x:xmpmeta>
 """.encode()
+EMPTY_PACKET = (
+    '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>\n'
+    f'<x:xmpmeta xmlns:x="adobe:ns:meta/">\n <rdf:RDF xmlns:rdf="{_RDF}">\n </rdf:RDF>\n</x:xmpmeta>\n'
+    '<?xpacket end="w"?>'
+).encode()
+"""XMP that says nothing, as it is inside pictures."""
 _FORBIDDEN = re.compile("[^\t\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 """What XML cannot hold."""
 
