@@ -121,6 +121,12 @@ def caption(
             metavar=choices(XMPName), help="photo.jpg.xmp or photo.xmp. [default: the one that is there, or ext]"
         ),
     ] = None,
+    embed: Annotated[
+        bool,
+        typer.Option(
+            "--embed", help="Write it into the JPEG, PNG and WebP files themselves, as XMP; keeps their dates."
+        ),
+    ] = False,
     csv: Annotated[Path | None, typer.Option(metavar="FILE", parser=user_path, help="Write a table.")] = None,
     hf: Annotated[bool, typer.Option("--hf", help="Write metadata.jsonl, for Hugging Face's imagefolder.")] = False,
     webdataset: Annotated[
@@ -128,7 +134,7 @@ def caption(
         typer.Option(metavar="PREFIX", parser=user_path, help="Write PREFIX-000000.tar and so on, with the pictures."),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace texts that people have written beside pictures, too.")
+        bool, typer.Option("--overwrite", help="Replace descriptions that people have written, too.")
     ] = False,
 ) -> None:
     """Caption many pictures: a line of JSON for each, on stdout or in a file that a later run continues.
@@ -167,17 +173,18 @@ def caption(
     exports = Exports(
         txt=txt,
         xmp=xmp,
+        embed=embed,
         xmp_name=None if xmp_name is None else xmp_name.value,
         csv=csv,
         hf=hf,
         webdataset=webdataset,
         overwrite=overwrite,
     )
-    if not (txt or xmp):
-        refuse(["--overwrite"] if overwrite else [], "without --txt or --xmp")
+    if not (txt or xmp or embed):
+        refuse(["--overwrite"] if overwrite else [], "without --txt, --xmp or --embed")
     questions = _questions(prompt, ask or [])
     if exports.need_a_caption and "text" not in questions:
-        raise typer.BadParameter("--ask alone gives no caption; add --prompt", param_hint="--txt, --xmp, --hf")
+        raise typer.BadParameter("--ask alone gives no caption; add --prompt", param_hint="--txt, --xmp, --embed, --hf")
     if prefix and "text" not in questions:
         raise typer.BadParameter("--ask alone gives no caption; add --prompt", param_hint="--prefix")
     if schema is not None and "text" not in questions:

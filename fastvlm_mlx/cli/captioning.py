@@ -127,6 +127,8 @@ def run(job: "CaptionJob", plan: "Plan", exporter: "Exporter", options: Run) -> 
         record = None if picture in todo else job.record(picture)
         if record is not None:
             exporter.write_beside(picture, record, record)
+            if (embedded := exporter.embed(picture, record)) is not None:
+                job.renew(picture, embedded)
     counts: Counter[str] = Counter()
     if not plan.todo:
         _Report(LiveLine(), 0, as_json=options.json_progress).end(counts)
@@ -139,7 +141,7 @@ def run(job: "CaptionJob", plan: "Plan", exporter: "Exporter", options: Run) -> 
         prefixes = PrefixCache(_PREFIX_BYTES)
         with Engine(network, processor, max_batch=options.batch or "auto", prefix_cache=prefixes) as engine:
             try:
-                for picture, record in job.run(engine, plan.todo, fresh=options.force):
+                for picture, record in job.run(engine, plan.todo, fresh=options.force, embed=exporter.embed):
                     counts["pictures"] += 1
                     counts["failed"] += "error" in record
                     counts["duplicates"] += "duplicate_of" in record

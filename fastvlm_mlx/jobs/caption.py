@@ -29,6 +29,8 @@ from fastvlm_mlx.jobs.sidecars import read_sidecars
 from fastvlm_mlx.jobs.task import CAPTION, Task, essence
 from fastvlm_mlx.structured.schemas import Schema
 
+EMBEDDED = "embedded_sha256"
+"""The field of a record with the hash of a file into which its caption was written after it was asked about."""
 Record = dict[str, Any]
 """What is known of a picture: `file`, and either the answers with their statistics or an `error`."""
 
@@ -76,6 +78,7 @@ class CaptionJob:
         self._seen: dict[str, str] = {}
         self._outcomes: dict[str, Record] = {}
         self._ambiguous: set[str] = set()
+        self._embed: Callable[[Picture, Record], str | None] | None = None
         other: Record | None = None
         for record in journal or ():
             if essence(record.get("settings")) != self._essence:
@@ -108,7 +111,9 @@ class CaptionJob:
         stat = tuple(version) if isinstance(version, list) else ()
         self._known[str(record.get("file"))] = _Known(record[FINGERPRINT], stat, failed)
         if not failed and self._shares:
-            self._seen[str(record.get("sha256"))] = record[FINGERPRINT]
+            for name in ("sha256", EMBEDDED):
+                if isinstance(record.get(name), str):
+                    self._seen[record[name]] = record[FINGERPRINT]
 
     def plan(self, pictures: Sequence[Picture], *, retry_errors: bool = False, force: bool = False) -> Plan:
         """Finds the pictures that have no record yet, or one from before they were changed.
@@ -145,14 +150,35 @@ class CaptionJob:
     def _kept(self, key: str) -> Record | None:
         return self._outcomes.get(key) if self._journal is None else self._journal.get(key)
 
+    def renew(self, picture: Picture, sha256: str) -> None:
+        """Keeps the record of an earlier run for a picture into which its caption was written, which has changed it."""
+        record = self.record(picture)
+        if record is not None:
+            changed = {**record, "stat": list(_stat(picture.path)), EMBEDDED: sha256}
+            self._keep(changed.pop(FINGERPRINT), changed)
+            self._remember({FINGERPRINT: record[FINGERPRINT], **changed})
+
     def run(
-        self, engine: Engine, pictures: Iterable[Picture], *, fresh: bool = False
+        self,
+        engine: Engine,
+        pictures: Iterable[Picture],
+        *,
+        fresh: bool = False,
+        embed: Callable[[Picture, Record], str | None] | None = None,
     ) -> Iterator[tuple[Picture, Record]]:
         """Asks about pictures, several at a time; yields each with its record, in order, after keeping that.
 
         Pictures with the same content are asked about once, those of earlier runs included unless `fresh`. What a
         picture fails for is its record's `error`, and the others go on.
+
+        Args:
+            engine: Answers.
+            pictures: From `plan`.
+            fresh: Whether to ask about what is known, too.
+            embed: Called with each record before it is kept; returns the SHA-256 of the picture's file if it has
+                written the caption into that.
         """
+        self._embed = embed
         if fresh:
             self._seen.clear()
         queue: deque[_Work] = deque()
@@ -238,12 +264,21 @@ class CaptionJob:
             "stat": list(work.stat),
             "settings": self._settings,
         }
-        if self._journal is not None:
-            self._journal.add(work.key, record)
-        else:
-            self._outcomes[work.key] = record
+        embedded = self._embed(work.picture, record) if self._embed is not None else None
+        if embedded is not None:
+            work.stat = _stat(work.picture.path)
+            record |= {"stat": list(work.stat), EMBEDDED: embedded}
+            if self._shares:
+                self._seen[embedded] = work.key
+        self._keep(work.key, record)
         self._known[name] = _Known(work.key, work.stat, "error" in outcome)
         return work.picture, {FINGERPRINT: work.key, **record}
+
+    def _keep(self, key: str, record: Record) -> None:
+        if self._journal is not None:
+            self._journal.add(key, record)
+        else:
+            self._outcomes[key] = record
 
     def _outcome(self, engine: Engine, work: "_Work") -> Record:
         """The answers about a picture, with their statistics.
@@ -299,7 +334,7 @@ class CaptionJob:
         known = self._kept(key)
         if known is None:
             raise ConfigError("a picture with the same content has no record; run the command again")
-        left_out = (FINGERPRINT, "file", "sha256", "stat", "settings", "seconds", "duplicate_of")
+        left_out = (FINGERPRINT, "file", "sha256", EMBEDDED, "stat", "settings", "seconds", "duplicate_of")
         outcome = {field: value for field, value in known.items() if field not in left_out}
         first = known.get("duplicate_of", known["file"])
         return outcome if first == name else {**outcome, "duplicate_of": first}

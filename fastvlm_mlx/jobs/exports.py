@@ -10,12 +10,14 @@ from fastvlm_mlx.errors import FastVLMError
 from fastvlm_mlx.formatting import printable
 from fastvlm_mlx.jobs.caption import Record
 from fastvlm_mlx.jobs.datasets import WebDataset, check_csv, check_metadata, write_csv, write_metadata
+from fastvlm_mlx.jobs.embedded import NotEmbeddedError, embed
 from fastvlm_mlx.jobs.pictures import Picture, in_library
 from fastvlm_mlx.jobs.sidecars import Habit, Outcome, shared_names, write_text, write_xmp
 from fastvlm_mlx.jobs.task import CAPTION
 
 READ_ONLY = "in a Photos library or on the web"
 SHARED = "of two pictures with one name"
+KEPT = "where somebody else's text is; --overwrite replaces it"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +28,7 @@ class Exports:
         txt: `photo.txt` beside each picture.
         xmp: An XMP sidecar beside each picture.
         xmp_name: How it is called; None for the name that is there already.
+        embed: In the pictures themselves.
         csv: A table.
         hf: `metadata.jsonl` in each folder that was named.
         webdataset: The beginning of the paths of tar files.
@@ -35,6 +38,7 @@ class Exports:
     txt: bool = False
     xmp: bool = False
     xmp_name: Habit | None = None
+    embed: bool = False
     csv: Path | None = None
     hf: bool = False
     webdataset: Path | None = None
@@ -43,7 +47,7 @@ class Exports:
     @property
     def need_a_caption(self) -> bool:
         """Whether one of them has a place for the caption alone."""
-        return self.txt or self.xmp or self.hf or self.webdataset is not None
+        return self.txt or self.xmp or self.embed or self.hf or self.webdataset is not None
 
 
 class Exporter:
@@ -107,10 +111,34 @@ class Exporter:
                 lambda: write_xmp(picture.path, caption, generator=self._generator, habit=habit, overwrite=overwrite)
             )
 
+    def embed(self, picture: Picture, record: Record) -> str | None:
+        """Writes the caption into a picture, if that is wanted; returns the SHA-256 of the file if it has changed.
+
+        The job goes on if it cannot be written.
+        """
+        if "error" in record or not self.exports.embed:
+            return None
+        if picture.read_only:
+            self.left_out[READ_ONLY] += 1
+            return None
+        try:
+            outcome, sha256 = embed(
+                picture.path, record[CAPTION], generator=self._generator, overwrite=self.exports.overwrite
+            )
+        except NotEmbeddedError as err:
+            self.left_out[f"into pictures {err}"] += 1
+            return None
+        except FastVLMError as err:
+            self.failures.append(str(err))
+            return None
+        if outcome is Outcome.KEPT:
+            self.left_out[KEPT] += 1
+        return sha256
+
     def _write(self, write: Callable[[], Outcome]) -> None:
         try:
             if write() is Outcome.KEPT:
-                self.left_out["where somebody else's text is; --overwrite replaces it"] += 1
+                self.left_out[KEPT] += 1
         except FastVLMError as err:
             self.failures.append(str(err))
 

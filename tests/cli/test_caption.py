@@ -2,7 +2,9 @@
 
 import csv
 import fcntl
+import hashlib
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -13,12 +15,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner, Result
 
 from fastvlm_mlx.cli import captioning
 from fastvlm_mlx.cli.app import app
 from fastvlm_mlx.generation.stop import FirstSentence
 from fastvlm_mlx.generation.words import count_words
+from fastvlm_mlx.jobs.embedded import read_embedded
+from fastvlm_mlx.jobs.xmp import read_xmp
 from tests.checkpoints import APPLE
 
 
@@ -96,6 +101,52 @@ def test_captions_go_where_other_programs_look_for_them(model: str, folder: Path
     assert again.exit_code == 0
     assert "3 pictures, 3 done, 0 to do, 1 skipped (not a picture)" in again.stderr  # none of what is now beside them
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_captions_can_be_written_into_the_pictures_and_the_run_resumed(model: str, folder: Path) -> None:
+    shutil.copy(folder / "square.png", folder / "copy.png")
+    Image.open(folder / "square.png").convert("RGB").save(folder / "square.gif")
+    (folder / "torn.jpg").write_bytes(b"\xff\xd8\xff")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    options = ("photos", "-m", model, "-n", "5", "-o", "out.jsonl")
+    result = run(*options, "--embed")
+    assert result.exit_code == 3  # torn.jpg cannot be read
+    assert "1 text not written: into pictures neither JPEG nor PNG nor WebP" in result.stderr
+    records = {str(record["file"]): record for record in lines(Path("out.jsonl").read_text())}
+    assert records["square.png"]["duplicate_of"] == "copy.png"
+    for name in ("copy", "landscape", "portrait", "square"):
+        data = (folder / f"{name}.png").read_bytes()
+        record = records[f"{name}.png"]
+        assert read_xmp(read_embedded(data)).description == record["text"]
+        assert record["sha256"] == hashlib.sha256(before[f"{name}.png"]).hexdigest()
+        assert record["embedded_sha256"] == hashlib.sha256(data).hexdigest()
+    assert all((folder / name).read_bytes() == before[name] for name in ("square.gif", "torn.jpg", "README.md"))
+    after = {path.name: path.read_bytes() for path in folder.iterdir()}
+    journal = Path("out.jsonl").read_bytes()
+    again = run(*options, "--embed")
+    assert "6 pictures, 5 done, 1 failed before" in again.stderr
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == after
+    assert Path("out.jsonl").read_bytes() == journal
+    for path in folder.iterdir():
+        os.utime(path, ns=(1, 1))  # as in a copy of the folder; the pictures are known by their content
+    run(*options, "--embed")
+    assert all("seconds" not in record for record in lines(Path("out.jsonl").read_text())[6:] if "text" in record)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == after
+
+
+def test_captions_of_an_earlier_run_can_be_written_into_the_pictures(model: str, folder: Path) -> None:
+    options = ("photos", "-m", model, "-n", "5", "-o", "out.jsonl")
+    run(*options)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert "3 pictures, 3 done, 0 to do" in run(*options).stderr
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before  # only when it is spelled out
+    assert run(*options, "--embed").exit_code == 0
+    for record in lines(Path("out.jsonl").read_text()):
+        data = (folder / str(record["file"])).read_bytes()
+        assert read_xmp(read_embedded(data)).description == record["text"]
+    for _ in range(2):
+        assert "3 pictures, 3 done, 0 to do" in run(*options, "--embed").stderr
+    assert len(Path("out.jsonl").read_bytes().splitlines()) == 6
 
 
 def test_texts_that_cannot_be_written_make_the_exit_code_3(model: str, folder: Path) -> None:
@@ -216,10 +267,11 @@ def test_a_dry_run_looks_into_the_file_of_a_run_that_goes_on(model: str, folder:
         ((), "give pictures or folders"),
         (("photos", "--force"), "--force: would change nothing without --output"),
         (("photos", "--xmp-name", "plain"), "--xmp-name: would change nothing without --xmp"),
-        (("photos", "--overwrite"), "--overwrite: would change nothing without --txt or --xmp"),
+        (("photos", "--overwrite"), "--overwrite: would change nothing without --txt, --xmp or --embed"),
         (("photos", "--ask", "colour"), "is not like colour="),
         (("photos", "--ask", "file=What?"), "file is taken"),
         (("photos", "--ask", "colour=What?", "--txt"), "--ask alone gives no caption"),
+        (("photos", "--ask", "colour=What?", "--embed"), "--ask alone gives no caption"),
         (("photos", "-p", "About {what}"), "the prompt has {what}"),
         (("photos", "-o", "a", "--csv", "a"), "is --output"),
         (("photos", "--prefix", " "), "--prefix: is empty"),
