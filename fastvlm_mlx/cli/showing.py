@@ -1,6 +1,5 @@
 """How `fastvlm generate` shows an answer: as text that streams, as one JSON object, or as a table of choices."""
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -105,7 +104,7 @@ class Showing:
         text, last = "".join(piece.text for piece in self._pieces), self._pieces[-1]
         valid = not self._is_json or (last.finish_reason == "stop" and last.stop_string is None)
         if self._asked is not None:
-            parsed = {"parsed": json.loads(text) if valid else None, "valid": valid} if self._is_json else {}
+            parsed = {"parsed": _parsed(text) if valid else None, "valid": valid} if self._is_json else {}
             token_ids = [token for piece in self._pieces for token in piece.token_ids]
             show_json({**self._asked, "text": text, **parsed, "token_ids": token_ids, **self._statistics(last)})
         else:
@@ -143,6 +142,13 @@ class Showing:
         timings = ", ".join(f"{stage} {seconds:.3f} s" for stage, seconds in asdict(last.timings).items())
         note(f"time:   {timings}; {last.tokens_per_second:.1f} tokens/s")
         note(f"memory: {readable_bytes(self.peak_memory)} at the peak")
+
+
+def _parsed(text: str) -> Any:
+    """The value of a JSON text."""
+    import json
+
+    return json.loads(text)
 
 
 def _show_choices(choices: "Sequence[Choice]", asked: dict[str, Any] | None) -> None:
