@@ -71,6 +71,7 @@ def test_a_frame_is_sent_at_the_resolution_that_was_chosen(live):
 
 
 def test_a_preset_asks_something_else_at_once(live):
+    assert live.page.get_by_label("Prompt").input_value() == "What is in the picture?"
     with live.page.expect_request(lambda request: "What does the text say?" in (request.post_data or "")):
         live.page.get_by_label("Read text").check()
     live.page.get_by_label("Prompt").fill("Count the shapes.")
