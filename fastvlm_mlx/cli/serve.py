@@ -90,6 +90,9 @@ def serve(
         int, typer.Option(metavar="MP", min=1, max=1000, help="Largest image, in million pixels.")
     ] = 100,
     max_images: Annotated[int, typer.Option(metavar="N", min=1, help="Most images of a request.")] = 16,
+    max_resolution: Annotated[
+        int, typer.Option(metavar="N", min=64, max=4096, help="Largest resolution that a request may ask for.")
+    ] = 1536,
     max_queue: Annotated[int, typer.Option(metavar="N", min=0, help="Most requests that wait; others get 429.")] = 64,
     max_queue_body: Annotated[
         int, typer.Option(metavar="MB", min=1, help="Most megabytes of all requests that wait or are answered.")
@@ -157,6 +160,7 @@ def serve(
             max_body_bytes=max_body * 1_000_000,
             max_pixels=max_pixels * 1_000_000,
             max_images=max_images,
+            max_resolution=max_resolution,
             max_tokens=max_tokens,
             max_queue=max_queue,
             max_queue_bytes=max_queue_body * 1_000_000,

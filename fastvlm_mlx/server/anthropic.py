@@ -64,7 +64,7 @@ class Messages(_Anthropic):
         request = Request(
             prompt=conversation.messages,
             allow=conversation.allow,
-            resolution=conversation.resolution(read_resolution(fields), context),
+            resolution=conversation.resolution(read_resolution(fields, context), context),
             config=config,
         )
         return Question(
@@ -130,7 +130,7 @@ class CountTokens(_Anthropic, Known):
         inputs = engine.processor.prepare(
             None,
             conversation.messages,
-            resolution=conversation.resolution(read_resolution(fields), context),
+            resolution=conversation.resolution(read_resolution(fields, context), context),
             allow=conversation.allow,
         )
         ids = engine.processor.encode_turns(inputs.turns)

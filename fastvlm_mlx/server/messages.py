@@ -87,17 +87,27 @@ def _with_one_system(messages: Sequence[Message]) -> tuple[Message, ...]:
     return (*([{"role": "system", "content": parts}] if parts else []), *messages[count:])
 
 
-def read_resolution(fields: Fields) -> Resolution:
+def read_resolution(fields: Fields, context: Context) -> Resolution:
     """The resolution of images that a request asks for, an extension of ours.
 
     Raises:
-        ApiError: If no model can run at it.
+        ApiError: If no model can run at it, or the server does not allow it.
     """
     value: Any = fields.value("resolution")
+    if value in (None, "auto"):
+        return cast(Resolution, value)
     try:
-        return cast(Resolution, value) if value in (None, "auto") else check_resolution(value)
+        resolution = check_resolution(value)
     except ConfigError as err:
         raise ApiError(400, str(err), param="resolution", code="invalid_parameter") from err
+    if resolution > (most := context.settings.max_resolution):
+        raise ApiError(
+            400,
+            f"resolution must be at most {most} here, not {resolution}; --max-resolution of the server changes that",
+            param="resolution",
+            code="invalid_parameter",
+        )
+    return resolution
 
 
 class _Reader:

@@ -84,7 +84,7 @@ class _Answers(Ollama, ABC):
         stream = fields.flag("stream", True)
         config = _read_options(fields, context)
         schema = _read_format(fields)
-        resolution = read_resolution(fields)
+        resolution = read_resolution(fields, context)
         messages = self._messages(fields)
         if not messages:
             return Question(requests=(), model=model, warnings=fields.unknown())

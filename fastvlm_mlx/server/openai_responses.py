@@ -71,7 +71,7 @@ class Responses:
         request = Request(
             prompt=conversation.messages,
             allow=conversation.allow,
-            resolution=conversation.resolution(read_resolution(fields), context),
+            resolution=conversation.resolution(read_resolution(fields, context), context),
             config=config,
         )
         return Question(

@@ -32,6 +32,7 @@ class Settings:
         max_body_bytes: The most bytes of a request.
         max_pixels: The most pixels of an image.
         max_images: The most images of a request.
+        max_resolution: The most pixels per side that a request may ask for; twice as many take four times the memory.
         max_tokens: The longest answer, also where a request sets no limit.
         max_choices: The most answers to one request.
         max_queue: The most requests that wait behind those being answered.
@@ -59,6 +60,7 @@ class Settings:
     max_body_bytes: int = 32_000_000
     max_pixels: int = 100_000_000
     max_images: int = 16
+    max_resolution: int = 1536
     max_tokens: int = 2048
     max_choices: int = 16
     max_queue: int = 64

@@ -20,6 +20,7 @@ from fastvlm_mlx.server import media
 from fastvlm_mlx.server.api import ApiError
 from fastvlm_mlx.server.media import Images
 from fastvlm_mlx.server.settings import Settings
+from tests.server.conftest import run
 
 WHERE = "messages[2].content[1]"
 
@@ -316,3 +317,16 @@ def test_a_slow_host_is_given_up_and_few_are_waited_for_at_once(internet, monkey
         Images(Settings(allow_image_urls=True)).read("http://public.example/a.png", WHERE)
     assert (error.value.status, error.value.retry_after) == (429, 1)
     Images(Settings(allow_image_urls=True)).read("http://public.example/a.png", WHERE)
+
+
+@pytest.mark.parametrize(("path", "body"), [("/v1/chat/completions", {}), ("/api/chat", {"model": "demo"})])
+def test_a_resolution_beyond_what_the_server_allows_is_refused(serving, path, body):
+    body |= {"messages": [{"role": "user", "content": "What is it?"}], "resolution": 640}
+
+    async def ask():
+        with serving(max_resolution=576) as (client, _):
+            return await client.post(path, body)
+
+    answer = run(ask())
+    assert answer.status == 400
+    assert b"resolution must be at most 576 here, not 640; --max-resolution of the server" in answer.body
