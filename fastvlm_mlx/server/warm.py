@@ -56,14 +56,12 @@ class Held:
 
     Attributes:
         folder: The converted checkpoint.
-        dtype: The type that the weights are loaded as.
         computes: The type that the model computes in.
         files: Of the checkpoint, with numbers that change when they do.
         program: What has to be the same in whoever asks.
     """
 
     folder: Path
-    dtype: str
     computes: str
     files: list[list[int]]
     program: dict[str, Any]
@@ -76,9 +74,7 @@ class Held:
             FastVLMError: If there is no such checkpoint.
         """
         folder = resolve(_name(wanted), revision=wanted["revision"])
-        dtype = wanted["dtype"] or ModelConfig.from_path(folder).dtype
-        computes = str(compute_dtype(dtype)).rpartition(".")[2]
-        return cls(folder=folder, dtype=dtype, computes=computes, files=_files(folder), program=program())
+        return cls(folder=folder, computes=_computes(wanted, folder), files=_files(folder), program=program())
 
     def is_what(self, wanted: Mapping[str, Any]) -> bool:
         """Whether it is what `Holding.record` describes, and its files are as they were."""
@@ -88,15 +84,20 @@ class Held:
             folder = settled(_name(wanted), revision=wanted["revision"])
             if folder is None or not folder.samefile(self.folder) or _files(folder) != self.files:
                 return False
-            dtype = wanted["dtype"] or ModelConfig.from_path(folder).dtype
             use(folder)
-            return bool(dtype == self.dtype)
+            return _computes(wanted, folder) == self.computes
         return False
 
 
 def _name(wanted: Mapping[str, Any]) -> Path | str:
     name = str(wanted["model"])
     return Path(name) if wanted["on_disk"] else name
+
+
+def _computes(wanted: Mapping[str, Any], folder: Path) -> str:
+    """The type that a model computes in if it is loaded as `wanted` says."""
+    chosen: str | None = wanted["dtype"]
+    return chosen or str(compute_dtype(ModelConfig.from_path(folder).dtype)).rpartition(".")[2]
 
 
 def _files(folder: Path) -> list[list[int]]:
@@ -214,9 +215,11 @@ class WarmDoor:
 
         transparent: list[str] = []
         try:
-            images = await asyncio.to_thread(_open, question, transparent)
-            for name in transparent:
-                await write({"transparent": name})
+            try:
+                images = await asyncio.to_thread(_open, question, transparent)
+            finally:
+                for name in transparent:
+                    await write({"transparent": name})
             await write({"seen": True})
             if extra.get("measure"):
                 await write(await asyncio.to_thread(self._measure, question, images))
