@@ -3,7 +3,8 @@
 Everything happens in one warm process; the measurements take turns, so that a busy moment of the machine hits all. The
 model is of full size with random weights; its vocabulary is Qwen2's, from the tests.
 
-- **step**: the time of one more token for every row, after their prompts.
+- **step**: the time of one more token for every row, after their prompts; and the processor time of this process, which
+  other programs disturb less.
 - **masks**: the time that the schema's grammar takes for a token, on the CPU, while a device computes the logits.
 
     python benchmarks/structured.py                    # 0.5b, random weights; two minutes on two cores
@@ -51,6 +52,9 @@ ENDLESS = {"type": "array", "items": {"type": "string", "minLength": 60, "maxLen
 Samples = dict[str, dict[str, list[float]]]
 """Milliseconds, by kind and number of rows."""
 
+Measured = tuple[Samples, Samples, list[float], float]
+"""Steps, their processor time, masks, and seconds for the vocabulary."""
+
 
 def with_vocabulary(candidate: Candidate) -> Candidate:
     """Returns the candidate with Qwen2's tokenizer in the place of one that knows no words."""
@@ -59,8 +63,10 @@ def with_vocabulary(candidate: Candidate) -> Candidate:
     return replace(candidate, processor=FastVLMProcessor(tokenizer, config))
 
 
-def step(candidate: Candidate, kind: str, rows: int, options: argparse.Namespace) -> tuple[float, list[list[int]]]:
-    """Returns the milliseconds of a step, and the tokens of each row."""
+def step(
+    candidate: Candidate, kind: str, rows: int, options: argparse.Namespace
+) -> tuple[float, float, list[list[int]]]:
+    """Returns the milliseconds of a step, those of the processor, and the tokens of each row."""
     rng = np.random.default_rng(0)
     start = partial(Grammars.of(candidate.processor).start, Schema.of(ENDLESS) or Schema("", ""))
     bound = {"free": 0, "one": 1, "all": rows}[kind]
@@ -78,11 +84,11 @@ def step(candidate: Candidate, kind: str, rows: int, options: argparse.Namespace
     scheduler.add(made)
     scheduler.step()
     scheduler.step()
-    begin = time.perf_counter()
+    begin, used = time.perf_counter(), time.process_time()
     while scheduler.is_busy:
         scheduler.step()
-    seconds = time.perf_counter() - begin
-    return seconds / options.steps * 1000, [row.tokens for row in made]
+    seconds, used = time.perf_counter() - begin, time.process_time() - used
+    return seconds / options.steps * 1000, used / options.steps * 1000, [row.tokens for row in made]
 
 
 def masks(candidate: Candidate, tokens: list[int]) -> list[float]:
@@ -97,31 +103,33 @@ def masks(candidate: Candidate, tokens: list[int]) -> list[float]:
     return times
 
 
-def measure(candidate: Candidate, options: argparse.Namespace) -> tuple[Samples, list[float], float]:
-    """Returns the samples of steps, those of masks, and the seconds that the vocabulary takes once."""
+def measure(candidate: Candidate, options: argparse.Namespace) -> Measured:
+    """Returns the samples of steps and their processor time, those of masks, and seconds for the vocabulary."""
     begin = time.perf_counter()
     Grammars.of(candidate.processor)
     vocabulary = time.perf_counter() - begin
     samples: Samples = {kind: {} for kind in KINDS}
+    processor: Samples = {kind: {} for kind in KINDS}
     taken: list[float] = []
     for run in range(options.runs + 1):
         for rows in options.rows:
             for kind in KINDS:
-                milliseconds, answers = step(candidate, kind, rows, options)
+                milliseconds, used, answers = step(candidate, kind, rows, options)
                 if run == 0:  # warms up
                     continue
                 samples[kind].setdefault(str(rows), []).append(milliseconds)
+                processor[kind].setdefault(str(rows), []).append(used)
                 print(f"run {run}/{options.runs}: {rows} rows, {KINDS[kind]}: {milliseconds:.2f} ms a step", flush=True)
                 if kind == "all":
                     taken += masks(candidate, answers[0])
-    return samples, taken, vocabulary
+    return samples, processor, taken, vocabulary
 
 
 def report(
     candidate: Candidate,
     options: argparse.Namespace,
     before: Conditions,
-    measured: tuple[Samples, list[float], float],
+    measured: Measured,
 ) -> dict[str, Any]:
     """Returns the JSON object with every sample."""
     return {
@@ -131,22 +139,24 @@ def report(
         "vocabulary": candidate.processor.vocab_size,
         "settings": {name: getattr(options, name) for name in ("resolution", "steps", "runs")},
         "step_ms": measured[0],
-        "mask_ms": measured[1],
-        "vocabulary_seconds": measured[2],
+        "processor_ms": measured[1],
+        "mask_ms": measured[2],
+        "vocabulary_seconds": measured[3],
     }
 
 
 def table(values: dict[str, Any]) -> Iterator[str]:
     """Yields the lines of the Markdown table of a report, and its caption."""
-    steps = values["step_ms"]
-    header = ["ms a step", *(f"{rows} rows" if rows != "1" else "1 row" for rows in steps["free"])]
-    lines = [header]
-    for kind, name in KINDS.items():
-        cells = []
-        for rows, samples in steps[kind].items():
-            free = median(steps["free"][rows])
-            cells.append(f"{median(samples):.2f}" + ("" if kind == "free" else f" ({median(samples) / free:.3f}×)"))
-        lines.append([name, *cells])
+    lines: list[list[str]] = []
+    for key, unit in (("step_ms", "ms a step"), ("processor_ms", "ms of processor time")):
+        steps = values[key]
+        lines = lines or [["", *(f"{rows} rows" if rows != "1" else "1 row" for rows in steps["free"])]]
+        for kind, name in KINDS.items():
+            cells = []
+            for rows, samples in steps[kind].items():
+                free, milliseconds = median(steps["free"][rows]), median(samples)
+                cells.append(f"{milliseconds:.2f}" + ("" if kind == "free" else f" ({milliseconds / free:.3f}×)"))
+            lines.append([f"{unit}, {name}", *cells])
     yield as_markdown(lines)
     machine, settings = Conditions.from_dict(values["conditions"]).machine, values["settings"]
     slow = float(np.quantile(values["mask_ms"], 0.99))

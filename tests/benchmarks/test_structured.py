@@ -25,11 +25,12 @@ def test_every_measurement_gives_samples_and_a_table(structured) -> None:
     options = argparse.Namespace(resolution=64, rows=[1, 2], steps=2, runs=1)
     candidate = structured.Candidate.load("demo")
     measured = structured.measure(candidate, options)
-    steps, masks, _ = measured
+    steps, processor, masks, _ = measured
+    assert processor.keys() == steps.keys()
     assert {kind: {rows: len(samples) for rows, samples in each.items()} for kind, each in steps.items()} == {
         kind: {"1": 1, "2": 1} for kind in ("free", "one", "all")
     }
     assert len(masks) == 2 * (options.steps + 2)
     text = "\n".join(structured.table(structured.report(candidate, options, structured.conditions(), measured)))
-    assert "| ms a step | 1 row | 2 rows |" in text.replace("  ", " ").replace("  ", " ")
-    assert "every row has one" in text
+    assert "ms a step, every row has one" in text
+    assert "ms of processor time, one row has one" in text
