@@ -165,8 +165,13 @@ class Scheduler:
         self._joining = []
 
     def _take(self, room: int) -> list[Row]:
-        """The waiting rows that join now: of several about one image, the first, so that it spares the others work."""
+        """The waiting rows that join now, in the order in which they came.
+
+        Of several about one image, the first joins, so that it spares the others work. While rows are decoded, no more
+        join in one step than share a pass of the vision tower and a prefill, so that the others need not wait for all.
+        """
         taken: list[Row] = []
+        pixels = positions = 0
         later: list[Row] = []
         pictures: set[PrefixKey] = set()
         while self._waiting and len(taken) < room:
@@ -179,6 +184,11 @@ class Scheduler:
             if row.picture in pictures:
                 later.append(row)
                 continue
+            pixels += self._unseen_pixels(row)
+            positions += self._positions([row]) - row.max_tokens
+            if self._rows and taken and (pixels > TOWER_PIXELS[device()] or positions > PREFILL_POSITIONS):
+                later.append(row)
+                break
             taken.append(row)
             if row in self._suspects:
                 break
@@ -186,6 +196,12 @@ class Scheduler:
                 pictures.add(row.picture)
         self._waiting.extendleft(reversed(later))
         return taken
+
+    def _unseen_pixels(self, row: Row) -> int:
+        """Of the images of a row, those that the vision tower has to see."""
+        if self._prefix_cache is not None and row.picture and row.picture in self._prefix_cache:
+            return 0
+        return len(row.pixel_values) * row.resolution**2
 
     def _fit(self, rows: Sequence[Row]) -> bool:
         """Whether there is memory for the keys and values of rows, up to the last token that each may get."""

@@ -50,6 +50,28 @@ def test_rows_of_any_number_give_the_same_tokens(loaded):
         assert answers(model, make_rows(7, temperature=1.0), max_rows=max_rows) == expected
 
 
+@pytest.mark.parametrize(("pixels", "positions", "most"), [(2 * 64**2, 2048, 2), (1024**2, 8, 1), (1024**2, 2048, 6)])
+def test_those_that_are_decoded_wait_for_few_that_join(loaded, monkeypatch, pixels, positions, most):
+    """An idle scheduler takes all at once."""
+    monkeypatch.setattr(module, "TOWER_PIXELS", {"cpu": pixels, "gpu": pixels})
+    monkeypatch.setattr(module, "PREFILL_POSITIONS", positions)
+    scheduler = Scheduler(loaded[0], max_rows=8)
+    (first,), others = make_rows(1, tokens=12), make_rows(6, tokens=30)
+    scheduler.add([first])
+    scheduler.step()
+    scheduler.add(others)
+    joined = []
+    while not first.ended:
+        rows = scheduler.step()
+        assert first in rows
+        joined.append(sum(row in rows for row in others))
+    assert joined[0] == most
+    assert max(np.diff(joined), default=0) <= most
+    idle = Scheduler(loaded[0], max_rows=8)
+    idle.add(make_rows(6, tokens=30))
+    assert len(idle.step()) == 6
+
+
 SAMPLED = {
     "temperature": 1.0,
     "repetition_penalty": 1.3,
