@@ -19,6 +19,9 @@ NO_TOKEN = -1
 _COLDEST = 1e-5
 """Temperatures below this take the most probable token: their inverse would leave float32."""
 
+_BLUNTEST = 1e-30
+"""No inverse of a temperature is less."""
+
 
 class Sampler:
     """Chooses the tokens of one row, with settings, a random key and a memory of its own.
@@ -102,12 +105,17 @@ class Sampler:
             token = mx.argmax(logits, axis=-1)
         else:
             self._key, key = mx.random.split(self._key)
-            token = mx.random.categorical(self.logprobs(logits) * (1 / self._config.temperature), key=key)
+            token = mx.random.categorical(self.logprobs(logits) * self._sharpness, key=key)
         if self._seen is not None:
             self._seen = mx.put_along_axis(self._seen, token[:, None], mx.array(True), axis=-1)
         if self._counts is not None:
             self._counts = self._counts.at[:, token].add(1.0)
         return token
+
+    @property
+    def _sharpness(self) -> float:
+        """The inverse of the temperature; not 0 in float32, which would make ruled out tokens (-inf) no numbers."""
+        return max(1 / self._config.temperature, _BLUNTEST)
 
     def report(self, logits: mx.array, token: mx.array) -> list[mx.array]:
         """The arrays to submit with a token (1,) from logits (1, V), so that `take_logprob` has something to read."""

@@ -96,6 +96,12 @@ def test_a_temperature_near_zero_takes_the_most_probable_token(temperature):
     assert Sampler(GenerationConfig(temperature=temperature, seed=1))(LOGITS).item() == 1
 
 
+def test_the_highest_temperature_draws_no_token_that_is_ruled_out():
+    sampler = Sampler(GenerationConfig(temperature=1e300, top_k=2, seed=0))
+    drawn_tokens = {int(sampler(LOGITS).item()) for _ in range(40)}
+    assert drawn_tokens == {1, 5}
+
+
 def test_a_row_draws_what_it_draws_alone():
     rng = np.random.default_rng(0)
     configs = [
