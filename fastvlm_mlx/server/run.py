@@ -19,7 +19,7 @@ from fastvlm_mlx.generation.engine import Engine
 from fastvlm_mlx.server.protocol import HEAD_BYTES, KEEP_ALIVE_SECONDS, http_class
 from fastvlm_mlx.server.service import Service
 from fastvlm_mlx.server.settings import Settings
-from fastvlm_mlx.server.sockets import address, listen, remove
+from fastvlm_mlx.server.sockets import address, allow_connections, listen, remove
 
 LAST_SECONDS = 2.0
 """That clients have to read the errors with which the last answers end."""
@@ -55,6 +55,7 @@ def serve(
         SystemExit: For a signal while the model loads, and for a second one.
         FastVLMError: If the model cannot be loaded.
     """
+    allow_connections(settings.max_connections)
     own = listen(settings) if sockets is None else list(sockets)
     with ExitStack() as stack:
         if settings.unix_socket is not None and sockets is None:

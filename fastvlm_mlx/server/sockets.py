@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import socket
 import stat
 from contextlib import suppress
@@ -14,6 +15,8 @@ from fastvlm_mlx.formatting import printable
 from fastvlm_mlx.server.settings import Settings
 
 BACKLOG = 1024
+_OTHER_FILES = 256
+"""Descriptors for everything but connections."""
 _REASONS = {
     errno.EADDRINUSE: "is in use by another program; choose another with --port, or a free one with --port 0",
     errno.EACCES: "may not be used by this user; choose a --port above 1023",
@@ -30,6 +33,16 @@ def listen(settings: Settings) -> list[socket.socket]:
     if settings.unix_socket is not None:
         return [listen_unix(settings.unix_socket)]
     return _listen_tcp(settings.host, settings.port)
+
+
+def allow_connections(number: int) -> None:
+    """Lets this process hold so many connections beside its files; a Mac allows 256 of both unless a program asks."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = number + _OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def address(settings: Settings, sockets: list[socket.socket]) -> str:

@@ -1,6 +1,7 @@
 """The sockets that a server listens on."""
 
 import os
+import resource
 import socket
 import stat
 
@@ -8,7 +9,7 @@ import pytest
 
 from fastvlm_mlx.errors import ConfigError
 from fastvlm_mlx.server.settings import Settings
-from fastvlm_mlx.server.sockets import address, listen, listen_unix
+from fastvlm_mlx.server.sockets import address, allow_connections, listen, listen_unix
 
 
 @pytest.fixture
@@ -92,3 +93,16 @@ def test_a_file_that_cannot_be_a_socket_is_an_error(tmp_path, name):
     with pytest.raises(ConfigError, match=r"cannot be a socket \(.*\); choose another file with --unix-socket"):
         listen_unix(tmp_path / name)
     assert os.listdir(tmp_path) == []
+
+
+def test_a_server_may_hold_its_connections_where_a_process_may_hold_few_files(monkeypatch):
+    limits = [(256, resource.RLIM_INFINITY)]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits[-1])
+    monkeypatch.setattr(resource, "setrlimit", lambda _, values: limits.append(values))
+    allow_connections(512)
+    assert limits[-1] == (768, resource.RLIM_INFINITY)
+    allow_connections(512)
+    assert len(limits) == 2  # enough already
+    limits.append((256, 500))
+    allow_connections(512)
+    assert limits[-1] == (500, 500)
