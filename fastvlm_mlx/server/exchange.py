@@ -14,7 +14,7 @@ from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
-from fastvlm_mlx.errors import FastVLMError
+from fastvlm_mlx.errors import FastVLMError, ImageError, PromptError, SchemaError
 from fastvlm_mlx.formatting import printable
 from fastvlm_mlx.generation.result import GenerationResult
 from fastvlm_mlx.schema import parse_object
@@ -30,6 +30,11 @@ MOST_WARNINGS = 100
 """That are remembered, so as not to be logged again."""
 MOST_LEVELS = 64
 """The most objects and lists within each other in a request."""
+_CODES: dict[type[FastVLMError], str] = {
+    ImageError: "invalid_image",
+    PromptError: "invalid_prompt",
+    SchemaError: "invalid_schema",
+}
 
 
 class Exchange:
@@ -242,7 +247,7 @@ def _log_answers(latest: Sequence[GenerationResult], context: Context) -> None:
 
 def as_api_error(error: FastVLMError) -> ApiError:
     """What an error means over HTTP: whatever a request can cause is 400."""
-    return error if isinstance(error, ApiError) else ApiError(400, str(error))
+    return error if isinstance(error, ApiError) else ApiError(400, str(error), code=_CODES.get(type(error)))
 
 
 def error_headers(error: ApiError) -> dict[str, str]:
