@@ -33,5 +33,6 @@ that no draft has, as it may be misspelt. Annotations such as `title` and `descr
 mean nothing here: describe the fields in the prompt, for the model does not see the schema. A name that the schema
 leaves open may come twice in one object.
 
-`schemas` reads and checks, `narrowing` sets the bounds, `grammar` turns the result into masks for the tokens.
+`schemas` reads and checks, `narrowing` sets the bounds (by `keywords`, `references` and `unions`), `grammar` turns the
+result into masks for the tokens.
 """

@@ -16,6 +16,7 @@ from fastvlm_mlx.structured.keywords import (
     check_keywords,
 )
 from fastvlm_mlx.structured.references import References
+from fastvlm_mlx.structured.unions import Unions
 
 MOST_CHARACTERS = 512
 """The longest string where a schema sets no `maxLength`."""
@@ -67,6 +68,7 @@ class _Narrowing:
     def __init__(self, root: Mapping[str, Any]) -> None:
         self.definitions: dict[str, Node] = {}
         self._references = References(root)
+        self._unions = Unions(self.definitions)
         self._names: dict[tuple[Any, ...], str] = {}
         self._count = 0
 
@@ -121,7 +123,8 @@ class _Narrowing:
                     self.schema(part, f"{where}/{key}/{number}", level, elsewhere) for number, part in enumerate(value)
                 ]
                 possible = [choice for choice in choices if choice is not False]
-                parts.append({key: possible} if possible else False)
+                disjoint = key == "oneOf" and self._unions.are_disjoint(possible)
+                parts.append({"anyOf" if disjoint else key: possible} if possible else False)
             else:
                 parts.append(self.schema(value, f"{where}/{key}", level, elsewhere))
         return parts

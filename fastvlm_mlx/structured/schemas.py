@@ -58,7 +58,7 @@ class Schema:
         grammar = matcher.grammar_from_json_schema(text, overrides={"whitespace_flexible": False})
         failed, messages = matcher.validate_grammar_with_warnings(grammar)
         if failed:
-            raise SchemaError(f"the schema cannot be used: {printable(' '.join(messages[0].split()), 300)}")
+            raise SchemaError(f"the schema cannot be used: {_reason(messages[0])}")
         return cls(text, grammar)
 
 
@@ -79,6 +79,13 @@ def library() -> Any:
             "answers that follow a schema need llguidance; install it with: pip install 'fastvlm-mlx[structured]'"
         ) from err
     return llguidance
+
+
+def _reason(message: str) -> str:
+    """What llguidance says, in one line."""
+    if "oneOf" in message:
+        return "the parts of a oneOf may overlap; give each another constant in a required property, or use anyOf"
+    return printable(" ".join(message.split()), 300)
 
 
 def _narrowed(schema: object) -> dict[str, Any]:

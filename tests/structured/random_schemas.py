@@ -15,7 +15,7 @@ def random_schema(rng: np.random.Generator, depth: int = 3) -> dict[str, Any]:
 
 def _schema(rng: np.random.Generator, depth: int) -> dict[str, Any]:
     kinds = ["string", "number", "integer", "boolean", "null", "enum", "free"]
-    kinds += ["object", "object", "array", "anyOf", "map", "tuple", "allOf", "several", "$ref"] * (depth > 0)
+    kinds += ["object", "object", "array", "anyOf", "map", "tuple", "allOf", "oneOf", "several", "$ref"] * (depth > 0)
     kind = str(rng.choice(kinds))
     return _MAKERS[kind](rng, depth) if kind in _MAKERS else {"type": kind}
 
@@ -99,6 +99,17 @@ def _all_of(rng: np.random.Generator, depth: int) -> dict[str, Any]:
     return {"allOf": parts}
 
 
+def _one_of(rng: np.random.Generator, depth: int) -> dict[str, Any]:
+    """Parts of different types, or objects with a constant each."""
+    if rng.random() < 0.3:
+        return {"oneOf": [{"type": "null"}, _string(rng, depth), _map(rng, depth)]}
+    parts = [_object(rng, depth) for _ in range(rng.integers(1, 4))]
+    for number, part in enumerate(parts):
+        part["properties"]["kind"] = {"const": f"kind {number}"}
+        part["required"].append("kind")
+    return {"oneOf": parts}
+
+
 def _several(rng: np.random.Generator, depth: int) -> dict[str, Any]:
     return {"type": ["string", "null", "integer"], "maxLength": 5, "minimum": 0}
 
@@ -120,6 +131,7 @@ _MAKERS: dict[str, Any] = {
     "tuple": _tuple,
     "anyOf": _any_of,
     "allOf": _all_of,
+    "oneOf": _one_of,
     "several": _several,
     "$ref": _reference,
 }

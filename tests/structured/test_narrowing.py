@@ -138,13 +138,44 @@ def test_objects_that_must_all_hold_do_not_forbid_each_other():
             {"type": "integer", "minimum": 5, "maximum": 2},
             r"minimum \(5\) is greater than maximum",
         ),
-        ({"oneOf": [{"type": "number"}, {"type": "integer"}]}, "oneOf constraints are not supported"),
+        (
+            {"oneOf": [{"type": "number"}, {"type": "integer"}]},
+            "the parts of a oneOf may overlap; give each another constant",
+        ),
         ({"anyOf": [False]}, "the schema allows no finite answer"),
     ],
 )
 def test_what_cannot_be_ensured_is_refused_by_name(schema, message):
     with pytest.raises(SchemaError, match=message):
         Schema.of(schema)
+
+
+@pytest.mark.parametrize(
+    ("parts", "text"),
+    [
+        ([{"const": "cat"}, {"const": "dog"}], '{"kind":"dog","n":1}'),
+        ([{"enum": ["cat", "lion"], "type": "string"}, {"enum": ["dog", 3]}], '{"kind":3,"n":1}'),
+        ([{"$ref": "#/$defs/cat"}, {"const": "dog"}], '{"kind":"cat","n":1}'),
+    ],
+)
+def test_parts_of_a_one_of_are_told_apart_by_a_constant(parts, text):
+    """As pydantic writes unions: each part behind a reference."""
+    whole = {"type": "integer"}
+    objects = [{"properties": {"kind": part, "n": whole}, "required": ["kind", "n"]} for part in parts]
+    schema = {
+        "oneOf": [{"$ref": "#/$defs/first"}, {"allOf": [{"$ref": "#/$defs/second"}]}],
+        "discriminator": {"propertyName": "kind"},
+        "$defs": {"first": objects[0], "second": objects[1], "cat": {"const": "cat"}},
+    }
+    assert is_allowed(schema, text)
+    assert not is_allowed(schema, '{"kind":"bird","n":1}')
+
+
+def test_parts_of_a_one_of_are_told_apart_by_their_types():
+    parts = [{"$ref": "#/$defs/free"}, {"type": ["integer", "null"]}, {"oneOf": [{"type": "string"}, {"items": {}}]}]
+    schema = {"oneOf": parts, "$defs": {"free": {"type": "object"}}}
+    assert all(is_allowed(schema, text) for text in ("{}", "3", "null", '"x"', "[1]"))
+    assert not is_allowed(schema, "true")
 
 
 def test_annotations_mean_nothing():
