@@ -12,6 +12,12 @@ from fastvlm_mlx import GenerationConfig, generate, load
 
 _PICTURES = sorted((Path(fastvlm_mlx.__file__).parent / "demo_model").glob("sample-*.png"))
 _PROMPTS = ("What is in the picture?", "What does the text say?", "How many circles are there?", "Describe it.")
+_SCHEMA = {
+    "type": "object",
+    "properties": {"shape": {"enum": ["circle", "square", "star"]}, "count": {"type": "integer"}},
+    "required": ["shape", "count"],
+    "additionalProperties": False,
+}
 _APIS = ("/v1/chat/completions", "/v1/responses", "/v1/messages", "/api/generate", "/api/chat")
 
 
@@ -23,12 +29,14 @@ class Question:
         picture: Its file.
         prompt: Its text.
         settings: Fields of `GenerationConfig`.
+        schema: What the answer has to be; None for text.
         text: The answer.
     """
 
     picture: Path
     prompt: str
     settings: dict[str, Any]
+    schema: dict[str, Any] | None
     text: str
 
 
@@ -44,8 +52,12 @@ def questions(random: Random, number: int) -> list[Question]:
             settings |= random.choice(({}, {"top_p": 0.9}, {"top_k": 20}, {"min_p": 0.05}))
         if random.random() < 0.3:
             settings["stop"] = (random.choice((".", " a", "circle")),)
-        answer = generate(model, processor, image=picture, prompt=prompt, config=GenerationConfig(**settings))
-        made.append(Question(picture=picture, prompt=prompt, settings=settings, text=answer.text))
+        schema = _SCHEMA if random.random() < 0.2 else None
+        if schema:
+            settings.pop("stop", None)
+        config = GenerationConfig(**settings)
+        answer = generate(model, processor, image=picture, prompt=prompt, config=config, schema=schema)
+        made.append(Question(picture=picture, prompt=prompt, settings=settings, schema=schema, text=answer.text))
     return made
 
 
@@ -55,20 +67,26 @@ def request(question: Question, random: Random) -> tuple[str, dict[str, Any]]:
     settings = {**question.settings, "stop": list(question.settings.get("stop", ()))}
     data = base64.b64encode(question.picture.read_bytes()).decode()
     url = f"data:image/png;base64,{data}"
-    length = settings.pop("max_tokens")
+    length, schema = settings.pop("max_tokens"), question.schema
+    form = {"type": "json_schema", "name": "x", "schema": schema}
     if path == "/v1/chat/completions":
         parts = [{"type": "text", "text": question.prompt}, {"type": "image_url", "image_url": {"url": url}}]
-        return path, {"messages": [_user(parts)], "stream": stream, "max_tokens": length, **settings}
+        more = {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}}
+        body = {"messages": [_user(parts)], "stream": stream, "max_tokens": length, **settings}
+        return path, {**body, **(more if schema else {})}
     if path == "/v1/responses":
         parts = [{"type": "input_text", "text": question.prompt}, {"type": "input_image", "image_url": url}]
-        return path, {"input": [_user(parts)], "stream": stream, "max_output_tokens": length, **settings}
+        body = {"input": [_user(parts)], "stream": stream, "max_output_tokens": length, **settings}
+        return path, {**body, **({"text": {"format": form}} if schema else {})}
     if path == "/v1/messages":
         source = {"type": "base64", "media_type": "image/png", "data": data}
         parts = [{"type": "image", "source": source}, {"type": "text", "text": question.prompt}]
         stop = settings.pop("stop")
         body = {"messages": [_user(parts)], "stream": stream, "max_tokens": length, **settings}
+        if schema:
+            body["output_config"] = {"format": {"type": "json_schema", "schema": schema}}
         return path, {**body, **({"stop_sequences": stop} if stop else {})}
-    options = {"options": {**settings, "num_predict": length}, "stream": stream, "model": "demo"}
+    options = {"options": {**settings, "num_predict": length}, "stream": stream, "model": "demo", "format": schema}
     if path == "/api/generate":
         return path, {"prompt": question.prompt, "images": [data], **options}
     return path, {"messages": [{**_user(question.prompt), "images": [data]}], **options}
