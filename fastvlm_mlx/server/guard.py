@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
@@ -109,7 +110,7 @@ class Guard:
             self._metrics.refused(error.code or str(error.status))
         headers: Headers = [(b"content-type", b"application/json")]
         if error.retry_after is not None:
-            headers.append((b"retry-after", str(max(1, round(error.retry_after))).encode()))
+            headers.append((b"retry-after", str(math.ceil(error.retry_after)).encode()))
         if error.status == 401:
             headers.append((b"www-authenticate", b"Bearer"))
         body = json.dumps(self._error(scope["path"], error), ensure_ascii=False).encode()
@@ -183,9 +184,9 @@ class Guard:
         if self._held + size > self._settings.max_queue_bytes:
             most = readable_bytes(self._settings.max_queue_bytes)
             raise ApiError(
-                503,
+                429,
                 f"the requests that are being answered have {most} already; ask again later",
-                kind="overloaded_error",
+                kind="rate_limit_error",
                 code="too_many_bytes",
                 retry_after=self._retry_after(),
             )

@@ -245,7 +245,7 @@ def test_the_bytes_of_all_open_requests_are_bounded_and_given_back():
     statuses.clear()
     assert ask(door, b"12345").status == 200
     refused = statuses[0]
-    assert (refused.status, refused.headers["retry-after"], refused.error["code"]) == (503, "7", "too_many_bytes")
+    assert (refused.status, refused.headers["retry-after"], refused.error["code"]) == (429, "8", "too_many_bytes")
     assert ask(door, b"12345678").status == 200
 
 
