@@ -121,6 +121,35 @@ def test_a_row_draws_what_it_draws_alone():
         assert [sample(logits[row : row + 1], [alone]).item() for logits in steps] == batch[:, row].tolist()
 
 
+class Only:
+    """A constraint that always allows the same tokens."""
+
+    complete = False
+
+    def __init__(self, *tokens):
+        self.allowed = np.isin(np.arange(6), tokens)
+        self.told = []
+
+    def advance(self, token):
+        self.told.append(token)
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.5, "seed": 1, "top_p": 0.9, "top_k": 4, "min_p": 0.01}])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16])
+def test_a_constraint_rules_out_tokens_of_its_row_only(settings, dtype):
+    logits = mx.concatenate([LOGITS] * 3).astype(dtype)
+    config = GenerationConfig(repetition_penalty=1.1, presence_penalty=0.5, logit_bias={1: 100.0}, **settings)
+    samplers = [Sampler(config, [2]), Sampler(config, [2], Only(0, 4)), Sampler(config, [2], Only(3))]
+    alone = Sampler(config, [2])
+    for _ in range(8):
+        free, bound, single = read_tokens(sample(logits, samplers))
+        assert [free] == read_tokens(sample(logits[:1], [alone]))
+        assert bound in (0, 4)
+        assert single == 3
+    samplers[1].skip([4, 0])
+    assert samplers[1].constraint.told == [4, 0]
+
+
 @pytest.mark.parametrize("wrong", [np.nan, np.inf])
 @pytest.mark.parametrize("place", [0, 3, 5])
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
