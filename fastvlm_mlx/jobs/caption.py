@@ -2,16 +2,11 @@
 
 import hashlib
 import json
-import os
-import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
-
-import numpy as np
-from numpy.typing import NDArray
 
 from fastvlm_mlx.errors import ConfigError, FastVLMError, ImageError
 from fastvlm_mlx.formatting import names, printable
@@ -19,9 +14,9 @@ from fastvlm_mlx.generation.engine import Engine
 from fastvlm_mlx.generation.request import Handle, Request
 from fastvlm_mlx.generation.result import GenerationResult
 from fastvlm_mlx.generation.words import first_words
-from fastvlm_mlx.inputs.formats import DECODER_ERRORS, open_image, quiet
 from fastvlm_mlx.inputs.sources import Encoded, read
 from fastvlm_mlx.jobs.captions import PromptTemplate, exif_values, opening_length, path_values, remove_opening
+from fastvlm_mlx.jobs.files import SharedPixels, size_of, stat_of
 from fastvlm_mlx.jobs.fingerprints import fingerprint
 from fastvlm_mlx.jobs.journal import FINGERPRINT, Journal
 from fastvlm_mlx.jobs.pictures import Picture
@@ -130,7 +125,7 @@ class CaptionJob:
         todo, done, failed = [], 0, 0
         for picture in pictures:
             known = self._known.get(self._name(picture))
-            if known is None or (known.failed and retry_errors) or known.stat != _stat(picture.path):
+            if known is None or (known.failed and retry_errors) or known.stat != stat_of(picture.path):
                 todo.append(picture)
             elif known.failed:
                 failed += 1
@@ -154,7 +149,7 @@ class CaptionJob:
         """Keeps the record of an earlier run for a picture into which its caption was written, which has changed it."""
         record = self.record(picture)
         if record is not None:
-            changed = {**record, "stat": list(_stat(picture.path)), EMBEDDED: sha256}
+            changed = {**record, "stat": list(stat_of(picture.path)), EMBEDDED: sha256}
             self._keep(changed.pop(FINGERPRINT), changed)
             self._remember({FINGERPRINT: record[FINGERPRINT], **changed})
 
@@ -196,7 +191,7 @@ class CaptionJob:
 
     def _begin(self, engine: Engine, picture: Picture) -> "_Work":
         """Looks at a picture, and asks about it unless its content has an answer."""
-        work = _Work(picture=picture, stat=_stat(picture.path))
+        work = _Work(picture=picture, stat=stat_of(picture.path))
         try:
             encoded = read(picture.path)
             work.sha256 = hashlib.sha256(encoded.data).hexdigest()
@@ -206,7 +201,7 @@ class CaptionJob:
                 return work
             if self._shares:
                 self._seen[work.sha256] = work.key
-            work.size = _size(encoded)
+            work.size = size_of(encoded)
             values = self._values(picture, encoded)
         except FastVLMError as err:
             work.error = err
@@ -218,7 +213,7 @@ class CaptionJob:
         """Submits the questions about a picture, which is read once for all of them."""
         task, path = self._task, work.picture.path
         prepare = partial(engine.processor.prepare_images, [path], task.resolution, background=task.background)
-        source: Any = _Shared(prepare) if len(self._templates) > 1 else path
+        source: Any = SharedPixels(prepare) if len(self._templates) > 1 else path
         for name, template in self._templates.items():
             request = Request(
                 image=source,
@@ -266,7 +261,7 @@ class CaptionJob:
         }
         embedded = self._embed(work.picture, record) if self._embed is not None else None
         if embedded is not None:
-            work.stat = _stat(work.picture.path)
+            work.stat = stat_of(work.picture.path)
             record |= {"stat": list(work.stat), EMBEDDED: embedded}
             if self._shares:
                 self._seen[embedded] = work.key
@@ -294,7 +289,7 @@ class CaptionJob:
                 return copied
             self._ask(engine, work, {})  # what failed for the other one fails for this one, with its own name
         results = {name: handle.result() for name, handle in work.handles.items()}
-        if _stat(work.picture.path) != work.stat:
+        if stat_of(work.picture.path) != work.stat:
             raise ImageError(f"{printable(work.picture.path)}: changed while it was read; run the command again")
         parsed = self._parsed(work, results)
         texts = {name: result.text.strip() for name, result in results.items()}
@@ -376,41 +371,3 @@ class _Work:
     def is_ready(self) -> bool:
         """Whether its record can be made without waiting."""
         return all(handle.done for handle in self.handles.values())
-
-
-class _Shared:
-    """The picture of several questions, as an array: made once, in the thread that needs it first.
-
-    Args:
-        prepare: Returns pixel values (1, R, R, 3). Preparing these once more changes nothing.
-    """
-
-    def __init__(self, prepare: Callable[[], NDArray[np.uint8]]) -> None:
-        self._prepare = prepare
-        self._pixels: NDArray[np.uint8] | None = None
-        self._lock = threading.Lock()
-
-    def __array__(self, *_: object, **__: object) -> NDArray[np.uint8]:
-        """The pixels (R, R, 3)."""
-        with self._lock:
-            if self._pixels is None:
-                self._pixels = self._prepare()[0]
-            return self._pixels
-
-
-def _size(encoded: Encoded) -> tuple[int, int] | None:
-    """Width and height in pixels, as stored; None if that is no image."""
-    try:
-        with quiet, open_image(encoded) as image:
-            return image.size
-    except DECODER_ERRORS:
-        return None
-
-
-def _stat(path: str) -> tuple[int, ...]:
-    """Numbers of which at least one changes when a file is changed or exchanged; none for what is no file here."""
-    try:
-        status = os.stat(path)
-    except (OSError, ValueError):
-        return ()
-    return status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns

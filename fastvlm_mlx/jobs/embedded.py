@@ -36,7 +36,7 @@ _ALPHA, _HAS_XMP = 0x10, 0x04
 
 
 class NotEmbeddedError(ConfigError):
-    """A picture into which nothing can be written safely; the message is the reason, without the name of the file."""
+    """A picture into which nothing can be written safely; the message is a clause about such pictures."""
 
 
 class _Host(NamedTuple):
@@ -64,11 +64,11 @@ def embed(picture: str, text: str, *, generator: str, overwrite: bool = False) -
     try:
         status = os.lstat(picture)
         if os.path.islink(picture) or status.st_nlink > 1:
-            raise NotEmbeddedError("a link, or a file with several names")
+            raise NotEmbeddedError("that are links, or have several names")
         if in_library(picture):
-            raise NotEmbeddedError("in a Photos library")
+            raise NotEmbeddedError("that are in a Photos library")
         if not status.st_mode & 0o222:
-            raise NotEmbeddedError("that is read-only")
+            raise NotEmbeddedError("that are read-only")
         data = Path(picture).read_bytes()
     except (OSError, ValueError) as err:
         reason = getattr(err, "strerror", None) or err
@@ -89,7 +89,7 @@ def embed(picture: str, text: str, *, generator: str, overwrite: bool = False) -
         or _host(changed).with_xmp(b"") != host.with_xmp(b"")
         or _shown(changed) != _shown(data)
     ):
-        raise NotEmbeddedError("that would not be the same with a description in it")
+        raise NotEmbeddedError("that would not be the same with a description in them")
     replace_content(Path(picture), changed, status)
     return Outcome.WRITTEN, hashlib.sha256(changed).hexdigest()
 
@@ -117,8 +117,8 @@ def _host(data: bytes) -> _Host:
         if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
             return _webp(data)
     except (IndexError, struct.error, zlib.error) as err:
-        raise NotEmbeddedError("that is damaged") from err
-    raise NotEmbeddedError("neither JPEG nor PNG nor WebP")
+        raise NotEmbeddedError("that are damaged") from err
+    raise NotEmbeddedError("that are neither JPEG nor PNG nor WebP")
 
 
 def _shown(data: bytes) -> tuple[object, ...]:
@@ -133,13 +133,13 @@ def _shown(data: bytes) -> tuple[object, ...]:
             pixels = hashlib.sha256(image.tobytes()).hexdigest()
             return image.format, image.mode, image.size, frames, pixels, *map(repr, kept)
     except (*DECODER_ERRORS, ImageError, MemoryError) as err:
-        raise NotEmbeddedError("that is damaged") from err
+        raise NotEmbeddedError("that are damaged") from err
 
 
 def _one(found: list[bytes]) -> bytes:
     """The only XMP of a picture; nothing if there is none."""
     if len(found) > 1:
-        raise NotEmbeddedError("with XMP in several places")
+        raise NotEmbeddedError("that have XMP in several places")
     return found[0] if found else b""
 
 
@@ -148,9 +148,9 @@ def _jpeg(data: bytes) -> _Host:
     place, found, leading = (2, 2), [], True
     for marker, start, end, content in _segments(data):
         if marker == 0xE2 and content.startswith(b"MPF\0"):
-            raise NotEmbeddedError("several in one file (MPF)")
+            raise NotEmbeddedError("that hold several in one file (MPF)")
         if marker == 0xEB and content.startswith(b"JP"):
-            raise NotEmbeddedError("that is signed (C2PA)")
+            raise NotEmbeddedError("that are signed (C2PA)")
         if marker == 0xE1 and content.startswith(_EXTENDED_XMP):
             raise NotEmbeddedError("whose XMP is spread over several segments")
         is_xmp = marker == 0xE1 and content.startswith(_XMP)
@@ -177,7 +177,7 @@ def _segments(data: bytes) -> list[tuple[int, int, int, bytes]]:
     while True:
         start = place
         if data[place] != 0xFF:
-            raise NotEmbeddedError("that is damaged")
+            raise NotEmbeddedError("that are damaged")
         while data[place] == 0xFF:
             place += 1
         marker = data[place]
@@ -186,16 +186,16 @@ def _segments(data: bytes) -> list[tuple[int, int, int, bytes]]:
             break
         (length,) = struct.unpack_from(">H", data, place)
         if marker <= 0x01 or 0xD0 <= marker <= 0xD8 or length < 2 or place + length > len(data):
-            raise NotEmbeddedError("that is damaged")
+            raise NotEmbeddedError("that are damaged")
         segments.append((marker, start, place + length, data[place + 2 : place + length]))
         place += length
         if marker == 0xDA:
             following = _AFTER_SCAN.search(data, place)
             if following is None:
-                raise NotEmbeddedError("that is damaged")
+                raise NotEmbeddedError("that are damaged")
             place = following.start()
     if data[place:].strip(b"\0\r\n "):
-        raise NotEmbeddedError("with other data behind them")
+        raise NotEmbeddedError("that have other data behind them")
     return segments
 
 
@@ -207,24 +207,24 @@ def _png(data: bytes) -> _Host:
         end = start + 12 + length
         body = data[start + 8 : end - 4]
         if end > len(data) or struct.unpack_from(">I", data, end - 4)[0] != zlib.crc32(name + body):
-            raise NotEmbeddedError("that is damaged")
+            raise NotEmbeddedError("that are damaged")
         names.append(name)
         if name == b"iTXt" and body.startswith(_KEYWORD):
             found.append(_text_of(body[len(_KEYWORD) :]))
             place = start, end
         elif name in (b"tEXt", b"zTXt", b"iTXt") and body.lower().startswith(b"raw profile type xmp\0"):
-            raise NotEmbeddedError("with XMP in ImageMagick's form")
+            raise NotEmbeddedError("that have XMP in ImageMagick's form")
         elif name == b"IHDR" and not found:
             place = end, end
         start = end
         if name == b"IEND":
             break
     if start != len(data):
-        raise NotEmbeddedError("with other data behind them")
+        raise NotEmbeddedError("that have other data behind them")
     if names[:1] != [b"IHDR"] or names[-1:] != [b"IEND"] or names.count(b"IHDR") > 1:
-        raise NotEmbeddedError("that is damaged")
+        raise NotEmbeddedError("that are damaged")
     if {b"caBX", b"dSIG"} & set(names):
-        raise NotEmbeddedError("that is signed (C2PA)")
+        raise NotEmbeddedError("that are signed (C2PA)")
 
     def with_xmp(xmp: bytes) -> bytes:
         body = b"iTXt" + _KEYWORD + b"\0\0\0\0" + xmp
@@ -242,7 +242,7 @@ def _text_of(body: bytes) -> bytes:
     inflate = zlib.decompressobj()
     text = inflate.decompress(text, _MOST_XMP)
     if not inflate.eof:
-        raise NotEmbeddedError("that is damaged")
+        raise NotEmbeddedError("that are damaged")
     return text
 
 
@@ -250,22 +250,22 @@ def _webp(data: bytes) -> _Host:
     """WebP: a RIFF file; the XMP is the last chunk, and VP8X says that there is one."""
     chunks, place = [], 12
     if struct.unpack_from("<I", data, 4)[0] + 8 != len(data):
-        raise NotEmbeddedError("that is damaged, or with other data behind them")
+        raise NotEmbeddedError("that are damaged, or have other data behind them")
     while place < len(data):
         name, length = struct.unpack_from("<4sI", data, place)
         end = place + 8 + length + length % 2
         if end > len(data):
-            raise NotEmbeddedError("that is damaged")
+            raise NotEmbeddedError("that are damaged")
         chunks.append((name, data[place:end], data[place + 8 : place + 8 + length]))
         place = end
     names = [name for name, _, _ in chunks]
     if b"C2PA" in names:
-        raise NotEmbeddedError("that is signed (C2PA)")
+        raise NotEmbeddedError("that are signed (C2PA)")
     if not names or names[0] not in (b"VP8 ", b"VP8L", b"VP8X") or names.count(b"VP8X") > 1:
-        raise NotEmbeddedError("that is damaged")
+        raise NotEmbeddedError("that are damaged")
     header = bytearray(chunks[0][2] if names[0] == b"VP8X" else _extended(*chunks[0][::2]))
     if len(header) != 10:
-        raise NotEmbeddedError("that is damaged")
+        raise NotEmbeddedError("that are damaged")
 
     def with_xmp(xmp: bytes) -> bytes:
         header[0] = header[0] | _HAS_XMP if xmp else header[0] & ~_HAS_XMP
@@ -291,7 +291,7 @@ def _extended(name: bytes, body: bytes) -> bytes:
         width, height = (value & 0x3FFF for value in struct.unpack_from("<HH", body, 6))
         flags, width, height = 0, width - 1, height - 1
     else:
-        raise NotEmbeddedError("that is damaged")
+        raise NotEmbeddedError("that are damaged")
     if min(width, height) < 0:
-        raise NotEmbeddedError("that is damaged")
+        raise NotEmbeddedError("that are damaged")
     return bytes((flags, 0, 0, 0)) + width.to_bytes(3, "little") + height.to_bytes(3, "little")

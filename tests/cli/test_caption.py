@@ -111,7 +111,7 @@ def test_captions_can_be_written_into_the_pictures_and_the_run_resumed(model: st
     options = ("photos", "-m", model, "-n", "5", "-o", "out.jsonl")
     result = run(*options, "--embed")
     assert result.exit_code == 3  # torn.jpg cannot be read
-    assert "1 text not written: into pictures neither JPEG nor PNG nor WebP" in result.stderr
+    assert "1 text not written: into pictures that are neither JPEG nor PNG nor WebP" in result.stderr
     records = {str(record["file"]): record for record in lines(Path("out.jsonl").read_text())}
     assert records["square.png"]["duplicate_of"] == "copy.png"
     for name in ("copy", "landscape", "portrait", "square"):

@@ -8,6 +8,7 @@ from tests.fuzz import (
     captions,
     checkpoints,
     commands,
+    embedding,
     headers,
     pictures,
     prompts,
@@ -27,7 +28,7 @@ CLASSES: dict[str, Case] = {
         *(checkpoints.upstream, checkpoints.converted, checkpoints.cache, checkpoints.archive),
         *(pictures.picture, headers.header, sources.array, sources.source, servers.server),
         *(prompts.prompt, prompts.messages, prompts.ids),
-        *(questions.questions, questions.journal, captions.captions),
+        *(questions.questions, questions.journal, captions.captions, embedding.embedding),
         *(arguments.python, commands.command_line, schemas.schema),
     )
 }

@@ -33,7 +33,7 @@ SHARES = {
     **{"upstream": 28, "converted": 40, "cache": 3, "archive": 18},
     **{"picture": 360, "header": 150, "array": 40, "source": 80, "server": 12},
     **{"prompt": 110, "messages": 80, "ids": 20},
-    **{"questions": 16, "journal": 4, "captions": 5},
+    **{"questions": 16, "journal": 4, "captions": 5, "embedding": 60},
     **{"python": 110, "command_line": 14, "schema": 60},
 }
 """The classes, and how many of about a thousand cases each gets: few of those that take long."""

@@ -147,6 +147,11 @@ def _page(random: Random) -> bytes:
     return random.choice((*_PAGES, random.randbytes(300)))
 
 
-def header(random: Random, room: Room) -> None:
+def made_up(random: Random) -> bytes:
     """A file whose header was made up."""
-    look_at(random.choice((_png, _png, _bmp, _gif, _ppm, _tiff, _tiff, _tga, _qoi, _jpeg, _ico, _page))(random))
+    return random.choice((_png, _png, _bmp, _gif, _ppm, _tiff, _tiff, _tga, _qoi, _jpeg, _ico, _page))(random)
+
+
+def header(random: Random, room: Room) -> None:
+    """A file whose header was made up, as a picture."""
+    look_at(made_up(random))

@@ -213,12 +213,12 @@ def damaged(data: bytes, place: int = -30) -> bytes:
         (JPEG[:40], "damaged"),
         (JPEG[:4] + b"\xff\xff" + JPEG[6:], "damaged"),
         (JPEG[:2] + b"\0" + JPEG[2:], "neither JPEG"),
-        (JPEG + b"film", "with other data behind them"),
-        (JPEG + JPEG, "with other data behind them"),
+        (JPEG + b"film", "have other data behind them"),
+        (JPEG + JPEG, "have other data behind them"),
         (JPEG[:2] + segment(0xE2, b"MPF\0MM\0*") + JPEG[2:], r"several in one file \(MPF\)"),
         (JPEG[:2] + segment(0xEB, b"JP\0\1c2pa") + JPEG[2:], r"signed \(C2PA\)"),
         (JPEG[:2] + segment(0xE1, b"http://ns.adobe.com/xmp/extension/\0") + JPEG[2:], "several segments"),
-        (JPEG[:2] + segment(0xE1, XMP + b"<a/>") * 2 + JPEG[2:], "in several places"),
+        (JPEG[:2] + segment(0xE1, XMP + b"<a/>") * 2 + JPEG[2:], "XMP in several places"),
         (JPEG[:2] + segment(0xE1, XMP + b"<a/>") + JPEG[2:], "whose XMP cannot be read"),
         (
             JPEG[:2] + segment(0xE1, XMP + with_description(b"", "x" * 60000, generator="")[:9]) + JPEG[2:],
@@ -227,7 +227,7 @@ def damaged(data: bytes, place: int = -30) -> bytes:
         (PNG[:-12], "damaged"),
         (PNG[:-4], "damaged"),
         (damaged(PNG), "damaged"),
-        (PNG + b"film", "with other data behind them"),
+        (PNG + b"film", "have other data behind them"),
         (PNG[:33] + chunk(b"caBX", b"x") + PNG[33:], r"signed \(C2PA\)"),
         (PNG[:33] + chunk(b"zTXt", b"Raw profile type xmp\0\0x") + PNG[33:], "ImageMagick's form"),
         (PNG[:33] + chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0x") + PNG[33:], "damaged"),
@@ -288,8 +288,8 @@ def test_links_libraries_and_read_only_files_are_left_alone(tmp_path: Path) -> N
     os.link(tmp_path / "two.jpg", tmp_path / "three.jpg")
     (tmp_path / "fixed.jpg").chmod(0o444)
     for name, reason in {
-        "link.jpg": "a link",
-        "two.jpg": "a file with several names",
+        "link.jpg": "that are links",
+        "two.jpg": "have several names",
         "My.photoslibrary/c.jpg": "in a Photos library",
         "fixed.jpg": "read-only",
     }.items():
