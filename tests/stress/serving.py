@@ -26,7 +26,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from tests.server.ill_behaved.clients import CLIENTS, QUICK, Wrong, exchange, head
+from fastvlm_mlx.server.settings import Settings
+from tests.server.ill_behaved import fields
+from tests.server.ill_behaved.clients import CHAT, CLIENTS, QUICK, Wrong, exchange, head, post
 from tests.stress.monitor import Run, check_growth, say, watch
 from tests.stress.questions import Question, questions, request, text_of
 
@@ -193,6 +195,8 @@ def main() -> int:
     pool = questions(random, 60)
     log, port, samples = folder / "server.log", free_port(), list[dict[str, float]]()
     process = start_server(port, log)
+    largest = {**fields.example(CHAT), "resolution": Settings().max_resolution}
+    say(f"a picture of the largest resolution: {exchange(port, post(CHAT, largest))}")  # it takes the most memory
     run = Run(port, 60 * arguments.minutes)
     try:
         tasks: list[tuple[Callable[..., None], tuple[Any, ...]]] = [(watch, (run, process, samples))]
