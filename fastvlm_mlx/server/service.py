@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, TypeAlias, TypeVar
 
-from fastvlm_mlx.errors import QueueFullError
+from fastvlm_mlx.errors import ConfigError, QueueFullError
 from fastvlm_mlx.formatting import counted, names
 from fastvlm_mlx.generation.engine import Engine
 from fastvlm_mlx.generation.request import Request
@@ -135,8 +135,8 @@ class Service:
 
     @property
     def running(self) -> int:
-        """Requests on their way."""
-        return sum(len(answering.handles) for answering in self._open)
+        """Requests on their way; for any thread."""
+        return sum(len(answering.handles) for answering in list(self._open))
 
     def serves(self, model: str) -> bool:
         """Whether a name is the model's; an empty one is."""
@@ -222,6 +222,9 @@ class Service:
         except QueueFullError as err:  # those that were cancelled have a place until the next step
             answering.cancel()
             raise self.full("the queue is full") from err
+        except ConfigError as err:  # the engine has ended at this moment
+            answering.cancel()
+            raise self.unavailable() from err
         if len(self._open) == 0:
             self._rate.begin()
         self._open.add(answering)

@@ -276,3 +276,10 @@ def test_requests_at_once_are_answered_together(serving):
 
         assert {response.json["usage"]["completion_tokens"] for response in run(script())} == {20}
         assert len(steps) < 16 * 20 / 3
+
+
+def test_a_question_that_comes_as_the_engine_ends_is_told_to_wait(serving, monkeypatch):
+    with serving() as (client, service):
+        monkeypatch.setattr(type(service.engine), "is_alive", True)
+        service.engine.close()
+        assert run(client.post(PATH, SHORT)).status == 503
