@@ -28,7 +28,7 @@ class Answering:
         self._loop = asyncio.get_running_loop()
         self._changed = asyncio.Event()
         self._error: Exception | None = None
-        self._cut = False
+        self._cut: Exception | None = None
 
     @property
     def is_whole(self) -> bool:
@@ -51,9 +51,9 @@ class Answering:
         self.cancel()
         self._changed.set()
 
-    def cut(self) -> None:
-        """Ends all that is not done as if its last token had come."""
-        self._cut = True
+    def cut(self, late: Exception) -> None:
+        """Ends all that is not done as if its last token had come; `pieces` raises `late` for what has none."""
+        self._cut = late
         self.cancel()
         self._changed.set()
 
@@ -76,7 +76,7 @@ class Answering:
                     yield number, latest[number]
                 if self._error is not None:
                     raise self._error
-                if done or self._cut:
+                if done or self._cut is not None:
                     del seen[number]
                     if latest.get(number) is None or latest[number].finish_reason is None:
                         yield number, self._ended(self.handles[number], latest.get(number))
@@ -88,12 +88,15 @@ class Answering:
 
         Raises:
             ApiError: If the answer ended for another reason.
+            Exception: What `cut` was called with, if there was no piece before.
             FastVLMError: If it cannot be given.
         """
         error = handle.error
         if isinstance(error, FastVLMError):
             raise error
-        if self._cut and latest is not None:
+        if self._cut is not None:
+            if latest is None:
+                raise self._cut
             return replace(latest, text="", token_ids=(), logprobs=(), finish_reason="length")
         if error is None or handle.cancelled:
             raise ApiError(503, "the server is stopping", kind="server_error", code="unavailable")

@@ -114,8 +114,9 @@ class Exchange:
         """
         loop = asyncio.get_running_loop()
         settings = self._settings
-        waiting = loop.call_later(settings.queue_seconds, lambda: answering.fail(self._service.late()))
-        answer = loop.call_later(settings.answer_seconds, answering.cut)
+        late = self._service.late
+        waiting = loop.call_later(settings.queue_seconds, lambda: answering.fail(late(settings.queue_seconds)))
+        answer = loop.call_later(settings.answer_seconds, lambda: answering.cut(late(settings.answer_seconds)))
         metrics = self._service.metrics
         latest: dict[int, GenerationResult] = {}
         try:

@@ -163,9 +163,8 @@ class Service:
         reason = reasons.get(self.state, "the engine has stopped; restart the server")
         return ApiError(503, reason, kind="server_error", code="unavailable", retry_after=LOADING_SECONDS)
 
-    def late(self) -> ApiError:
-        """The error for a question that has waited too long."""
-        seconds = self.settings.queue_seconds
+    def late(self, seconds: float) -> ApiError:
+        """The error for a question that has waited so long for its first token."""
         return ApiError(
             503,
             f"the request waited longer than {seconds:g} s; ask again later",

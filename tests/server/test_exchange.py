@@ -134,13 +134,32 @@ def test_a_request_that_waits_too_long_is_given_up(serving):
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_an_answer_that_takes_too_long_is_cut(serving, stream):
-    with serving(answer_seconds=0.3) as (client, _):
-        response = run(client.post(PATH, {**ENDLESS, "stream": stream}))
+    with serving() as (client, service):
+
+        async def script():
+            call = client.begin("POST", PATH, {**ENDLESS, "stream": stream})
+            await until(lambda: service._open)
+            (answering,) = service._open
+            await until(lambda: len(answering.handles[0].since(0)[0]) > 2)
+            answering.cut(service.late(1.0))
+            await call.task
+            return call.response
+
+        response = run(script())
         choice = (response.events[-2] if stream else response.json)["choices"][0]
         assert choice["finish_reason"] == "length"
         if not stream:
             assert 1 < response.json["usage"]["completion_tokens"] < 1900
             assert choice["message"]["content"]
+
+
+def test_a_request_without_a_token_in_all_its_time_is_given_up(serving, monkeypatch):
+    hold = threading.Event()
+    with serving(answer_seconds=0.1) as (client, service):
+        monkeypatch.setattr(service.engine._worker, "_step", lambda: hold.wait(0.5))
+        error = run(client.post(PATH, SHORT)).json["error"]
+        assert error["message"] == "the request waited longer than 0.1 s; ask again later"
+        hold.set()
 
 
 def test_an_error_in_the_middle_of_a_stream_is_its_last_event(serving):

@@ -119,7 +119,7 @@ def process(tmp_path):
         command = [sys.executable, "-m", "fastvlm_mlx", "serve", "demo", "--port", "0", "--no-warmup", *options]
         started.append(subprocess.Popen(command, stderr=log, env={**os.environ, "FASTVLM_API_KEY": ""}))
         log.close()
-        for _ in range(600):
+        for _ in range(1200):
             lines = (tmp_path / "log").read_text().splitlines()
             if lines and lines[-1].startswith("ready: demo"):
                 return started[-1], int(lines[0].rpartition(":")[2])
@@ -136,10 +136,10 @@ def test_a_signal_ends_the_server_in_order(process, tmp_path, ask):
     server, port = process()
     assert ask(port, "POST", PATH, {**LONG, "stream": False, "max_tokens": 3}).status == 200
     server.send_signal(signal.SIGTERM)
-    assert server.wait(20) == 0
+    assert server.wait(60) == 0
     lines = (tmp_path / "log").read_text().splitlines()
     assert lines[0] == f"listening on http://127.0.0.1:{port}"
-    assert lines[2:] == ["stopping; 0 on their way", "stopped"]
+    assert lines[-2:] == ["stopping; 0 on their way", "stopped"]
 
 
 def test_a_second_signal_ends_it_at_once(process, ask):
@@ -151,5 +151,5 @@ def test_a_second_signal_ends_it_at_once(process, ask):
         time.sleep(0.01)
     start = time.monotonic()
     server.send_signal(signal.SIGTERM)
-    assert server.wait(20) == 128 + signal.SIGTERM
+    assert server.wait(60) == 128 + signal.SIGTERM
     assert time.monotonic() - start < 3
