@@ -31,7 +31,8 @@ from tests.server.ill_behaved.clients import (
 @pytest.fixture(scope="module")
 def server(serving):
     """The port of a server that is patient for a moment only, and its service."""
-    with serving(port=0, head_seconds=0.3, body_seconds=1.0, send_seconds=0.5, max_tokens=400) as (_, service):
+    limits = {"head_seconds": 0.3, "body_seconds": 1.0, "send_seconds": 0.5, "max_body_bytes": 2_000_000}
+    with serving(port=0, max_tokens=400, **limits) as (_, service):
         sockets = listen(service.settings)
         with Running(make_app(service, service.settings), service, service.settings, sockets):
             yield sockets[0].getsockname()[1], service
@@ -84,7 +85,7 @@ def test_a_thousand_idle_connections_leave_room(server):
 def test_a_client_that_takes_a_byte_at_a_time_holds_nothing_but_its_connection(server):
     port, service = server
     with connected(port, SO_RCVBUF=2048) as connection:
-        send(connection, long_request(Random(0)))
+        send(connection, long_request(Random(0), 100))
         assert connection.recv(1)
         settle(service)  # the answer is whole, though almost nothing of it has been taken
         assert answers(port)
