@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from fastvlm_mlx.formatting import printable
 from fastvlm_mlx.inputs.formats import open_image
-from fastvlm_mlx.inputs.resampling import RowFilter
+from fastvlm_mlx.inputs.resizing import resize
 from fastvlm_mlx.inputs.resolution import Resolution, auto_resolution, check_resolution
 from fastvlm_mlx.inputs.samples import array_image, to_rgb
 from fastvlm_mlx.inputs.sources import DOWNLOAD_TIMEOUT, Allow, Encoded, ImageSource, read
-from fastvlm_mlx.machine import cpu_threads
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL.Image import Image
-
-_BAND_PIXELS = 1 << 24
 
 
 def load_image(
@@ -72,43 +68,10 @@ def preprocess(image: Image, resolution: int) -> NDArray[np.uint8]:
     """Centres an image on a black square and resizes it to (R, R, 3), bicubic with antialiasing.
 
     Bit-equal to padding first and resizing then (`expand2square` and CLIPImageProcessor in apple/ml-fastvlm). Pillow
-    filters rows first, columns second, and rounds to 8 bits in between. Here each pass runs by itself, in bands: rows
-    first, then columns. So threads share the work, and the padded square is never made; for an image of 20000×10 it
-    would take 1.6 GB. The black beside a tall image is not filtered either.
+    filters rows first, columns second, and rounds to 8 bits in between. Here each pass runs by itself, in parts. So
+    threads share the work, and the padded square is never made; for an image of 20000×10 it would take 1.6 GB.
     """
-    from PIL import Image
-
-    width, height = image.size
-    side = max(width, height)
-    left, top = (side - width) // 2, (side - height) // 2
-    tall = RowFilter(left=left, width=width, side=side, resolution=resolution) if 5 * width < 2 * height else None
-    first, count = (tall.first, tall.count) if tall else (0, resolution)
-    narrow = Image.new("RGB", (count, side))
-    pixels = np.zeros((resolution, resolution, 3), dtype=np.uint8)
-
-    def filter_rows(start: int, end: int) -> None:
-        if tall:
-            filtered = Image.fromarray(tall(np.asarray(image.crop((0, start, width, end)))))
-        else:
-            band = image.crop((-left, start, side - left, end))  # black outside the image
-            filtered = band.resize((resolution, end - start), Image.Resampling.BICUBIC)
-        narrow.paste(filtered, (0, top + start))
-
-    def filter_columns(start: int, end: int) -> None:
-        band = narrow.crop((start, 0, end, side)).resize((end - start, resolution), Image.Resampling.BICUBIC)
-        pixels[:, first + start : first + end] = np.asarray(band)
-
-    with ThreadPoolExecutor(cpu_threads()) as threads:
-        for run, length in ((filter_rows, height), (filter_columns, count)):
-            for done in [threads.submit(run, *band) for band in _bands(length, side)]:
-                done.result()
-    return pixels
-
-
-def _bands(length: int, side: int) -> list[tuple[int, int]]:
-    """Cuts `length` rows (or columns) of `side` pixels into a band for each thread, or more if those are large."""
-    step = max(1, min(-(-length // cpu_threads()), _BAND_PIXELS // side))
-    return [(start, min(start + step, length)) for start in range(0, length, step)]
+    return resize(image, resolution)
 
 
 def choose_resolution(images: list[Image], resolution: Resolution, native: int) -> int:

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import time
 
 import numpy as np
 import pytest
@@ -11,7 +10,6 @@ from safetensors.numpy import load_file
 
 from fastvlm_mlx.backend import mx
 from fastvlm_mlx.errors import ConfigError, ImageError
-from fastvlm_mlx.inputs import images
 from fastvlm_mlx.inputs.images import load_image, preprocess
 from fastvlm_mlx.inputs.resolution import auto_resolution, check_resolution
 from tests.checkpoints import GOLDEN
@@ -35,14 +33,6 @@ def in_unit_interval(pixels: np.ndarray) -> np.ndarray:
     return pixels.astype(np.float32) / np.float32(255)
 
 
-def padded_first(image: Image.Image, resolution: int) -> np.ndarray:
-    """Apple's order of steps: the whole square is made, then resized."""
-    side = max(image.size)
-    square = Image.new("RGB", (side, side))
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return np.asarray(square.resize((resolution, resolution), Image.Resampling.BICUBIC))
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_pixel_values_are_apples_to_the_bit(name):
     expected = load_file(GOLDEN / "apple" / "expected.safetensors")[f"{name}.pixel_values"]
@@ -57,48 +47,6 @@ def test_bytes_scale_to_the_floats_that_apple_computes(golden, name):
     expected = load_file(GOLDEN / golden / "expected.safetensors")[f"{name}.pixel_values"]
     pixels = np.rint(expected * 255).astype(np.uint8)
     np.testing.assert_array_equal(in_unit_interval(pixels), expected, strict=True)
-
-
-@pytest.mark.parametrize(
-    "size", [(1, 1), (3, 1), (1, 3), (200, 10), (10, 200), (64, 64), (64, 37), (37, 64), (99, 100)]
-)
-@pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("band_pixels", [500, 1 << 24])
-def test_two_passes_in_bands_equal_padding_first(size, band_pixels, threads, monkeypatch):
-    monkeypatch.setattr(images, "_BAND_PIXELS", band_pixels)
-    monkeypatch.setattr(images, "cpu_threads", lambda: threads)
-    image = noise(*size)
-    np.testing.assert_array_equal(preprocess(image, 64), padded_first(image, 64))
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_any_size_at_any_resolution_equals_padding_first(seed):
-    rng = np.random.default_rng(seed)
-    for _ in range(8):
-        long, resolution = int(rng.integers(1, 400)), 64 * int(rng.integers(1, 6))
-        short = int(rng.integers(1, long + 1)) if seed % 2 else max(long // int(rng.integers(3, 99)), 1)
-        image = noise(short, long).point(lambda level: 255 * (level > 127))  # overshoots, so that levels are cut
-        for picture in (image, image.transpose(Image.Transpose.ROTATE_90)):
-            np.testing.assert_array_equal(preprocess(picture, resolution), padded_first(picture, resolution))
-
-
-def test_the_work_for_a_tall_picture_does_not_grow_with_the_square():
-    tall, wide = Image.new("RGB", (150, 9_000)), Image.new("RGB", (9_000, 150))
-    seconds = {size: [] for size in (tall.size, wide.size)}
-    for image in (tall, wide) * 3:
-        start = time.process_time()
-        preprocess(image, 256)
-        seconds[image.size].append(time.process_time() - start)
-    # Filtering whole rows of the square takes 20 times as long.
-    assert min(seconds[tall.size]) < 8 * min(seconds[wide.size])
-
-
-def test_a_very_wide_picture_is_resized_without_its_square():
-    pixels = preprocess(noise(20_000, 10), 128)
-    assert pixels.shape == (128, 128, 3)
-    assert pixels[:63].max() == 0
-    assert pixels[65:].max() == 0
-    assert pixels[63:65].max() > 0
 
 
 def test_near_black_image_stays_black():
