@@ -7,25 +7,20 @@ and no other page gets to read an answer.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
 import re
-import time
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeAlias
 
-from fastvlm_mlx.formatting import printable, readable_bytes
+from fastvlm_mlx.formatting import printable
 from fastvlm_mlx.server.access import Hosts, Keys, host_name
 from fastvlm_mlx.server.api import ApiError
+from fastvlm_mlx.server.bodies import Body, Message, Receive, Room, Scope, Send
 from fastvlm_mlx.server.metrics import Metrics
 from fastvlm_mlx.server.protocol import HEAD_BYTES, log_refusal
 from fastvlm_mlx.server.settings import Settings
 
-Scope: TypeAlias = MutableMapping[str, Any]
-Message: TypeAlias = MutableMapping[str, Any]
-Receive: TypeAlias = Callable[[], Awaitable[Message]]
-Send: TypeAlias = Callable[[Message], Awaitable[None]]
 App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 Headers: TypeAlias = list[tuple[bytes, bytes]]
 
@@ -71,11 +66,10 @@ class Guard:
         self._settings = settings
         self._error = error
         self._metrics = metrics
-        self._retry_after = retry_after
+        self._room = Room(settings, retry_after)
         self._keys = Keys(settings.api_keys)
         self._hosts = Hosts(settings)
         self._origins = {origin.rstrip("/").lower() for origin in settings.allow_origins}
-        self._held = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request."""
@@ -91,7 +85,7 @@ class Guard:
                 await answer.send_all(204, _preflight(headers), b"")
                 return
             self._check_key(scope)
-            body = _Body(self, receive, _length(headers))
+            body = Body(self._room, receive, _length(headers))
         except ApiError as error:
             await self._refuse(scope, answer, error)
             return
@@ -174,80 +168,6 @@ class Guard:
             (b"access-control-expose-headers", _SHOWN_TO_PAGES),
             (b"vary", b"Origin"),
         ]
-
-    def hold(self, size: int) -> None:
-        """Counts bytes of a body among those of all requests.
-
-        Raises:
-            ApiError: If they are too many.
-        """
-        if self._held + size > self._settings.max_queue_bytes:
-            most = readable_bytes(self._settings.max_queue_bytes)
-            raise ApiError(
-                429,
-                f"the requests that are being answered have {most} already; ask again later",
-                kind="rate_limit_error",
-                code="too_many_bytes",
-                retry_after=self._retry_after(),
-            )
-        self._held += size
-
-    def release(self, size: int) -> None:
-        """Takes bytes out of that count."""
-        self._held -= size
-
-    @property
-    def settings(self) -> Settings:
-        """Of the server."""
-        return self._settings
-
-
-class _Body:
-    """The body of a request, within a size and a time.
-
-    Args:
-        guard: Counts the bytes of all requests.
-        receive: Of the server.
-        length: The announced one; None if there is none.
-    """
-
-    def __init__(self, guard: Guard, receive: Receive, length: int | None) -> None:
-        self._guard, self._receive = guard, receive
-        self._size, self._open = 0, True
-        self._deadline = time.monotonic() + guard.settings.body_seconds
-        self._check(length or 0)
-
-    async def receive(self) -> Message:
-        """What the server gives; after the body that is the end of the connection, whenever that comes.
-
-        Raises:
-            ApiError: If the body is too large or too slow, or there is too much of all requests.
-        """
-        if not self._open:
-            return await self._receive()
-        try:
-            message = await asyncio.wait_for(self._receive(), max(0.0, self._deadline - time.monotonic()))
-        except asyncio.TimeoutError:
-            seconds = self._guard.settings.body_seconds
-            raise ApiError(408, f"the body was not complete after {seconds:g} s", code="body_too_slow") from None
-        if message["type"] == "http.request":
-            self._open = bool(message.get("more_body", False))
-            size = len(message.get("body", b""))
-            self._check(self._size + size)
-            self._guard.hold(size)
-            self._size += size
-        else:
-            self._open = False
-        return message
-
-    def release(self) -> None:
-        """Says that the request is over."""
-        self._guard.release(self._size)
-        self._size = 0
-
-    def _check(self, size: int) -> None:
-        if size > (most := self._guard.settings.max_body_bytes):
-            raise ApiError(413, f"the body has more than {readable_bytes(most)}", code="body_too_large")
 
 
 class _Answer:
