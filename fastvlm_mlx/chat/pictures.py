@@ -19,7 +19,10 @@ _URLS = ("http://", "https://")
 _DATA, _FILE = "data:", "file:"
 _BLANK = re.compile(r"\s")
 _BLANKS = re.compile(r"[ \t]{2,}")
+_EXTENSION = re.compile(rf"\.(?:{'|'.join(sorted(PICTURES))})", re.IGNORECASE)
 _LONGEST_PATH = 4096
+_LONGEST_LINE = 8192
+"""The most characters of a line in which pictures are looked for; a longer one is a text that was pasted."""
 _PLACES = ("/", "~", "./", "../")
 """What a name begins with that cannot be a word of a question."""
 
@@ -102,6 +105,8 @@ def split_line(line: str) -> Dropped:
     Terminals write the names of dropped files in several ways: in quotes, with a backslash before each blank, as
     `file:` URLs with percent escapes. All are understood, and so is a name with plain blanks if there is such a file.
     """
+    if len(line) > _LONGEST_LINE or not _EXTENSION.search(line):
+        return Dropped(line.strip(), [])
     kept: list[str] = []
     names: list[str] = []
     place = 0

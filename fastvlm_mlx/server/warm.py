@@ -168,6 +168,7 @@ class WarmDoor:
 
     def watch(self) -> None:
         """Ends the server when nobody has asked anything for long enough; for a thread of its own."""
+        self._latest = time.monotonic()  # loading took its time
         while self._idle_seconds:
             left = self._latest + self._idle_seconds - time.monotonic()
             if left <= 0 and not self._open:

@@ -6,7 +6,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -131,9 +131,10 @@ class Warm:
         done = False
         for record in self._records(question.encode(), listener):
             if "piece" in record:
-                piece = read_piece(record["piece"])
+                with _understood():
+                    piece = read_piece(record["piece"])
+                    listener.peak_memory = record["peak_memory"]
                 done = piece.finish_reason is not None
-                listener.peak_memory = record["peak_memory"]
                 yield piece
         if not done:
             raise WarmLostError("the background server ended in the middle of the answer; run the command again")
@@ -142,14 +143,16 @@ class Warm:
         """The choices of a question with their probabilities; arguments and errors are those of `ask`."""
         for record in self._records(question.encode(), listener):
             if "choices" in record:
-                return [Choice(**choice) for choice in record["choices"]]
+                with _understood():
+                    return [Choice(**choice) for choice in record["choices"]]
         raise WarmLostError("the background server gave no answer; run the command again")
 
     def measure(self, question: Question) -> Size:
         """The room that a question takes; errors are those of `ask`."""
         for record in self._records(question.encode(measure=True), Silent()):
             if "size" in record:
-                return Size(**record["size"])
+                with _understood():
+                    return Size(**record["size"])
         raise WarmLostError("the background server gave no answer; run the command again")
 
     def _records(self, body: bytes, listener: Listener) -> Iterator[dict[str, Any]]:
@@ -170,6 +173,15 @@ class Warm:
                     yield record
         except (OSError, ValueError) as err:
             raise WarmLostError("the background server has gone; run the command again") from err
+
+
+@contextmanager
+def _understood() -> Iterator[None]:
+    """Treats a server that speaks otherwise as one that has gone."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as err:
+        raise WarmLostError("the background server speaks another language; end it with `fastvlm stop`") from err
 
 
 class _Request:
