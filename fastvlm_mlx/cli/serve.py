@@ -113,9 +113,7 @@ def serve(
     ] = True,
     background: Annotated[
         bool,
-        typer.Option(
-            "--background", help="Keep the model warm for `fastvlm generate`, `caption` and `chat`, out of sight."
-        ),
+        typer.Option("--background", help="Keep the model warm for `fastvlm generate` and `chat`, out of sight."),
     ] = False,
     idle: Annotated[
         float,
