@@ -77,7 +77,7 @@ def test_after_the_time_to_drain_an_answer_ends_with_an_error(serving, ask):
         last = answer.read().decode().split("\n\n")[-2].strip()
         assert json.loads(last.removeprefix("data: "))["error"]["message"] == "the server is stopping"
         server.wait()
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 15
 
 
 def test_an_idle_server_does_nothing_at_all(serving, ask):
@@ -152,4 +152,4 @@ def test_a_second_signal_ends_it_at_once(process, ask):
     start = time.monotonic()
     server.send_signal(signal.SIGTERM)
     assert server.wait(60) == 128 + signal.SIGTERM
-    assert time.monotonic() - start < 3
+    assert time.monotonic() - start < 15  # it would drain for 30
