@@ -21,7 +21,7 @@ from typer.testing import CliRunner, Result
 from fastvlm_mlx import backend
 from fastvlm_mlx.chat.commands import COMMANDS, complete, help_lines
 from fastvlm_mlx.cli import app
-from tests.checkpoints import APPLE
+from tests.checkpoints import APPLE, changed
 from tests.conftest import Converted
 from tests.warm.background import COMMAND, DEMO, background, environment
 
@@ -269,7 +269,7 @@ def test_two_interrupts_at_the_prompt_leave(folder: Path) -> None:
 
 @pytest.mark.parametrize("is_warm", [False, True])
 def test_an_interrupt_stops_the_answer_only(folder: Path, tmp_path: Path, converted: Converted, is_warm: bool) -> None:
-    model = str(converted("apple"))
+    model = str(changed(converted("apple"), tmp_path / "model", config={"eos_token_id": [5]}))  # which it never says
     os.environ["FASTVLM_CACHE"] = str(tmp_path / "cache")
     with background(tmp_path / "cache", model) if is_warm else _nothing():
         terminal = Terminal(str(APPLE / "images" / "square.png"), "-m", model, "-n", "1900", "-v")

@@ -19,7 +19,7 @@ from fastvlm_mlx.generation.result import GenerationResult, Timings
 from fastvlm_mlx.warm.client import Holding, find_warm, program, status
 from fastvlm_mlx.warm.place import Place
 from fastvlm_mlx.warm.wire import line, piece_record
-from tests.checkpoints import APPLE
+from tests.checkpoints import APPLE, changed
 from tests.conftest import Converted
 from tests.warm.background import COMMAND, DEMO, background, environment, fastvlm, place_in, until
 
@@ -117,7 +117,7 @@ def test_a_checkpoint_that_has_changed_is_not_held_any_more(tmp_path: Path, conv
 @pytest.fixture
 def slow(tmp_path: Path, converted: Converted) -> Iterator[tuple[Path, list[str], int]]:
     """A server whose answers are long: its cache folder, a command line and its process."""
-    folder = str(converted("apple"))
+    folder = str(changed(converted("apple"), tmp_path / "model", config={"eos_token_id": [5]}))  # which it never says
     with background(tmp_path, folder) as holder:
         question = ["generate", str(APPLE / "images" / "square.png"), "-m", folder, "-n", "1800"]
         yield tmp_path, question, holder
