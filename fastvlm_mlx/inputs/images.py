@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,8 +11,9 @@ from fastvlm_mlx.formatting import printable
 from fastvlm_mlx.inputs.formats import open_image
 from fastvlm_mlx.inputs.resizing import resize
 from fastvlm_mlx.inputs.resolution import Resolution, auto_resolution, check_resolution
-from fastvlm_mlx.inputs.samples import array_image, to_rgb
+from fastvlm_mlx.inputs.samples import array_image, to_turned
 from fastvlm_mlx.inputs.sources import DOWNLOAD_TIMEOUT, Allow, Encoded, ImageSource, read
+from fastvlm_mlx.inputs.turned import TurnedImage
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -52,29 +53,43 @@ def load_image(
         ImageError: If the source is not allowed, cannot be read or is not an image.
         ConfigError: If `background` is no colour.
     """
+    picture = load_turned(source, background=background, allow=allow, timeout=timeout, notify=notify)
+    image = picture.upright()
+    return image.copy() if copy and image is source else image
+
+
+def load_turned(
+    source: ImageSource | Encoded,
+    *,
+    background: str | None = None,
+    allow: Allow = Allow.ALL,
+    timeout: float = DOWNLOAD_TIMEOUT,
+    notify: Callable[[str], None] | None = None,
+) -> TurnedImage:
+    """Loads an image as `load_image` does, but does not turn it, nor copy a PIL image that is RGB."""
     from PIL import Image
 
     if isinstance(source, Image.Image):
         name = printable(getattr(source, "filename", "") or "PIL image")
-        image = to_rgb(source, name, background=background, notify=notify)
-        return image.copy() if copy and image is source else image
+        return to_turned(source, name, background=background, notify=notify)
     if hasattr(source, "__array__"):  # NumPy's or MLX's
-        return to_rgb(array_image(source), "array", background=background, notify=notify)
+        return to_turned(array_image(source), "array", background=background, notify=notify)
     encoded = read(source, allow=allow, timeout=timeout)
-    return to_rgb(open_image(encoded), encoded.name, background=background, notify=notify)
+    return to_turned(open_image(encoded), encoded.name, background=background, notify=notify)
 
 
-def preprocess(image: Image, resolution: int) -> NDArray[np.uint8]:
+def preprocess(image: Image | TurnedImage, resolution: int) -> NDArray[np.uint8]:
     """Centres an image on a black square and resizes it to (R, R, 3), bicubic with antialiasing.
 
     Bit-equal to padding first and resizing then (`expand2square` and CLIPImageProcessor in apple/ml-fastvlm). Pillow
     filters rows first, columns second, and rounds to 8 bits in between. Here each pass runs by itself, in parts. So
     threads share the work, and the padded square is never made; for an image of 20000×10 it would take 1.6 GB.
+    A PIL image is taken for upright.
     """
-    return resize(image, resolution)
+    return resize(image if isinstance(image, TurnedImage) else TurnedImage(image), resolution)
 
 
-def choose_resolution(images: list[Image], resolution: Resolution, native: int) -> int:
+def choose_resolution(images: Sequence[Image | TurnedImage], resolution: Resolution, native: int) -> int:
     """The one resolution of all `images`: `native` for None, for `auto` what the largest image needs.
 
     Raises:

@@ -15,7 +15,7 @@ from fastvlm_mlx.arguments import StrPath, check_kind, checked_ids, elements, fi
 from fastvlm_mlx.config import IMAGE_TOKEN, ModelConfig
 from fastvlm_mlx.errors import PromptError
 from fastvlm_mlx.formatting import counted, readable_bytes
-from fastvlm_mlx.inputs.images import choose_resolution, load_image, preprocess
+from fastvlm_mlx.inputs.images import choose_resolution, load_turned, preprocess
 from fastvlm_mlx.inputs.prompts import CHAT_TEMPLATE, ImageReference, Mark, Prompt, Turn, conversation, render
 from fastvlm_mlx.inputs.resolution import Resolution
 from fastvlm_mlx.inputs.sources import Allow, ImageSource
@@ -158,7 +158,7 @@ class FastVLMProcessor:
             ConfigError: If the model cannot run at `resolution`.
         """
         input_ids = self.encode_turns(conversation(prompt, images, system))
-        side = choose_resolution(list(images), resolution, self.image_size)
+        side = choose_resolution(images, resolution, self.image_size)
         return self.positions(input_ids, side), input_ids.count(IMAGE_TOKEN) * self.num_visual_tokens(side)
 
     def prepare_images(
@@ -182,13 +182,11 @@ class FastVLMProcessor:
     def _preprocess(
         self, references: Sequence[ImageReference], resolution: Resolution, background: str | None
     ) -> NDArray[np.uint8]:
-        images = [
-            load_image(image.source, background=background, allow=image.allow, copy=False) for image in references
-        ]
-        side = choose_resolution(images, resolution, self.image_size)
-        if not images:
+        pictures = [load_turned(image.source, background=background, allow=image.allow) for image in references]
+        side = choose_resolution(pictures, resolution, self.image_size)
+        if not pictures:
             return np.zeros((0, side, side, 3), dtype=np.uint8)
-        return np.stack([preprocess(image, side) for image in images])
+        return np.stack([preprocess(picture, side) for picture in pictures])
 
     def encode(self, prompt: Prompt, n_images: int = 0, system: str | None = None) -> list[int]:
         """Token ids of a prompt with `n_images` images, each one `IMAGE_TOKEN`.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fastvlm_mlx.inputs.resampling import RowFilter
+from fastvlm_mlx.inputs.turned import TurnedImage
 from fastvlm_mlx.machine import cpu_threads
 
 if TYPE_CHECKING:
@@ -20,15 +21,19 @@ if TYPE_CHECKING:
 _BAND_PIXELS = 1 << 24
 _GRAIN = 4
 """Parts begin and end at multiples of as many outputs."""
+_TURNED_PIXELS = 1 << 20
+"""Parts that are turned over have about as many, so that they stay in the processor's cache."""
 _FEW_COLUMNS = 64
 """A picture that takes fewer columns of outputs is resized in bands: in parts, most of the work would be black."""
 
 
-def resize(image: Image, resolution: int) -> NDArray[np.uint8]:
-    """Centres an RGB image on a black square and resizes it to (R, R, 3), as `preprocess` does."""
-    width, side = image.width, max(image.size)
+def resize(picture: TurnedImage, resolution: int) -> NDArray[np.uint8]:
+    """Centres the upright picture on a black square and resizes it to (R, R, 3), as `preprocess` does."""
+    width, side = picture.size[0], max(picture.size)
     many_columns = width * resolution >= _FEW_COLUMNS * side
-    return (_in_parts if many_columns and _parts_are_exact(side, resolution) else _in_bands)(image, resolution)
+    if many_columns and _parts_are_exact(side, resolution):
+        return _in_parts(picture, resolution)
+    return _in_bands(picture.upright(), resolution)
 
 
 def _parts_are_exact(side: int, resolution: int) -> bool:
@@ -62,14 +67,14 @@ class _Side:
         inner = [*range(low, high, step), high] if low < high else []
         return sorted({first, *inner, last})
 
-    def part(self, start: int, end: int) -> tuple[int, int, float, float]:
+    def part(self, start: int, end: int, *, whole: bool = True) -> tuple[int, int, float, float]:
         """The pixels of the picture, and of the black around it, that outputs need, and the place of these among them.
 
-        That is the whole picture if no black is needed, which saves a copy.
+        That is the whole picture if no black is needed, which saves a copy, unless the whole is not wanted.
         """
         low, high = start * self._side / self._resolution, end * self._side / self._resolution
         first, last = max(math.floor(low) - self._reach, 0), min(math.ceil(high) + self._reach, self._side)
-        if self._start <= first and last <= self._end:
+        if whole and self._start <= first and last <= self._end:
             first, last = self._start, self._end
         return first - self._start, last - self._start, low - first, high - first
 
@@ -80,28 +85,51 @@ class _Side:
         return min(-(-math.ceil(pixel / self._scale) // _GRAIN) * _GRAIN, self._resolution)
 
 
-def _in_parts(image: Image, resolution: int) -> NDArray[np.uint8]:
-    """Resizes where parts are exact: each thread takes some columns, and only pixels near a black edge are copied."""
-    from PIL.Image import Resampling
+def _in_parts(picture: TurnedImage, resolution: int) -> NDArray[np.uint8]:
+    """Resizes where parts are exact: each thread takes some columns, and only pixels near a black edge are copied.
 
-    across, down = (_Side(length, max(image.size), resolution) for length in image.size)
+    The rows of a picture that is stored sideways are filtered as the columns that they are there. If these run upwards,
+    parts are copied, turned over.
+    """
+    from PIL.Image import Transpose
+
+    sideways, turn = picture.sideways, picture.turn
+    image = picture.stored if sideways else picture.upright()
+    upwards, leftwards = (turn in (t, Transpose.TRANSVERSE) for t in (Transpose.ROTATE_270, Transpose.ROTATE_90))
+    across, down = (_Side(length, max(picture.size), resolution) for length in picture.size)
     rows = list(pairwise(down.cuts(1)))
     pixels = np.zeros((resolution, resolution, 3), dtype=np.uint8)
 
     def fill(start: int, end: int) -> None:
         # One pass at a time, since Pillow may choose the order of two.
-        height = image.height
-        left, right, low, high = across.part(start, end)
-        source = _crop(image, (left, 0, right, height))
-        narrow = source.resize((end - start, height), Resampling.BICUBIC, box=(low, 0, high, height))
+        part = across.part(start, end, whole=not upwards)
+        narrow = _filter(image, int(sideways), part, end - start, turned_over=upwards)
+        if leftwards:
+            narrow = narrow.transpose(Transpose.FLIP_LEFT_RIGHT)
         for first, last in rows:
-            top, bottom, low, high = down.part(first, last)
-            source = _crop(narrow, (0, top, end - start, bottom))
-            part = source.resize((end - start, last - first), Resampling.BICUBIC, box=(0, low, end - start, high))
-            pixels[first:last, start:end] = np.asarray(part)
+            levels = np.asarray(_filter(narrow, int(not sideways), down.part(first, last), last - first))
+            pixels[first:last, start:end] = levels.swapaxes(0, 1) if sideways else levels
 
-    _in_threads(fill, pairwise(across.cuts(cpu_threads())))
+    parts = max(cpu_threads(), image.width * image.height // _TURNED_PIXELS if upwards else 0)
+    _in_threads(fill, pairwise(across.cuts(parts)))
     return pixels
+
+
+def _filter(
+    image: Image, axis: int, part: tuple[int, int, float, float], outputs: int, *, turned_over: bool = False
+) -> Image:
+    """One pass over a part of an image, along its rows (axis 0) or its columns (axis 1), maybe turned over."""
+    from PIL.Image import Resampling, Transpose
+
+    start, end, low, high = part
+    if turned_over:
+        start, end = image.size[axis] - end, image.size[axis] - start
+    width, height = image.size
+    source = _crop(image, (0, start, width, end) if axis else (start, 0, end, height))
+    if turned_over:
+        source = source.transpose(Transpose.FLIP_TOP_BOTTOM)
+    size, box = ((width, outputs), (0, low, width, high)) if axis else ((outputs, height), (low, 0, high, height))
+    return source.resize(size, Resampling.BICUBIC, box=box)
 
 
 def _in_bands(image: Image, resolution: int) -> NDArray[np.uint8]:

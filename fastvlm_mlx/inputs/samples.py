@@ -1,4 +1,4 @@
-"""Samples: an image of any mode and any format -> 8-bit RGB, upright; what cannot be read rightly is refused."""
+"""Samples: an image of any mode and any format -> 8-bit RGB; what cannot be read rightly is refused."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from fastvlm_mlx.errors import ImageError
 from fastvlm_mlx.formatting import printable
 from fastvlm_mlx.inputs.colours import parse_colour
 from fastvlm_mlx.inputs.formats import DECODER_ERRORS, MAX_PIXELS, quiet
+from fastvlm_mlx.inputs.turned import TurnedImage
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from PIL.Image import Image, Transpose
 
 MAX_SIDE = 65_535
 
@@ -31,10 +32,10 @@ _WHITE_IS_ZERO, _SEPARATED, _YCBCR = 0, 5, 6
 _BT_601, _FULL_RANGE = (0.299, 0.587, 0.114), (0, 255, 128, 255, 128, 255)
 
 
-def to_rgb(
+def to_turned(
     image: Image, name: str, *, background: str | None = None, notify: Callable[[str], None] | None = None
-) -> Image:
-    """Converts an image to RGB and turns it upright; returns it itself if it is both.
+) -> TurnedImage:
+    """Converts an image to RGB, or takes it itself if it is, and tells how it is turned.
 
     Args:
         image: As it was opened, or made.
@@ -60,7 +61,7 @@ def to_rgb(
                 rgb = _on_ground(rgb, opacity, colour)
             elif opacity is not None and notify is not None:
                 notify(name)
-            return _upright(rgb, image)
+            return TurnedImage(rgb, _turn(image), name)
     except DECODER_ERRORS as err:
         if getattr(image, "tile", None) and getattr(getattr(image, "fp", None), "closed", True):
             raise ImageError(f"{name}: its file was closed before it was read; call load() on the image first") from err
@@ -191,11 +192,8 @@ def _on_ground(rgb: Image, opacity: Image, colour: tuple[int, int, int]) -> Imag
     return ground
 
 
-def _upright(rgb: Image, original: Image) -> Image:
-    """Turns `rgb` as the EXIF orientation of `original` says; damaged EXIF data count as none.
-
-    A turned image has no metadata, so that it is not turned again.
-    """
+def _turn(image: Image) -> Transpose | None:
+    """What turns an image upright, as its EXIF orientation says; damaged EXIF data count as none."""
     from PIL import ExifTags
     from PIL.Image import Transpose
 
@@ -209,14 +207,9 @@ def _upright(rgb: Image, original: Image) -> Image:
         8: Transpose.ROTATE_90,
     }
     try:
-        turn = turns.get(original.getexif().get(ExifTags.Base.Orientation, 1))
+        return turns.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except DECODER_ERRORS:
-        return rgb
-    if turn is None:
-        return rgb
-    turned = rgb.transpose(turn)
-    turned.info = {}  # Pillow looks for the orientation here, as EXIF or as XMP
-    return turned
+        return None
 
 
 def array_image(source: Any) -> Image:

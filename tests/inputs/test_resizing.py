@@ -9,6 +9,7 @@ from PIL import Image
 
 from fastvlm_mlx.inputs import resizing
 from fastvlm_mlx.inputs.images import load_image, preprocess
+from fastvlm_mlx.inputs.turned import TurnedImage
 
 BICUBIC = Image.Resampling.BICUBIC
 
@@ -39,7 +40,7 @@ def test_parts_and_bands_equal_padding_first(size, threads, monkeypatch):
     monkeypatch.setattr(resizing, "cpu_threads", lambda: threads)
     image = noise(*size)
     expected = padded_first(image, 64)
-    np.testing.assert_array_equal(resizing._in_parts(image, 64), expected)
+    np.testing.assert_array_equal(resizing._in_parts(TurnedImage(image), 64), expected)
     for band_pixels in (500, 1 << 24):
         monkeypatch.setattr(resizing, "_BAND_PIXELS", band_pixels)
         np.testing.assert_array_equal(resizing._in_bands(image, 64), expected)
@@ -68,7 +69,9 @@ def test_parts_are_exact_wherever_they_are_tried(resolution):
     for long in (7, min(resolution, 512), int(rng.integers(100, 1_000))):
         assert resizing._parts_are_exact(long, resolution)
         for picture in both_ways(noise(int(rng.integers(1, long + 1)), long)):
-            np.testing.assert_array_equal(resizing._in_parts(picture, resolution), padded_first(picture, resolution))
+            np.testing.assert_array_equal(
+                resizing._in_parts(TurnedImage(picture), resolution), padded_first(picture, resolution)
+            )
 
 
 @pytest.mark.parametrize("side", [4_032, 9_999, 19_999, 65_535])
@@ -117,6 +120,36 @@ def test_a_grey_picture_has_equal_channels():
     pixels = preprocess(grey, 256)
     np.testing.assert_array_equal(pixels, padded_first(grey, 256))
     np.testing.assert_array_equal(pixels, np.repeat(pixels[..., :1], 3, axis=2))
+
+
+@pytest.mark.parametrize("turn", [None, *Image.Transpose])
+@pytest.mark.parametrize("size", [(1, 1), (300, 200), (200, 301), (30, 900), (900, 30)])
+def test_a_picture_that_is_turned_while_it_is_resized_equals_one_turned_first(size, turn, monkeypatch):
+    monkeypatch.setattr(resizing, "_TURNED_PIXELS", 10_000)
+    picture = TurnedImage(noise(*size), turn)
+    upright = picture.upright()
+    assert picture.size == upright.size
+    for resolution in (192, 256):
+        np.testing.assert_array_equal(preprocess(picture, resolution), padded_first(upright, resolution))
+
+
+def test_a_photograph_is_not_turned_at_its_full_size(monkeypatch):
+    turned = []
+    transpose = Image.Image.transpose
+
+    def counting(image: Image.Image, turn: Image.Transpose) -> Image.Image:
+        turned.append(image.width * image.height)
+        return transpose(image, turn)
+
+    pictures = [
+        TurnedImage(noise(1_200, 900), turn) for turn in (Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_270)
+    ]
+    monkeypatch.setattr(resizing, "_TURNED_PIXELS", 100_000)
+    monkeypatch.setattr(Image.Image, "transpose", counting)
+    for picture in pictures:
+        preprocess(picture, 512)
+    assert turned
+    assert max(turned) < 0.4 * 1_200 * 900
 
 
 @pytest.mark.parametrize("size", [(1_200, 900), (900, 1_200)])

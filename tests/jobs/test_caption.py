@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 
 from fastvlm_mlx import Engine, FastVLM, FastVLMProcessor, GenerationConfig, generate
 from fastvlm_mlx.errors import ConfigError
 from fastvlm_mlx.inputs import images, processor
 from fastvlm_mlx.inputs.tokenizer import StreamingDetokenizer
+from fastvlm_mlx.inputs.turned import TurnedImage
 from fastvlm_mlx.jobs.caption import CaptionJob, Record
 from fastvlm_mlx.jobs.captions import remove_opening
 from fastvlm_mlx.jobs.journal import Journal
@@ -303,11 +303,11 @@ def test_several_questions_read_a_picture_once(
 ) -> None:
     loads: list[object] = []
 
-    def load(source: Any, **rest: Any) -> Image.Image:
+    def load(source: Any, **rest: Any) -> TurnedImage:
         loads.append(source)
-        return images.load_image(source, **rest)
+        return images.load_turned(source, **rest)
 
-    monkeypatch.setattr(processor, "load_image", load)
+    monkeypatch.setattr(processor, "load_turned", load)
     questions = {"colour": "What colour is it?", "name": "What is it?", "text": "Describe it."}
     task = Task(**{**vars(TASK), "questions": questions, "resolution": "auto", "keep_openings": True})
     shutil.rmtree(folder / "more")
@@ -328,7 +328,7 @@ def test_a_picture_for_which_there_is_no_memory_fails_alone(
     preprocess = images.preprocess
 
     def preprocess_small(image: Any, side: int) -> Any:
-        if image.width > image.height:
+        if image.size[0] > image.size[1]:
             raise MemoryError
         return preprocess(image, side)
 

@@ -1,0 +1,55 @@
+"""An image as it is stored, and what turns it upright."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fastvlm_mlx.errors import ImageError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image, Transpose
+
+
+@dataclass(frozen=True)
+class TurnedImage:
+    """An RGB image that is not turned yet, so that a photograph which is made smaller is not turned at full size.
+
+    Attributes:
+        stored: As the file holds it.
+        turn: What makes it upright, if it is not.
+        name: In messages.
+    """
+
+    stored: Image
+    turn: Transpose | None = None
+    name: str = "image"
+
+    @property
+    def sideways(self) -> bool:
+        """Whether its rows are stored as columns."""
+        from PIL.Image import Transpose
+
+        return self.turn in (Transpose.TRANSPOSE, Transpose.ROTATE_90, Transpose.ROTATE_270, Transpose.TRANSVERSE)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the upright image."""
+        width, height = self.stored.size
+        return (height, width) if self.sideways else (width, height)
+
+    def upright(self) -> Image:
+        """The image turned upright, without metadata, so that it is not turned again; itself if it is upright.
+
+        Raises:
+            ImageError: If it does not fit into memory.
+        """
+        if self.turn is None:
+            return self.stored
+        try:
+            turned = self.stored.transpose(self.turn)
+        except MemoryError as err:
+            width, height = self.size
+            raise ImageError(f"{self.name}: does not fit into memory ({width}×{height} pixels)") from err
+        turned.info = {}  # Pillow looks for the orientation here, as EXIF or as XMP
+        return turned
