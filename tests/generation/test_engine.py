@@ -191,8 +191,10 @@ def test_map_takes_only_so_many_requests_ahead(loaded):
 
 def test_closing_ends_what_is_not_done(loaded):
     engine = Engine(*loaded, max_batch=1)
-    handles = [engine.submit(Request(config=GenerationConfig(max_tokens=20_000, ignore_eos=True))) for _ in range(3)]
-    next(iter(handles[0]))
+    endless = Request(config=GenerationConfig(max_tokens=20_000, ignore_eos=True))
+    handles = [engine.submit(endless)]
+    next(iter(handles[0]))  # of requests that arrive together, either may be prepared first
+    handles += [engine.submit(endless), engine.submit(endless)]
     engine.close()
     for handle in handles:
         with pytest.raises(CancelledError):
