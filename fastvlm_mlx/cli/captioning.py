@@ -59,8 +59,8 @@ def identity(folder: Path, dtype: DType | None) -> dict[str, str]:
 
     with ByteProgress() as progress:
         weights = checkpoint_fingerprint(folder, cache_folder() / "digests.json", progress)
-    stored = dtype.value if dtype else ModelConfig.from_path(folder).dtype
-    return {"weights": weights, "dtype": str(compute_dtype(stored)).rpartition(".")[2]}
+    computes = dtype.value if dtype else str(compute_dtype(ModelConfig.from_path(folder).dtype)).rpartition(".")[2]
+    return {"weights": weights, "dtype": computes}
 
 
 class _Report:

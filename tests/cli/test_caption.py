@@ -13,11 +13,13 @@ import tarfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
+from fastvlm_mlx import Engine, FastVLM, FastVLMProcessor
 from fastvlm_mlx.cli import captioning
 from fastvlm_mlx.cli.app import app
 from fastvlm_mlx.generation.stop import FirstSentence
@@ -49,7 +51,7 @@ def run(*arguments: str, stdin: str | None = None) -> Result:
     return CliRunner().invoke(app, ["caption", *arguments], input=stdin)
 
 
-def lines(text: str) -> list[dict[str, object]]:
+def lines(text: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
@@ -77,6 +79,23 @@ def test_a_second_run_continues_the_file_of_the_first(model: str, folder: Path) 
     other = run("photos", "-m", model, "-n", "6", "-o", "out.jsonl")
     assert other.exit_code == 1
     assert "out.jsonl: holds captions with other settings (max_tokens)" in other.stderr
+
+
+@pytest.mark.parametrize(("options", "dtype"), [((), "float32"), (("--dtype", "float16"), "float16")])
+def test_the_file_says_what_the_model_computes_in(
+    options: tuple[str, ...], dtype: str, model: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = []
+
+    class Watched(Engine):
+        def __init__(self, model: FastVLM, processor: FastVLMProcessor, **more: Any) -> None:
+            super().__init__(model, processor, **more)
+            models.append(model)
+
+    monkeypatch.setattr("fastvlm_mlx.generation.engine.Engine", Watched)
+    assert run("photos", "-m", model, "-n", "1", "-o", "out.jsonl", *options).exit_code == 0
+    assert [str(model.dtype) for model in models] == [f"mlx.core.{dtype}"]
+    assert lines(Path("out.jsonl").read_text())[0]["settings"]["dtype"] == dtype
 
 
 def test_captions_go_where_other_programs_look_for_them(model: str, folder: Path) -> None:
