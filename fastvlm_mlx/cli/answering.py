@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastvlm_mlx.cli.inputs import load_named
 from fastvlm_mlx.cli.terminal import ByteProgress, note, slow_blas
-from fastvlm_mlx.errors import ConfigError, ConversionError, FastVLMError, ImageError, PromptError
+from fastvlm_mlx.errors import FastVLMError, ImageError
 
 if TYPE_CHECKING:
     from fastvlm_mlx import FastVLM, FastVLMProcessor
@@ -53,6 +53,8 @@ def _answer_warm(server: "Warm", asked: Asked, showing: "Showing") -> Asked | No
     Raises:
         FastVLMError: If the question cannot be answered, or the server ends when a part of the answer has been shown.
     """
+    from fastvlm_mlx.warm.client import OF_THE_QUESTION
+
     images = _read(asked)
     if images is None:
         return asked
@@ -64,7 +66,7 @@ def _answer_warm(server: "Warm", asked: Asked, showing: "Showing") -> Asked | No
         else:
             for piece in server.ask(question, showing):
                 showing.piece(piece)
-    except (ConfigError, ConversionError, ImageError, PromptError):
+    except OF_THE_QUESTION:
         raise
     except FastVLMError:  # the server has gone, or its checkpoint is damaged
         if showing.has_begun:

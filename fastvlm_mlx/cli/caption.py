@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastvlm_mlx.cli.captioning import NAMED, Run, folder_of, identity, run
+from fastvlm_mlx.cli.captioning import NAMED, Run, folder_of, found_folder, identity, run
 from fastvlm_mlx.cli.inputs import read_schema
 from fastvlm_mlx.cli.options import (
     CHECK_FAILED,
@@ -21,6 +21,7 @@ from fastvlm_mlx.cli.options import (
     Model,
     Resolution,
     Revision,
+    Warm,
     choices,
     refuse,
     user_path,
@@ -136,6 +137,7 @@ def caption(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace descriptions that people have written, too.")
     ] = False,
+    warm: Warm = True,
 ) -> None:
     """Caption many pictures: a line of JSON for each, on stdout or in a file that a later run continues.
 
@@ -148,6 +150,7 @@ def caption(
     from fastvlm_mlx.jobs.exports import Exporter, Exports
     from fastvlm_mlx.jobs.journal import Journal
     from fastvlm_mlx.jobs.task import Task
+    from fastvlm_mlx.warm.client import Holding, find_warm
 
     if not paths and not filelist:
         raise typer.BadParameter("give pictures or folders, or names with --filelist", param_hint="PATH")
@@ -194,15 +197,20 @@ def caption(
     exporter = Exporter(exports, found.found, fields=list(questions), generator=f"fastvlm-mlx {__version__}, {model}")
     if not dry_run:
         exporter.check()
-    folder = folder_of(model, revision, dry_run)
+    holding = Holding(model=model, revision=revision, dtype=dtype.value if dtype else None)
+    folder, known = None, None
+    if (server := find_warm(holding) if warm else None) is not None:
+        known = {"weights": server.weights, "dtype": server.dtype}
+    elif (folder := found_folder(model, revision) if dry_run else folder_of(model, revision)) is not None:
+        known = identity(folder, dtype)
     config = GenerationConfig(max_tokens=max_tokens)
     with ExitStack() as stack:
         task = journal = None
-        if folder is not None:
+        if known is not None:
             task = Task(
                 questions=questions,
                 model=model,
-                **identity(folder, dtype),
+                **known,
                 system=system,
                 resolution=resolution,
                 background=background,
@@ -220,9 +228,10 @@ def caption(
         note(_plan_line(found, plan, retry_errors))
         for unreadable in found.unreadable[:NAMED]:
             note(f"{unreadable.path}: {unreadable.reason}")
-        if dry_run or job is None or folder is None:
+        if dry_run or job is None or known is None:
             return
-        failed = plan.failed + run(job, plan, exporter, Run(model, folder, dtype, batch, force, output, json_progress))
+        options = Run(model, revision, folder, dtype, known, server, followed, batch, force, output, json_progress)
+        failed = plan.failed + run(job, plan, exporter, options)
         exporter.write_data_sets(job.record)
     for reason, count in exporter.left_out.items():
         note(f"{count} text{'s' * (count > 1)} not written: {reason}")

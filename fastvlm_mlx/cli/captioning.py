@@ -3,17 +3,23 @@
 import json
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Generator, Iterator, Mapping
+from concurrent.futures import CancelledError
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastvlm_mlx.cli.options import DType
-from fastvlm_mlx.cli.terminal import ByteProgress, LiveLine, is_terminal, note, show_json, warn_of_slow_blas
+from fastvlm_mlx.cli.terminal import ByteProgress, LiveLine, is_terminal, note, show_json, slow_note, warn_of_slow_blas
+from fastvlm_mlx.errors import CheckpointError
 from fastvlm_mlx.formatting import printable
 
 if TYPE_CHECKING:
-    from fastvlm_mlx.jobs.caption import CaptionJob, Plan
+    from fastvlm_mlx.generation.engine import Engine
+    from fastvlm_mlx.jobs.caption import Answers, CaptionJob, Plan, Record
     from fastvlm_mlx.jobs.exports import Exporter
+    from fastvlm_mlx.jobs.pictures import Picture
+    from fastvlm_mlx.warm.client import Warm
 
 _BOOKKEEPING = frozenset(("fingerprint", "stat", "settings"))
 """Fields of a record that only a later run needs."""
@@ -28,24 +34,39 @@ _JSON_SECONDS = 1.0
 
 
 class Run(NamedTuple):
-    """The options that the run itself needs."""
+    """The options that the run itself needs.
+
+    Attributes:
+        folder: Of the model; None if it was not looked for, since a server holds the model.
+        identity: What the answers depend on, from `identity`.
+        server: The background server that holds the model; None if there is none.
+    """
 
     model: str
-    folder: Path
+    revision: str | None
+    folder: Path | None
     dtype: DType | None
+    identity: Mapping[str, str]
+    server: "Warm | None"
+    schema: Any
     batch: int | None
     force: bool
     output: Path | None
     json_progress: bool
 
 
-def folder_of(model: str, revision: str | None, dry_run: bool) -> Path | None:
-    """The folder of the model; for a dry run only if it is on this machine."""
-    from fastvlm_mlx.resolve import check_names, find, resolve
+def found_folder(model: str, revision: str | None) -> Path | None:
+    """The folder of the model if it is on this machine."""
+    from fastvlm_mlx.resolve import check_names, find
 
-    if dry_run:
-        check_names([(model, revision)])
-        return find(model, revision=revision)
+    check_names([(model, revision)])
+    return find(model, revision=revision)
+
+
+def folder_of(model: str, revision: str | None) -> Path:
+    """The folder of the model, which is fetched or converted if necessary."""
+    from fastvlm_mlx.resolve import resolve
+
     with ByteProgress() as progress:
         return resolve(model, revision=revision, notify=note, progress=progress)
 
@@ -117,10 +138,6 @@ class _Report:
 
 def run(job: "CaptionJob", plan: "Plan", exporter: "Exporter", options: Run) -> int:
     """Asks about the pictures of a plan; returns how many failed."""
-    from fastvlm_mlx.engine.prefix_cache import PrefixCache
-    from fastvlm_mlx.generation.engine import Engine
-    from fastvlm_mlx.resolve import load
-
     todo = set(plan.todo)
     earlier = {picture: job.record(picture) for picture in plan.todo if exporter.exports.txt}
     for picture in exporter.pictures:
@@ -133,33 +150,82 @@ def run(job: "CaptionJob", plan: "Plan", exporter: "Exporter", options: Run) -> 
     if not plan.todo:
         _Report(LiveLine(), 0, as_json=options.json_progress).end(counts)
         return 0
-    warn_of_slow_blas()
-    with LiveLine() as line:
-        line.wait_for(f"loading {options.model}")
-        network, processor = load(options.folder, dtype=options.dtype.value if options.dtype else None)
+    with LiveLine() as line, ExitStack() as stack:
+        engine = stack.enter_context(_warm(options.server, options) if options.server else _loaded(line, options))
         report = _Report(line, len(plan.todo), as_json=options.json_progress)
-        prefixes = PrefixCache(_PREFIX_BYTES)
-        with Engine(network, processor, max_batch=options.batch or "auto", prefix_cache=prefixes) as engine:
-            try:
-                for picture, record in job.run(engine, plan.todo, fresh=options.force, embed=exporter.embed):
-                    counts["pictures"] += 1
-                    counts["failed"] += "error" in record
-                    counts["duplicates"] += "duplicate_of" in record
-                    if "error" in record and counts["failed"] <= NAMED:
-                        message = record["error"]["message"]
-                        note(message if printable(picture.path) in message else f"{picture.name}: {message}")
-                    exporter.write_beside(picture, record, earlier.get(picture))
-                    if options.output is None:
-                        line.clear()
-                        show_json({key: value for key, value in record.items() if key not in _BOOKKEEPING})
-                    report.update(counts)
-            except KeyboardInterrupt:
-                report.end(counts)
-                note(f"interrupted after {counts['pictures']} of {len(plan.todo)} pictures" + _how_to_continue(options))
-                raise
+        answers = stack.enter_context(closing(_answers(job, engine, plan.todo, exporter, line, options)))
+        try:
+            for picture, record in answers:
+                counts["pictures"] += 1
+                counts["failed"] += "error" in record
+                counts["duplicates"] += "duplicate_of" in record
+                if "error" in record and counts["failed"] <= NAMED:
+                    message = record["error"]["message"]
+                    note(message if printable(picture.path) in message else f"{picture.name}: {message}")
+                exporter.write_beside(picture, record, earlier.get(picture))
+                if options.output is None:
+                    line.clear()
+                    show_json({key: value for key, value in record.items() if key not in _BOOKKEEPING})
+                report.update(counts)
+        except KeyboardInterrupt:
+            report.end(counts)
+            note(f"interrupted after {counts['pictures']} of {len(plan.todo)} pictures" + _how_to_continue(options))
+            raise
     report.end(counts)
     note(_summary(counts, report.seconds))
     return counts["failed"]
+
+
+@contextmanager
+def _warm(server: "Warm", options: Run) -> "Iterator[Answers]":
+    """Answers from the background server."""
+    from fastvlm_mlx.warm.engine import WarmEngine
+
+    if server.slow:
+        note(slow_note(server.slow))
+    with WarmEngine(server, max_batch=options.batch, schema=options.schema) as engine:
+        yield engine
+
+
+@contextmanager
+def _loaded(line: LiveLine, options: Run) -> "Iterator[Engine]":
+    """Answers from this process, which loads the model.
+
+    Raises:
+        CheckpointError: If it is not the one that the background server has held.
+    """
+    from fastvlm_mlx.engine.prefix_cache import PrefixCache
+    from fastvlm_mlx.generation.engine import Engine
+    from fastvlm_mlx.resolve import load
+
+    folder = options.folder
+    if folder is None:
+        folder = folder_of(options.model, options.revision)
+        if identity(folder, options.dtype) != options.identity:
+            raise CheckpointError(f"{printable(options.model)}: has changed during the run; run the command again")
+    else:
+        warn_of_slow_blas()
+    line.wait_for(f"loading {options.model}")
+    network, processor = load(folder, dtype=options.dtype.value if options.dtype else None)
+    prefixes = PrefixCache(_PREFIX_BYTES)
+    with Engine(network, processor, max_batch=options.batch or "auto", prefix_cache=prefixes) as engine:
+        yield engine
+
+
+def _answers(
+    job: "CaptionJob", engine: "Answers", todo: "list[Picture]", exporter: "Exporter", line: LiveLine, options: Run
+) -> "Generator[tuple[Picture, Record], None, None]":
+    """Each picture with its record; this process goes on when the background server does not."""
+    done = 0
+    try:
+        for answer in job.run(engine, todo, fresh=options.force, embed=exporter.embed):
+            done += 1
+            yield answer
+    except CancelledError:
+        line.clear()
+        note("the background server does not answer any more; this process goes on")
+        with _loaded(line, options) as engine:
+            yield from job.run(engine, todo[done:], embed=exporter.embed)
 
 
 def _how_to_continue(options: Run) -> str:

@@ -113,7 +113,7 @@ def serve(
     ] = True,
     background: Annotated[
         bool,
-        typer.Option("--background", help="Keep the model warm for `fastvlm generate` and `chat`, out of sight."),
+        typer.Option("--background", help="Keep the model warm for `fastvlm generate`, `chat` and `caption`."),
     ] = False,
     idle: Annotated[
         float,

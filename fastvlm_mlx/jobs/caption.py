@@ -6,11 +6,10 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from fastvlm_mlx.errors import ConfigError, FastVLMError, ImageError
 from fastvlm_mlx.formatting import names, printable
-from fastvlm_mlx.generation.engine import Engine
 from fastvlm_mlx.generation.request import Handle, Request
 from fastvlm_mlx.generation.result import GenerationResult
 from fastvlm_mlx.generation.words import first_words
@@ -32,6 +31,17 @@ Record = dict[str, Any]
 
 PARSED = "parsed"
 """The field of a record with the value of a caption that is JSON."""
+
+
+class Answers(Protocol):
+    """What answers requests: an `Engine`, or one that asks somebody else."""
+
+    @property
+    def processor(self) -> Any:
+        """Prepares pictures once for several questions; None if whoever answers reads them."""
+
+    def submit(self, request: Request) -> Handle:
+        """Asks a question, after waiting for room."""
 
 
 class Plan(NamedTuple):
@@ -155,7 +165,7 @@ class CaptionJob:
 
     def run(
         self,
-        engine: Engine,
+        engine: Answers,
         pictures: Iterable[Picture],
         *,
         fresh: bool = False,
@@ -164,7 +174,8 @@ class CaptionJob:
         """Asks about pictures, several at a time; yields each with its record, in order, after keeping that.
 
         Pictures with the same content are asked about once, those of earlier runs included unless `fresh`. What a
-        picture fails for is its record's `error`, and the others go on.
+        picture fails for is its record's `error`, and the others go on. If this ends early, another call may ask about
+        the pictures that were not yielded.
 
         Args:
             engine: Answers.
@@ -181,15 +192,21 @@ class CaptionJob:
             for picture in pictures:
                 queue.append(self._begin(engine, picture))
                 while queue and queue[0].is_ready:
-                    yield self._finish(engine, queue.popleft())
+                    yield self._finish(engine, queue)
             while queue:
-                yield self._finish(engine, queue.popleft())
+                yield self._finish(engine, queue)
         finally:
             for work in queue:
-                for handle in work.handles.values():
-                    handle.cancel()
+                self._abandon(work)
 
-    def _begin(self, engine: Engine, picture: Picture) -> "_Work":
+    def _abandon(self, work: "_Work") -> None:
+        """Cancels the questions about a picture, and forgets that its content was asked about."""
+        for handle in work.handles.values():
+            handle.cancel()
+        if work.sha256 is not None and work.same is None and self._seen.get(work.sha256) == work.key:
+            del self._seen[work.sha256]
+
+    def _begin(self, engine: Answers, picture: Picture) -> "_Work":
         """Looks at a picture, and asks about it unless its content has an answer."""
         work = _Work(picture=picture, stat=stat_of(picture.path))
         try:
@@ -209,11 +226,14 @@ class CaptionJob:
             self._ask(engine, work, values)
         return work
 
-    def _ask(self, engine: Engine, work: "_Work", values: Mapping[str, str]) -> None:
+    def _ask(self, engine: Answers, work: "_Work", values: Mapping[str, str]) -> None:
         """Submits the questions about a picture, which is read once for all of them."""
         task, path = self._task, work.picture.path
-        prepare = partial(engine.processor.prepare_images, [path], task.resolution, background=task.background)
-        source: Any = SharedPixels(prepare) if len(self._templates) > 1 else path
+        source: Any = path
+        if len(self._templates) > 1 and (processor := engine.processor) is not None:
+            source = SharedPixels(
+                partial(processor.prepare_images, [path], task.resolution, background=task.background)
+            )
         for name, template in self._templates.items():
             request = Request(
                 image=source,
@@ -241,8 +261,9 @@ class CaptionJob:
             values |= {"existing": "" if beside.is_own else beside.description, "tags": ", ".join(beside.tags)}
         return values
 
-    def _finish(self, engine: Engine, work: "_Work") -> tuple[Picture, Record]:
-        """Waits for the answers about a picture, and keeps its record."""
+    def _finish(self, engine: Answers, queue: "deque[_Work]") -> tuple[Picture, Record]:
+        """Waits for the answers about the first picture of a queue, keeps its record, and takes it out."""
+        work = queue[0]
         try:
             outcome = self._outcome(engine, work)
         except FastVLMError as err:
@@ -267,6 +288,7 @@ class CaptionJob:
                 self._seen[embedded] = work.key
         self._keep(work.key, record)
         self._known[name] = _Known(work.key, work.stat, "error" in outcome)
+        queue.popleft()
         return work.picture, {FINGERPRINT: work.key, **record}
 
     def _keep(self, key: str, record: Record) -> None:
@@ -275,7 +297,7 @@ class CaptionJob:
         else:
             self._outcomes[key] = record
 
-    def _outcome(self, engine: Engine, work: "_Work") -> Record:
+    def _outcome(self, engine: Answers, work: "_Work") -> Record:
         """The answers about a picture, with their statistics.
 
         Raises:

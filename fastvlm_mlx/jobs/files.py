@@ -1,14 +1,18 @@
 """The files of pictures: whether one has changed, its size, and its pixels for several questions."""
 
+from __future__ import annotations
+
 import os
 import threading
 from collections.abc import Callable
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
 
 from fastvlm_mlx.inputs.formats import DECODER_ERRORS, open_image, quiet
 from fastvlm_mlx.inputs.sources import Encoded
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 class SharedPixels:

@@ -9,7 +9,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fastvlm_mlx.checkpoint.folder import weight_files
 from fastvlm_mlx.config import ModelConfig
 from fastvlm_mlx.errors import ConfigError
 from fastvlm_mlx.outputs import write_output
@@ -49,6 +48,8 @@ def checkpoint_fingerprint(folder: Path, store: Path | None = None, progress: Pr
 
 def checkpoint_files(folder: Path) -> list[Path]:
     """Returns the weight files of a converted checkpoint and then those of its tokenizer."""
+    from fastvlm_mlx.checkpoint.folder import weight_files  # imports MLX, which a fingerprint alone does not need
+
     return [*weight_files(folder), *(folder / name for name in _TOKENIZER_FILES if (folder / name).is_file())]
 
 

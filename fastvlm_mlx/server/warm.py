@@ -22,6 +22,7 @@ from fastvlm_mlx.generation.choose import choose
 from fastvlm_mlx.generation.request import Request
 from fastvlm_mlx.inputs.images import load_image
 from fastvlm_mlx.inputs.processor import FastVLMProcessor
+from fastvlm_mlx.jobs.captions import opening_length
 from fastvlm_mlx.jobs.fingerprints import checkpoint_files, checkpoint_fingerprint, versions
 from fastvlm_mlx.machine import cache_folder
 from fastvlm_mlx.resolve import resolve, settled
@@ -274,6 +275,9 @@ class WarmDoor:
             config=question.config,
             sentence=question.sentence,
             schema=question.schema,
+            prefix=question.prefix,
+            max_words=question.max_words,
+            opening=opening_length if question.removes_openings else None,
         )
         answering = self._service.submit([request])
         watching = asyncio.create_task(_cancel_when_gone(receive, answering))

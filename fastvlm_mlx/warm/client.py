@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import BufferedReader
@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fastvlm_mlx import __version__
-from fastvlm_mlx.errors import FastVLMError
+from fastvlm_mlx.errors import ConfigError, ConversionError, FastVLMError, ImageError, PromptError
 from fastvlm_mlx.generation.result import Choice, GenerationResult
 from fastvlm_mlx.warm.place import Place, WarmError
 from fastvlm_mlx.warm.wire import ASK, HELLO, PROTOCOL, STATUS, STOP, Question, Size, line, read_error, read_piece
 
 VARIABLE = "FASTVLM_WARM"
+OF_THE_QUESTION = (ConfigError, ConversionError, ImageError, PromptError)
+"""Errors that a question gets from everybody; whatever else goes wrong, another one may be able to answer."""
 _PATIENCE = 0.5
 """Seconds that the server has to say whether it holds a model; it takes milliseconds."""
 _ASK_PATIENCE = 5.0
@@ -117,7 +119,7 @@ class Warm:
     max_batch: int
     slow: str
 
-    def ask(self, question: Question, listener: Listener) -> Iterator[GenerationResult]:
+    def ask(self, question: Question, listener: Listener) -> Generator[GenerationResult, None, None]:
         """The pieces of an answer. What is left of it is cancelled when the iteration ends early.
 
         Args:

@@ -17,7 +17,7 @@ from fastvlm_mlx.inputs.sources import Encoded
 
 HELLO, ASK, STATUS, STOP = "/warm/hello", "/warm/ask", "/warm/status", "/warm/stop"
 """The paths of the requests: whether a model is held, a question, what there is to know, and the end."""
-PROTOCOL = 1
+PROTOCOL = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,9 @@ class Question:
         sentence: Whether the answer ends after its first sentence.
         choices: Answers to give the probabilities of, instead of a new one.
         schema: A JSON schema that the answer has to match.
+        prefix: What the answer begins with.
+        max_words: The most words of the answer.
+        removes_openings: Whether a phrase such as "The image shows" will be removed, so that its words do not count.
     """
 
     images: Sequence[Encoded] = ()
@@ -45,6 +48,9 @@ class Question:
     sentence: bool = False
     choices: Sequence[str] = ()
     schema: Any = None
+    prefix: str = ""
+    max_words: int | None = None
+    removes_openings: bool = False
 
     def encode(self, **extra: Any) -> bytes:
         """The question as a line of JSON, and the bytes of the images behind it."""
@@ -75,7 +81,18 @@ class Question:
         return cls(images=images, config=config, **settings), head
 
 
-_PLAIN = ("prompt", "system", "resolution", "background", "sentence", "choices", "schema")
+_PLAIN = (
+    "prompt",
+    "system",
+    "resolution",
+    "background",
+    "sentence",
+    "choices",
+    "schema",
+    "prefix",
+    "max_words",
+    "removes_openings",
+)
 """The fields of a question that JSON has as they are."""
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from fastvlm_mlx import Engine, FastVLM, FastVLMProcessor, GenerationConfig, generate
 from fastvlm_mlx.errors import ConfigError
+from fastvlm_mlx.generation.request import Handle, Request
 from fastvlm_mlx.inputs import images, processor
 from fastvlm_mlx.inputs.tokenizer import StreamingDetokenizer
 from fastvlm_mlx.inputs.turned import TurnedImage
@@ -85,6 +87,27 @@ def test_equal_content_is_asked_about_once(engine: Engine, folder: Path) -> None
     assert records["square.png"]["duplicate_of"] == "more/copy.png"
     assert records["square.png"]["text"] == records["more/copy.png"]["text"]
     assert "seconds" not in records["square.png"]
+
+
+class Gone:
+    """An engine that has ended."""
+
+    processor = None
+
+    def submit(self, request: Request) -> Handle:
+        handle = Handle(request)
+        handle.end(CancelledError())
+        return handle
+
+
+def test_another_engine_can_go_on_where_one_has_ended(engine: Engine, folder: Path) -> None:
+    job = CaptionJob(TASK)
+    pictures = job.plan(find(folder)).todo
+    with pytest.raises(CancelledError):
+        list(job.run(Gone(), pictures))
+    records = [record for _, record in job.run(engine, pictures)]
+    assert [record.get("duplicate_of") for record in records] == [None, None, None, None, "more/copy.png"]
+    assert [record["file"] for record in records if "error" in record] == ["broken.jpg"]
 
 
 def test_a_second_run_does_only_what_is_new_or_changed(engine: Engine, folder: Path, tmp_path: Path) -> None:

@@ -21,6 +21,9 @@ QUESTION = Question(
     ),
     choices=["yes", "no"],
     schema={"type": "object"},
+    prefix="A",
+    max_words=3,
+    removes_openings=True,
 )
 
 
