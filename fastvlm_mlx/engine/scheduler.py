@@ -34,11 +34,11 @@ PREFILL_POSITIONS = 2048
 class Scheduler:
     """Decodes rows together, one token of each in a step; for one thread at a time.
 
-    A step submits the next token of every row before it reads the latest ones. Where a row has a constraint, it submits
-    the next logits instead, reads the latest tokens, and submits the choice; the constraint finds out what is allowed
-    while the logits are computed. Between two steps, rows that have ended
-    leave and waiting ones join: images of one resolution share a pass of the vision tower, prompts of one length a
-    prefill, and each prompt begins where the prefix cache ends.
+    A step submits the next token of every row before it reads the latest ones, but when rows have joined: their first
+    tokens are read at once. Where a row has a constraint, it submits the next logits instead, reads the latest tokens,
+    and submits the choice; the constraint finds out what is allowed while the logits are computed. Between two steps,
+    rows that have ended leave and waiting ones join: images of one resolution share a pass of the vision tower, prompts
+    of one length a prefill, and each prompt begins where the prefix cache ends.
 
     When a step fails, its rows begin again from where they are: in batches of half the size if memory was short,
     otherwise one by one, so that only the culprit fails.
@@ -78,6 +78,7 @@ class Scheduler:
         self._joining: list[Row] = []
         self._slab = KVSlab(len(self._model.language_model.layers))
         self._submitted: mx.array | None = None
+        self._is_read = False
         self._prompts: list[tuple[Row, list[KVCache]]] = []
 
     @property
@@ -105,12 +106,18 @@ class Scheduler:
         try:
             with turn():
                 self._leave()
-                self._join()
+                if self._is_read and self._submitted is not None:
+                    self._submitted = self._choose(self._forward(self._submitted))
+                has_joined = self._join()
                 rows, samplers, latest = list(self._rows), list(self._samplers), self._submitted
                 if latest is None:
                     return []
-                logits = self._forward(latest) if any(_wants_more(row) for row in rows) else None
-                self._submitted = None
+                # A first token is read before anything else is submitted, since a CPU computes one thing at a time.
+                self._is_read = has_joined
+                logits = None
+                if not has_joined:
+                    logits = self._forward(latest) if any(_wants_more(row) for row in rows) else None
+                    self._submitted = None
                 if logits is not None and all(sampler.constraint is None for sampler in samplers):
                     self._submitted = self._choose(logits)
                 elif logits is not None:
@@ -154,15 +161,17 @@ class Scheduler:
         if self._submitted is not None and len(places) < self._submitted.shape[0]:
             self._submitted = self._submitted[mx.array(places)] if places else None
 
-    def _join(self) -> None:
+    def _join(self) -> bool:
+        """Lets waiting rows join; returns whether any does."""
         self._joining = self._take(self.max_rows - len(self._rows))
         if not self._joining:
-            return
+            return False
         known = [self._known(row) for row in self._joining]
         visual_tokens = self._encode(known)
         for group in _groups(known):
             self._prefill(group, visual_tokens)
         self._joining = []
+        return True
 
     def _take(self, room: int) -> list[Row]:
         """The waiting rows that join now, in the order in which they came.
