@@ -230,7 +230,8 @@ def _read_schema(fields: Fields) -> Any:
     form = config.object("format") if config is not None else fields.object("output_format")
     if form is None:
         return None
-    form.text("type", among=("json_schema",))
+    if form.text("type", among=("json_schema",)) is None:
+        raise form.wrong("type", '"json_schema"')
     return read_schema(form)
 
 

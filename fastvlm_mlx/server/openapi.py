@@ -227,7 +227,7 @@ def _responses(operation: Operation) -> dict[str, Any]:
     if operation.answer:
         good["application/json"] = {"schema": ref(operation.answer)}
     if operation.stream:
-        good[operation.stream] = {"schema": {"type": "string"}}
+        good[operation.stream] = {}  # JSON Schema describes no stream
     refusals = _QUESTION_REFUSALS if operation.request else _REFUSALS
     error = {"application/json": {"schema": ref(operation.error)}}
     return {

@@ -53,7 +53,8 @@ def read_format(form: Fields | None, *, nested: str = "") -> tuple[str, Any]:
     inner = form.object(nested) if nested else form
     if inner is None:
         raise form.wrong(nested, "an object with a schema")
-    inner.ignore("name", "description", "strict")
+    inner.flag("strict")  # it always is
+    inner.ignore("name", "description")
     return kind, read_schema(inner)
 
 

@@ -178,6 +178,7 @@ def test_tokens_are_counted_at_the_resolution_that_counts(serving):
         ({"tool_choice": {"type": "any"}}, "tool_choice is not supported: this server calls no tools"),
         ({"stop_sequences": [""]}, "stop_sequences must be a text or a list of at most 16 texts"),
         ({"output_config": {"format": {"type": "json_schema"}}}, "output_config.format.schema is missing"),
+        ({"output_config": {"format": {"schema": {}}}}, "output_config.format.type is missing"),
     ],
 )
 def test_errors_have_anthropics_shape(serving, body, message):

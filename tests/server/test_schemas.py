@@ -100,6 +100,10 @@ def test_a_schema_that_cannot_be_followed_is_refused_before_the_work(serving, ap
         ({"type": "json_schema"}, "response_format.json_schema"),
         ({"type": "json_schema", "json_schema": {"name": "a"}}, "response_format.json_schema.schema"),
         ({"type": "json_schema", "json_schema": {"schema": "a"}}, "response_format.json_schema.schema"),
+        (
+            {"type": "json_schema", "json_schema": {"schema": ANIMAL, "strict": "yes"}},
+            "response_format.json_schema.strict",
+        ),
         ("json", "response_format"),
     ],
 )
