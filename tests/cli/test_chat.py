@@ -193,6 +193,7 @@ class Terminal:
         if self.pid == 0:
             cache = Path(os.environ["FASTVLM_CACHE"])
             own = environment(cache, TERM="xterm", **variables)
+            own = {name: value for name, value in own.items() if name not in ("COLUMNS", "LINES")}
             os.execve(sys.executable, [*COMMAND, "chat", *arguments], own)
         ioctl(self._descriptor, TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
 
@@ -260,6 +261,7 @@ def test_two_interrupts_at_the_prompt_leave(folder: Path) -> None:
     terminal.wait_for("> ")
     terminal.write("/tokens\n")
     terminal.wait_for("the context is empty")
+    terminal.wait_for("> ")
     terminal.write("\x03")
     terminal.wait_for("Ctrl-C again")
     terminal.wait_for("> ")

@@ -139,7 +139,8 @@ def test_a_signal_ends_the_server_in_order(process, tmp_path, ask):
     assert server.wait(60) == 0
     lines = (tmp_path / "log").read_text().splitlines()
     assert lines[0] == f"listening on http://127.0.0.1:{port}"
-    assert lines[-2:] == ["stopping; 0 on their way", "stopped"]
+    # A client may have its answer a moment before the server counts it as given.
+    assert lines[-2:] in (["stopping; 0 on their way", "stopped"], ["stopping; 1 on their way", "stopped"])
 
 
 def test_a_second_signal_ends_it_at_once(process, ask):
