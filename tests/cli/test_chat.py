@@ -207,6 +207,9 @@ class Terminal:
         self._read = self.output.index(text, self._read) + len(text)
 
     def write(self, keys: str) -> None:
+        """Types; Python notices an interrupt that comes just before it waits for a key only with the next key."""
+        if "\x03" in keys:
+            time.sleep(0.3)
         os.write(self._descriptor, keys.encode())
 
     def end(self) -> int:
