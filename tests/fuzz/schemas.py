@@ -1,5 +1,6 @@
 """JSON schemas that answers have to follow."""
 
+import copy
 import importlib.util
 import json
 from random import Random
@@ -47,7 +48,7 @@ def _schema(random: Random) -> Any:
             schema = damage.some_value(random, schema)
         else:
             places = [schema, *(part for part in schema.values() if isinstance(part, dict))]
-            random.choice(places)[random.choice(_KEYWORDS)] = random.choice(_VALUES)
+            random.choice(places)[random.choice(_KEYWORDS)] = copy.deepcopy(random.choice(_VALUES))
     return schema
 
 
