@@ -17,8 +17,6 @@ end tokens are ignored.
 import argparse
 import base64
 import json
-import platform
-import re
 import subprocess
 import sys
 import time
@@ -29,14 +27,14 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from peers import RESULTS, where
+from peers import where
+from recording import write_report, write_tables
 
 from fastvlm_mlx import Engine, stream_generate
 from fastvlm_mlx.bench.candidate import Candidate
 from fastvlm_mlx.bench.conditions import Conditions, conditions
 from fastvlm_mlx.bench.images import Images
 from fastvlm_mlx.formatting import as_markdown
-from fastvlm_mlx.machine import describe
 from fastvlm_mlx.server.app import make_app
 from fastvlm_mlx.server.run import Running
 from fastvlm_mlx.server.service import Service
@@ -44,9 +42,6 @@ from fastvlm_mlx.server.settings import Settings
 from fastvlm_mlx.server.sockets import listen
 
 HERE = Path(__file__).resolve().parent
-README = HERE / "README.md"
-BUILD = HERE.parent / "build"
-BEGIN, END = "<!-- bench-serving:begin -->", "<!-- bench-serving:end -->"
 PROMPT, SECOND = "Describe the image.", "How many things are there?"
 ROWS = 8
 """That are decoded while another request joins."""
@@ -276,21 +271,6 @@ def table(values: dict[str, Any]) -> Iterator[str]:
     )
 
 
-def write_table(readme: Path) -> None:
-    """Writes the tables of all stored reports between the markers of a README."""
-    reports = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(RESULTS.glob("serving-*.json"))]
-    before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
-    _, after = rest.split(END)
-    content = "\n\n".join("\n".join(table(values)) for values in reports)
-    readme.write_text(f"{before}{BEGIN}\n{content}\n{END}{after}", encoding="utf-8")
-
-
-def file_name(candidate: Candidate, resolution: int) -> str:
-    """`serving-<model>-<px>-<system>-<chip>.json`."""
-    words = [candidate.name, str(resolution), platform.system(), describe().chip]
-    return f"serving-{re.sub(r'[^a-z0-9.]+', '-', '-'.join(words).lower()).strip('-')}.json"
-
-
 def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -307,13 +287,10 @@ def main() -> None:
     candidate = Candidate.load(options.model) if options.model else Candidate.random(options.size)
     before = conditions()
     values = report(candidate, options, before, measure(candidate, options))
-    folder = RESULTS if options.record else BUILD
-    folder.mkdir(exist_ok=True)
-    file = folder / file_name(candidate, options.resolution)
-    file.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    write_report("serving", values, candidate.name, str(options.resolution), record=options.record)
     print("\n".join(table(values)))
     if options.record:
-        write_table(README)
+        write_tables("serving", table)
 
 
 if __name__ == "__main__":

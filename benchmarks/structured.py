@@ -13,9 +13,6 @@ model is of full size with random weights; its vocabulary is Qwen2's, from the t
 """
 
 import argparse
-import json
-import platform
-import re
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -25,7 +22,8 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from peers import RESULTS, where
+from peers import where
+from recording import write_report, write_tables
 
 from fastvlm_mlx import GenerationConfig
 from fastvlm_mlx.bench.candidate import Candidate
@@ -35,15 +33,11 @@ from fastvlm_mlx.engine.scheduler import Scheduler
 from fastvlm_mlx.formatting import as_markdown
 from fastvlm_mlx.inputs.processor import FastVLMProcessor
 from fastvlm_mlx.inputs.tokenizer import Tokenizer
-from fastvlm_mlx.machine import describe
 from fastvlm_mlx.structured.grammar import Grammars
 from fastvlm_mlx.structured.schemas import Schema
 
 HERE = Path(__file__).resolve().parent
-README = HERE / "README.md"
-BUILD = HERE.parent / "build"
 VOCABULARY = HERE.parent / "tests" / "tokenizer" / "qwen2"
-BEGIN, END = "<!-- bench-structured:begin -->", "<!-- bench-structured:end -->"
 PROMPT = "Describe the image."
 KINDS = {"free": "no row has a schema", "one": "one row has one", "all": "every row has one"}
 ENDLESS = {"type": "array", "items": {"type": "string", "minLength": 60, "maxLength": 200}, "minItems": 500}
@@ -170,21 +164,6 @@ def table(values: dict[str, Any]) -> Iterator[str]:
     )
 
 
-def write_table(readme: Path) -> None:
-    """Writes the tables of all stored reports between the markers of a README."""
-    reports = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(RESULTS.glob("structured-*.json"))]
-    before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
-    _, after = rest.split(END)
-    content = "\n\n".join("\n".join(table(values)) for values in reports)
-    readme.write_text(f"{before}{BEGIN}\n{content}\n{END}{after}", encoding="utf-8")
-
-
-def file_name(candidate: Candidate) -> str:
-    """Returns `structured-<model>-<system>-<chip>.json`."""
-    words = [candidate.name, platform.system(), describe().chip]
-    return f"structured-{re.sub(r'[^a-z0-9.]+', '-', '-'.join(words).lower()).strip('-')}.json"
-
-
 def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -199,12 +178,10 @@ def main() -> None:
     candidate = Candidate.load(options.model) if options.model else with_vocabulary(Candidate.random(options.size))
     before = conditions()
     values = report(candidate, options, before, measure(candidate, options))
-    folder = RESULTS if options.record else BUILD
-    folder.mkdir(exist_ok=True)
-    (folder / file_name(candidate)).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    write_report("structured", values, candidate.name, record=options.record)
     print("\n".join(table(values)))
     if options.record:
-        write_table(README)
+        write_tables("structured", table)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,6 @@ of one length since it ends in an error for others, if an environment and a mode
 import argparse
 import json
 import os
-import platform
-import re
 import subprocess
 import sys
 import tempfile
@@ -29,7 +27,8 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from peers import RESULTS, where
+from peers import where
+from recording import write_report, write_tables
 
 from fastvlm_mlx import Engine, GenerationConfig, Request, generate
 from fastvlm_mlx.bench.candidate import Candidate
@@ -38,12 +37,8 @@ from fastvlm_mlx.bench.images import Images
 from fastvlm_mlx.engine.row import Row
 from fastvlm_mlx.engine.scheduler import Scheduler
 from fastvlm_mlx.formatting import as_markdown
-from fastvlm_mlx.machine import describe
 
 HERE = Path(__file__).resolve().parent
-README = HERE / "README.md"
-BUILD = HERE.parent / "build"
-BEGIN, END = "<!-- bench-throughput:begin -->", "<!-- bench-throughput:end -->"
 PROMPT = "Describe the image."
 STEPS = 16
 """Decoding steps that are timed."""
@@ -226,21 +221,6 @@ def table(values: dict[str, Any]) -> Iterator[str]:
     )
 
 
-def write_table(readme: Path) -> None:
-    """Writes the tables of all stored reports between the markers of a README."""
-    reports = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(RESULTS.glob("throughput-*.json"))]
-    before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
-    _, after = rest.split(END)
-    content = "\n\n".join("\n".join(table(values)) for values in reports)
-    readme.write_text(f"{before}{BEGIN}\n{content}\n{END}{after}", encoding="utf-8")
-
-
-def file_name(candidate: Candidate, resolution: int) -> str:
-    """Returns `throughput-<model>-<px>-<system>-<chip>.json`."""
-    words = [candidate.name, str(resolution), platform.system(), describe().chip]
-    return f"throughput-{re.sub(r'[^a-z0-9.]+', '-', '-'.join(words).lower()).strip('-')}.json"
-
-
 def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -260,13 +240,10 @@ def main() -> None:
     candidate = Candidate.load(options.model) if options.model else Candidate.random(options.size)
     before = conditions()
     values = report(candidate, options, before, measure(candidate, options))
-    folder = RESULTS if options.record else BUILD
-    folder.mkdir(exist_ok=True)
-    file = folder / file_name(candidate, options.resolution)
-    file.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    write_report("throughput", values, candidate.name, str(options.resolution), record=options.record)
     print("\n".join(table(values)))
     if options.record:
-        write_table(README)
+        write_tables("throughput", table)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,6 @@ moment of the machine hits all:
 import argparse
 import json
 import os
-import platform
-import re
 import subprocess
 import sys
 import tempfile
@@ -25,14 +23,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from peers import RESULTS
+from recording import write_report
 
 from fastvlm_mlx import load, stream_generate
 from fastvlm_mlx.bench.conditions import conditions
 from fastvlm_mlx.bench.images import Images
-from fastvlm_mlx.machine import describe
 
-BUILD = Path(__file__).resolve().parent.parent / "build"
 COMMAND = [sys.executable, "-m", "fastvlm_mlx"]
 PROMPT = "Describe the image."
 WAYS = ("model", "warm", "warm again", "cold")
@@ -97,18 +93,15 @@ def main() -> None:
     medians = {way: median(values) for way, values in seconds.items()}
     over = medians["warm"] - medians["model"]
     same = all(len(set(each.values())) == 1 for each in answers)
+    name = Path(options.model).name
     values = {
         "conditions": before.to_dict(),
-        "model": options.model,
+        "model": name,
         "settings": {"resolution": options.resolution, "max_tokens": options.max_tokens, "runs": options.runs},
         "seconds": seconds,
         "answers": answers,
     }
-    folder = RESULTS if options.record else BUILD
-    folder.mkdir(exist_ok=True)
-    words = [Path(options.model).name, str(options.resolution or "native"), platform.system(), describe().chip]
-    file = folder / f"warm-{re.sub(r'[^a-z0-9.]+', '-', '-'.join(words).lower()).strip('-')}.json"
-    file.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    file = write_report("warm", values, name, str(options.resolution or "native"), record=options.record)
     for way, value in medians.items():
         print(f"{way:<10}  {value:.3f} s")
     print(f"warm takes {over:.3f} s more than the model; the answers {'agree' if same else 'DIFFER'}")
