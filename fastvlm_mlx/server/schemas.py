@@ -54,7 +54,8 @@ def read_format(form: Fields | None, *, nested: str = "") -> tuple[str, Any]:
     if inner is None:
         raise form.wrong(nested, "an object with a schema")
     inner.flag("strict")  # it always is
-    inner.ignore("name", "description")
+    inner.text("name")
+    inner.text("description")
     return kind, read_schema(inner)
 
 

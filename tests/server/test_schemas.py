@@ -104,6 +104,7 @@ def test_a_schema_that_cannot_be_followed_is_refused_before_the_work(serving, ap
             {"type": "json_schema", "json_schema": {"schema": ANIMAL, "strict": "yes"}},
             "response_format.json_schema.strict",
         ),
+        ({"type": "json_schema", "json_schema": {"schema": ANIMAL, "name": {}}}, "response_format.json_schema.name"),
         ("json", "response_format"),
     ],
 )
