@@ -1,0 +1,105 @@
+"""Moving pictures: the name of a film, stream, camera, screen or test pattern -> its frames."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Callable
+
+from fastvlm_mlx.arguments import as_real
+from fastvlm_mlx.errors import ConfigError, ImageError
+from fastvlm_mlx.formatting import printable
+from fastvlm_mlx.inputs.decoding import Place, VideoStream
+from fastvlm_mlx.inputs.frames import MAX_RATE, Frame, Stream
+
+__all__ = ["Frame", "Stream", "open_stream"]
+
+NETWORK_TIMEOUT = 10.0
+"""Seconds that a stream on the network may take to open, and to send on."""
+
+_TEST = "testsrc2=size=640x480:rate=30,realtime"
+_URL = re.compile(r"(https?|rtsps?)://", re.IGNORECASE)
+# FFmpeg's demuxers of films. Others read text as pictures, or open what a file names.
+_FORMATS = (
+    "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,ivf,nut,mxf,rm,wtv,gif,apng,h264,hevc,m4v,mjpeg,mpegvideo,obu,"
+    "yuv4mpegpipe,dv,swf,vc1,av1,webp_anim"
+)
+_PROTOCOLS = "http,https,tls,tcp,udp,rtp,rtsp,rtsps,srtp,crypto"
+
+
+def open_stream(
+    name: str,
+    *,
+    rate: float | None = None,
+    start: float = 0,
+    end: float | None = None,
+    notify: Callable[[str], None] | None = None,
+) -> Stream:
+    """Opens what gives frames: a film's path, an http or rtsp URL, `@test` or `lavfi:GRAPH`.
+
+    A film gives its frames as fast as they are taken, a live source by the clock. A graph of FFmpeg's is live if it has
+    the filter `realtime`; `@test` is a test pattern that moves.
+
+    Args:
+        name: Of the source, as the user of this machine gives it; never one that comes from strangers.
+        rate: The most frames a second; what comes earlier is left out. None is every frame.
+        start: Seconds of a film that are left out.
+        end: Seconds at which a film ends.
+        notify: Called once if a film is damaged or incomplete, but can be read in part.
+
+    Raises:
+        ImageError: If there is no such source, it cannot be read, or what reads it is not installed.
+        ConfigError: If `rate`, `start` or `end` is no such number.
+    """
+    checked = _positive(rate, "rate", MAX_RATE)
+    if not as_real(start) >= 0 or math.isinf(as_real(start)):
+        raise ConfigError(f"start must be a number of seconds, at least 0, not {printable(start)}")
+    if end is not None and not as_real(end) > as_real(start):
+        raise ConfigError(f"end must be a number of seconds after start ({start:g}), not {printable(end)}")
+    return VideoStream(_place(name), rate=checked, start=float(start), end=end, notify=notify)
+
+
+def _positive(value: float | None, name: str, most: float) -> float | None:
+    if value is None:
+        return None
+    if not 0 < as_real(value) <= most:
+        raise ConfigError(f"{name} must be a number above 0, at most {most:g}, not {printable(value)}")
+    return float(value)
+
+
+def _place(name: str) -> Place:
+    if name == "@test":
+        return _graph(_TEST, name)
+    if name.startswith("@"):
+        raise ImageError(f"{printable(name)}: no such source; there is @test")
+    if name.lower().startswith("lavfi:"):
+        return _graph(name[6:], printable(name))
+    if _URL.match(name):
+        return Place(
+            address=name,
+            name=printable(name),
+            timeout=NETWORK_TIMEOUT,
+            options={"protocol_whitelist": _PROTOCOLS, "rtsp_flags": "prefer_tcp", "user_agent": "fastvlm-mlx"},
+        )
+    return _file(name)
+
+
+def _graph(graph: str, name: str) -> Place:
+    realtime = re.search(r"(^|[,;\]])\s*realtime\b", graph) is not None
+    return Place(address=graph, name=name, format="lavfi", device=realtime)
+
+
+def _file(name: str) -> Place:
+    shown = printable(name)
+    if "://" in name:
+        raise ImageError(f"{shown}: only http://, https://, rtsp:// and rtsps:// can be opened")
+    path = os.path.expanduser(name) if name.startswith("~") and not os.path.lexists(name) else name
+    if os.path.isdir(path):
+        raise ImageError(f"{shown}: is a folder, not a film")
+    if not os.path.exists(path):
+        raise ImageError(f"{shown}: no such file")
+    if not os.path.getsize(path):
+        raise ImageError(f"{shown}: is empty (0 bytes)")
+    options = {"protocol_whitelist": "file", "format_whitelist": _FORMATS}
+    return Place(address=f"file:{path}", name=shown, options=options)
