@@ -16,7 +16,8 @@ from fastvlm_mlx.formatting import printable
 
 if TYPE_CHECKING:
     from fastvlm_mlx.generation.engine import Engine
-    from fastvlm_mlx.jobs.caption import Answers, CaptionJob, Plan, Record
+    from fastvlm_mlx.jobs.asking import Answers, Record
+    from fastvlm_mlx.jobs.caption import CaptionJob, Plan
     from fastvlm_mlx.jobs.exports import Exporter
     from fastvlm_mlx.jobs.pictures import Picture
     from fastvlm_mlx.warm.client import Warm

@@ -1,47 +1,20 @@
 """Captions many pictures: a record for each, in a journal with which a later run continues."""
 
-import hashlib
-import json
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
-from fastvlm_mlx.errors import ConfigError, FastVLMError, ImageError
+from fastvlm_mlx.errors import ConfigError, FastVLMError
 from fastvlm_mlx.formatting import names, printable
-from fastvlm_mlx.generation.request import Handle, Request
-from fastvlm_mlx.generation.result import GenerationResult
-from fastvlm_mlx.generation.words import first_words
-from fastvlm_mlx.inputs.sources import Encoded, read
-from fastvlm_mlx.jobs.captions import PromptTemplate, exif_values, opening_length, path_values, remove_opening
-from fastvlm_mlx.jobs.files import SharedPixels, size_of, stat_of
-from fastvlm_mlx.jobs.fingerprints import fingerprint
+from fastvlm_mlx.jobs.asking import PARSED, Answers, Asking, Record, Work
+from fastvlm_mlx.jobs.files import stat_of
 from fastvlm_mlx.jobs.journal import FINGERPRINT, Journal
 from fastvlm_mlx.jobs.pictures import Picture
-from fastvlm_mlx.jobs.sidecars import read_sidecars
 from fastvlm_mlx.jobs.task import CAPTION, Task, essence
-from fastvlm_mlx.structured.schemas import Schema
 
 EMBEDDED = "embedded_sha256"
 """The field of a record with the hash of a file into which its caption was written after it was asked about."""
-Record = dict[str, Any]
-"""What is known of a picture: `file`, and either the answers with their statistics or an `error`."""
-
-
-PARSED = "parsed"
-"""The field of a record with the value of a caption that is JSON."""
-
-
-class Answers(Protocol):
-    """What answers requests: an `Engine`, or one that asks somebody else."""
-
-    @property
-    def processor(self) -> Any:
-        """Prepares pictures once for several questions; None if whoever answers reads them."""
-
-    def submit(self, request: Request) -> Handle:
-        """Asks a question, after waiting for room."""
 
 
 class Plan(NamedTuple):
@@ -72,13 +45,10 @@ class CaptionJob:
     """
 
     def __init__(self, task: Task, journal: Journal | None = None, *, mixed: bool = False) -> None:
-        self._task = task
-        self._schema = Schema.of(task.schema)
-        self._settings = task.settings
-        self._essence = essence(self._settings)
-        self._templates = {name: PromptTemplate(text) for name, text in task.questions.items()}
+        self._asking = Asking(task)
+        self._essence = self._asking.essence
         self._journal = journal
-        self._shares = not any(template.fields for template in self._templates.values())
+        self._shares = not self._asking.fields
         self._known: dict[str, _Known] = {}
         self._seen: dict[str, str] = {}
         self._outcomes: dict[str, Record] = {}
@@ -106,10 +76,10 @@ class CaptionJob:
             return False
         if "error" in record:
             return isinstance(error, dict) and isinstance(error.get("message"), str)
-        if self._schema is not None and PARSED not in record:
+        if self._asking.schema is not None and PARSED not in record:
             return False
         texts = {**answers, CAPTION: record.get(CAPTION)}
-        return all(isinstance(texts.get(name), str) for name in self._task.questions)
+        return all(isinstance(texts.get(name), str) for name in self._asking.task.questions)
 
     def _remember(self, record: Record) -> None:
         version, failed = record.get("stat"), "error" in record
@@ -201,95 +171,42 @@ class CaptionJob:
 
     def _abandon(self, work: "_Work") -> None:
         """Cancels the questions about a picture, and forgets that its content was asked about."""
-        for handle in work.handles.values():
-            handle.cancel()
-        if work.sha256 is not None and work.same is None and self._seen.get(work.sha256) == work.key:
-            del self._seen[work.sha256]
+        looked = work.looked
+        looked.cancel()
+        if looked.sha256 is not None and work.same is None and self._seen.get(looked.sha256) == looked.key:
+            del self._seen[looked.sha256]
 
     def _begin(self, engine: Answers, picture: Picture) -> "_Work":
         """Looks at a picture, and asks about it unless its content has an answer."""
-        work = _Work(picture=picture, stat=stat_of(picture.path))
-        try:
-            encoded = read(picture.path)
-            work.sha256 = hashlib.sha256(encoded.data).hexdigest()
-            work.key = fingerprint(self._essence, self._name(picture), work.sha256)
-            work.same = self._seen.get(work.sha256)
-            if work.same is not None:
-                return work
-            if self._shares:
-                self._seen[work.sha256] = work.key
-            work.size = size_of(encoded)
-            values = self._values(picture, encoded)
-        except FastVLMError as err:
-            work.error = err
-        else:
-            self._ask(engine, work, values)
+        looked = self._asking.look(self._name(picture), picture.path)
+        work = _Work(picture=picture, looked=looked)
+        if looked.sha256 is None:
+            return work
+        work.same = self._seen.get(looked.sha256)
+        if work.same is not None:
+            return work
+        if self._shares:
+            self._seen[looked.sha256] = looked.key
+        if looked.error is None:
+            self._asking.ask(engine, looked)
         return work
-
-    def _ask(self, engine: Answers, work: "_Work", values: Mapping[str, str]) -> None:
-        """Submits the questions about a picture, which is read once for all of them."""
-        task, path = self._task, work.picture.path
-        source: Any = path
-        if len(self._templates) > 1 and (processor := engine.processor) is not None:
-            source = SharedPixels(
-                partial(processor.prepare_images, [path], task.resolution, background=task.background)
-            )
-        for name, template in self._templates.items():
-            request = Request(
-                image=source,
-                prompt=template.render(values),
-                system=task.system,
-                resolution=task.resolution,
-                background=task.background,
-                config=task.config,
-                sentence=task.sentence,
-                max_words=task.max_words,
-                prefix=task.prefix if name == CAPTION else "",
-                schema=self._schema if name == CAPTION else None,
-                opening=opening_length if name == CAPTION and task.removes_openings else None,
-            )
-            work.handles[name] = engine.submit(request)
-
-    def _values(self, picture: Picture, encoded: Encoded) -> dict[str, str]:
-        """What the placeholders of the prompts stand for."""
-        fields = {field for template in self._templates.values() for field in template.fields}
-        values = path_values(picture.path)
-        if fields & {"date", "camera", "gps"}:
-            values |= exif_values(encoded.data)
-        if fields & {"existing", "tags"}:
-            beside = read_sidecars(picture.path)
-            values |= {"existing": "" if beside.is_own else beside.description, "tags": ", ".join(beside.tags)}
-        return values
 
     def _finish(self, engine: Answers, queue: "deque[_Work]") -> tuple[Picture, Record]:
         """Waits for the answers about the first picture of a queue, keeps its record, and takes it out."""
         work = queue[0]
-        try:
-            outcome = self._outcome(engine, work)
-        except FastVLMError as err:
-            outcome = {"error": {"type": type(err).__name__, "message": str(err)}}
-        except MemoryError:
-            message = f"{printable(work.picture.path)}: there is not enough memory for this picture; reduce it"
-            outcome = {"error": {"type": ImageError.__name__, "message": message}}
-        name = self._name(work.picture)
-        work.key = work.key or fingerprint(self._essence, name)
-        record = {
-            "file": name,
-            **outcome,
-            "sha256": work.sha256,
-            "stat": list(work.stat),
-            "settings": self._settings,
-        }
+        looked = work.looked
+        outcome = self._outcome(engine, work)
+        record = self._asking.record(looked, outcome)
         embedded = self._embed(work.picture, record) if self._embed is not None else None
         if embedded is not None:
-            work.stat = stat_of(work.picture.path)
-            record |= {"stat": list(work.stat), EMBEDDED: embedded}
+            looked.stat = stat_of(work.picture.path)
+            record |= {"stat": list(looked.stat), EMBEDDED: embedded}
             if self._shares:
-                self._seen[embedded] = work.key
-        self._keep(work.key, record)
-        self._known[name] = _Known(work.key, work.stat, "error" in outcome)
+                self._seen[embedded] = looked.key
+        self._keep(looked.key, record)
+        self._known[looked.name] = _Known(looked.key, looked.stat, "error" in outcome)
         queue.popleft()
-        return work.picture, {FINGERPRINT: work.key, **record}
+        return work.picture, {FINGERPRINT: looked.key, **record}
 
     def _keep(self, key: str, record: Record) -> None:
         if self._journal is not None:
@@ -298,53 +215,17 @@ class CaptionJob:
             self._outcomes[key] = record
 
     def _outcome(self, engine: Answers, work: "_Work") -> Record:
-        """The answers about a picture, with their statistics.
-
-        Raises:
-            FastVLMError: If there are none.
-        """
-        if work.error is not None:
-            raise work.error
-        if work.same is not None:
-            copied = self._copied(work.same, self._name(work.picture))
-            if "error" not in copied:
-                return copied
-            self._ask(engine, work, {})  # what failed for the other one fails for this one, with its own name
-        results = {name: handle.result() for name, handle in work.handles.items()}
-        if stat_of(work.picture.path) != work.stat:
-            raise ImageError(f"{printable(work.picture.path)}: changed while it was read; run the command again")
-        parsed = self._parsed(work, results)
-        texts = {name: result.text.strip() for name, result in results.items()}
-        if self._task.removes_openings and CAPTION in texts:
-            texts[CAPTION] = remove_opening(texts[CAPTION])
-            if self._task.max_words is not None:
-                texts[CAPTION] = first_words(texts[CAPTION], self._task.max_words)
-        answers = {name: text for name, text in texts.items() if name != CAPTION}
-        size = dict(zip(("width", "height"), work.size or (), strict=False))
-        return {
-            **({CAPTION: texts[CAPTION]} if CAPTION in texts else {}),
-            **parsed,
-            **({"answers": answers} if answers else {}),
-            **size,
-            "prompt_tokens": sum(result.prompt_tokens for result in results.values()),
-            "generated_tokens": sum(result.generated_tokens for result in results.values()),
-            "finish_reason": max((str(result.finish_reason) for result in results.values()), key="stop length".index),
-            "seconds": round(sum(result.timings.total - result.timings.queue for result in results.values()), 3),
-        }
-
-    def _parsed(self, work: "_Work", results: Mapping[str, GenerationResult]) -> Record:
-        """The value of a caption that is JSON, as a field of the record; no field if there is no schema.
-
-        Raises:
-            ConfigError: If the caption was cut.
-        """
-        caption = results.get(CAPTION)
-        if self._schema is None or caption is None:
-            return {}
-        if caption.finish_reason != "stop" or caption.stop_string is not None:
-            cut = f"the answer was cut after {caption.generated_tokens} tokens, so it is no JSON"
-            raise ConfigError(f"{printable(work.picture.path)}: {cut}; allow more, or bound the schema")
-        return {PARSED: json.loads(caption.text)}
+        """The answers about a picture or its error, after waiting, or a copy of what is known about its content."""
+        looked = work.looked
+        if work.same is not None and looked.error is None:
+            try:
+                copied = self._copied(work.same, looked.name)
+                if "error" not in copied:
+                    return copied
+                self._asking.ask(engine, looked)  # what failed for the other one fails for this one, with its own name
+            except FastVLMError as err:
+                looked.error = err
+        return self._asking.outcome(looked)
 
     def _copied(self, key: str, name: str) -> Record:
         """What was found about the same content, for a picture called `name`."""
@@ -371,25 +252,15 @@ class _Work:
 
     Attributes:
         picture: The picture.
-        stat: Of its file, when it was looked at.
-        sha256: Of its file.
-        key: The fingerprint of its record.
+        looked: What was found when it was looked at, and its questions.
         same: The fingerprint of an earlier record about this content; None if there is none.
-        size: Width and height in pixels, as stored.
-        error: Why it cannot be asked about.
-        handles: The questions that were asked, by name.
     """
 
     picture: Picture
-    stat: tuple[int, ...]
-    sha256: str | None = None
-    key: str = ""
+    looked: Work
     same: str | None = None
-    size: tuple[int, int] | None = None
-    error: FastVLMError | None = None
-    handles: dict[str, Handle] = field(default_factory=dict)
 
     @property
     def is_ready(self) -> bool:
         """Whether its record can be made without waiting."""
-        return all(handle.done for handle in self.handles.values())
+        return self.looked.is_ready

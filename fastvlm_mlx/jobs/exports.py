@@ -8,7 +8,7 @@ from typing import Any
 
 from fastvlm_mlx.errors import FastVLMError
 from fastvlm_mlx.formatting import printable
-from fastvlm_mlx.jobs.caption import Record
+from fastvlm_mlx.jobs.asking import Record
 from fastvlm_mlx.jobs.datasets import WebDataset, check_csv, check_metadata, write_csv, write_metadata
 from fastvlm_mlx.jobs.embedded import NotEmbeddedError, embed
 from fastvlm_mlx.jobs.pictures import Picture, in_library

@@ -16,7 +16,8 @@ from fastvlm_mlx.generation.request import Handle, Request
 from fastvlm_mlx.inputs import images, processor
 from fastvlm_mlx.inputs.tokenizer import StreamingDetokenizer
 from fastvlm_mlx.inputs.turned import TurnedImage
-from fastvlm_mlx.jobs.caption import CaptionJob, Record
+from fastvlm_mlx.jobs.asking import Record
+from fastvlm_mlx.jobs.caption import CaptionJob
 from fastvlm_mlx.jobs.captions import remove_opening
 from fastvlm_mlx.jobs.journal import Journal
 from fastvlm_mlx.jobs.pictures import Picture, find_pictures

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastvlm_mlx.errors import ConfigError
-from fastvlm_mlx.jobs.caption import Record
+from fastvlm_mlx.jobs.asking import Record
 from fastvlm_mlx.jobs.exports import Exporter, Exports
 from fastvlm_mlx.jobs.pictures import Picture, find_pictures
 
