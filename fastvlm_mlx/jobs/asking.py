@@ -155,7 +155,7 @@ class Asking:
     def ask(self, engine: Answers, work: Work) -> None:
         """Submits the questions about a picture, which is read once for all of them."""
         task, source = self.task, work.source
-        image: Any = source
+        image: Any = [source] if isinstance(source, Encoded) else source
         if len(self._templates) > 1 and (processor := engine.processor) is not None:
             image = SharedPixels(
                 partial(processor.prepare_images, [source], task.resolution, background=task.background)

@@ -77,6 +77,15 @@ class Task:
         }
 
 
+def differences(settings: object, others: object) -> list[str]:
+    """The names of the settings that differ between two records, or workers, that are to have the same.
+
+    All but the model's name count: `weights` says which model it is, and programs of two versions may differ.
+    """
+    first, second = ({**settings} if isinstance(settings, dict) else {} for settings in (settings, others))
+    return [key for key in {**first, **second} if key != "model" and first.get(key) != second.get(key)]
+
+
 def essence(settings: object) -> dict[str, Any]:
     """What of a record's settings tells it from those of other tasks.
 

@@ -14,9 +14,10 @@ from fastvlm_mlx import Engine, FastVLM, FastVLMProcessor, GenerationConfig, gen
 from fastvlm_mlx.errors import ConfigError
 from fastvlm_mlx.generation.request import Handle, Request
 from fastvlm_mlx.inputs import images, processor
+from fastvlm_mlx.inputs.sources import Encoded
 from fastvlm_mlx.inputs.tokenizer import StreamingDetokenizer
 from fastvlm_mlx.inputs.turned import TurnedImage
-from fastvlm_mlx.jobs.asking import Record
+from fastvlm_mlx.jobs.asking import Asking, Record
 from fastvlm_mlx.jobs.caption import CaptionJob
 from fastvlm_mlx.jobs.captions import remove_opening
 from fastvlm_mlx.jobs.journal import Journal
@@ -360,3 +361,15 @@ def test_a_picture_for_which_there_is_no_memory_fails_alone(
     records = {record["file"]: record for record in run(engine, folder, None)}
     assert "landscape.png: there is not enough memory" in records["landscape.png"]["error"]["message"]
     assert "text" in records["portrait.png"]
+
+
+def test_pictures_given_as_bytes_get_the_records_of_their_files(engine: Engine, folder: Path) -> None:
+    expected = {record["file"]: record for record in run(engine, folder, None)}
+    pictures = [(name, Encoded((folder / name).read_bytes(), name)) for name in sorted(expected)]
+    for record in Asking(TASK).records(engine, pictures):
+        of_file = expected[record["file"]]
+        for key in ("fingerprint", "text", "sha256", "settings", "prompt_tokens", "width"):
+            if "duplicate_of" not in of_file:
+                assert record.get(key) == of_file.get(key)
+        assert record["stat"] == []
+        assert record.get("error", {}).get("type") == of_file.get("error", {}).get("type")
