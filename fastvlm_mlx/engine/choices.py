@@ -31,22 +31,41 @@ def score(model: FastVLM, logits: mx.array, cache: Sequence[KVCache], choices: S
     """
     trie = Trie(choices)
     with turn():
-        logprobs = _logprobs(logits)
-        if len(trie):
-            nodes = TrieCache.of(cache, trie)
-            inner = model.language_model(mx.array(trie.tokens)[:, None], nodes)[:, -1]
-            logprobs = mx.concatenate([logprobs, _logprobs(inner)])
-        rows, tokens = trie.edges()
-        edges = logprobs[mx.array(rows), mx.array(tokens)]
-        mx.async_eval(edges)
+        edges = submit(model, logits, cache, trie)
+    (scores,) = trie.sums(read_scores(edges))
+    return [float(each) for each in scores]
+
+
+def submit(model: FastVLM, logits: mx.array, cache: Sequence[KVCache], trie: "Trie") -> mx.array:
+    """Submits the logarithms of the probabilities (B, E) of a trie's edges behind B prompts; for use within a turn.
+
+    Args:
+        model: Prepared for the device.
+        logits: (B, V) of the prompts' last positions.
+        cache: What the prompts left: B rows of one length.
+        trie: Of the choices.
+    """
+    batch, nodes = logits.shape[0], len(trie)
+    rows = logits.astype(mx.float32)[:, None]
+    if nodes:
+        caches = TrieCache.of(cache, trie)
+        inner = model.language_model(mx.array(trie.tokens * batch)[:, None], caches)[:, -1]
+        rows = mx.concatenate([rows, inner.astype(mx.float32).reshape(batch, nodes, -1)], axis=1)
+    places, tokens = map(mx.array, trie.edges())
+    edges = rows[:, places, tokens] - mx.logsumexp(rows, axis=-1)[:, places]
+    mx.async_eval(edges)
+    return edges
+
+
+def read_scores(edges: mx.array) -> NDArray[Any]:
+    """The values of what `submit` has submitted.
+
+    Raises:
+        CheckpointError: If they are NaN or infinite.
+    """
     values = read(edges)
     check_numbers(bool(np.isfinite(values).all()))
-    return trie.sums(values)
-
-
-def _logprobs(logits: mx.array) -> mx.array:
-    logits = logits.astype(mx.float32)
-    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    return values
 
 
 class Trie:
@@ -82,10 +101,11 @@ class Trie:
         edges = [edge for path in self._paths for edge in path]
         return [row for row, _ in edges], [token for _, token in edges]
 
-    def sums(self, values: NDArray[Any]) -> list[float]:
-        """The sum for each sequence of a value for each of `edges`."""
+    def sums(self, values: NDArray[Any]) -> NDArray[np.float64]:
+        """For each row of values (B, E), one for each of `edges`, the sum of each sequence's, (B, sequences)."""
         ends = np.cumsum([len(path) for path in self._paths])
-        return [float(part.sum(dtype=np.float64)) for part in np.split(values, ends[:-1])]
+        parts = np.split(values.astype(np.float64), ends[:-1], axis=1)
+        return np.stack([part.sum(axis=1) for part in parts], axis=1)
 
     def depths(self) -> list[int]:
         """The number of nodes above each node."""
@@ -104,10 +124,12 @@ class Trie:
 
 
 class TrieCache:
-    """One layer's keys and values of a prompt and of the nodes of a trie, in the place of a `KVCache`.
+    """One layer's keys and values of B prompts and of the N nodes of a trie behind each, in the place of a `KVCache`.
+
+    A row holds one node: those behind the first prompt come first.
 
     Attributes:
-        offset: (N,), the position of each node.
+        offset: (B · N,), the position of each node.
     """
 
     def __init__(self, prompt: KVCache, offset: mx.array, mask: mx.array) -> None:
@@ -117,23 +139,29 @@ class TrieCache:
 
     @classmethod
     def of(cls, cache: Sequence[KVCache], trie: Trie) -> list["TrieCache"]:
-        """One for each layer of a prompt's cache."""
-        offset = mx.array(trie.depths()) + cache[0].offset
-        prompt = np.ones((len(trie), cache[0].offset), dtype=np.bool_)
-        mask = mx.array(np.concatenate([prompt, trie.ancestors()], axis=1)[:, None, None])
-        return [cls(layer, offset, mask) for layer in cache]
+        """One for each layer of the prompts' cache."""
+        batch, length = cache[0].batch, cache[0].offset
+        offset = mx.array(trie.depths() * batch) + length
+        prompt = np.ones((len(trie), length), dtype=np.bool_)
+        mask = np.concatenate([prompt, trie.ancestors()], axis=1)[:, None, None]
+        masks = mx.array(np.tile(mask, (batch, 1, 1, 1)))
+        return [cls(layer, offset, masks) for layer in cache]
 
     def make_mask(self, length: int, **_: Any) -> mx.array:
-        """True (N, 1, 1, S + N) where a node may attend."""
+        """True (B · N, 1, 1, S + N) where a node may attend."""
         return self._mask
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Keys and values (N, heads, S + N, head_dim): of the prompt, then of all nodes, the same for each of them."""
+        """Keys and values (B · N, heads, S + N, head_dim): of a node's prompt, then of all nodes behind that."""
         known_keys, known_values = self._prompt.filled
         return _spread(known_keys, keys), _spread(known_values, values)
 
 
 def _spread(known: mx.array, new: mx.array) -> mx.array:
-    """(N, heads, S + N, head_dim) of a prompt's (1, heads, S, head_dim) and the nodes' (N, heads, 1, head_dim)."""
-    joined = mx.concatenate([known, new.transpose(2, 1, 0, 3)], axis=2)
-    return mx.broadcast_to(joined, (new.shape[0], *joined.shape[1:]))
+    """(B · N, heads, S + N, head_dim) of the prompts' (B, heads, S, head_dim) and the nodes' (B · N, heads, 1, …)."""
+    batch, heads, _, head_dim = known.shape
+    nodes = new.shape[0] // batch
+    behind = new.reshape(batch, nodes, heads, head_dim).transpose(0, 2, 1, 3)
+    joined = mx.concatenate([known, behind], axis=2)
+    spread = mx.broadcast_to(joined[:, None], (batch, nodes, *joined.shape[1:]))
+    return spread.reshape(batch * nodes, *joined.shape[1:])
