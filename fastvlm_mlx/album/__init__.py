@@ -1,0 +1,1 @@
+"""Albums: folders whose pictures can be found by what they show."""
