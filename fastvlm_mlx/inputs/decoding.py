@@ -20,6 +20,7 @@ from fastvlm_mlx.inputs.formats import MAX_PIXELS
 from fastvlm_mlx.inputs.frames import Frame, optional
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from typing_extensions import Self
 
 USUAL_RATE = 25.0
@@ -32,6 +33,9 @@ _WORTH_A_SEEK = 8.0
 # Seconds that `close` waits for a thread that is reading; after that, this thread closes.
 _PATIENCE = 2.0
 _PAUSE = 0.003
+# Seconds in which a camera gets its exposure right; black frames are left out until then.
+_WARM_UP = 1.5
+_BLACK = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +50,7 @@ class Place:
         timeout: Seconds that opening and each reading may take; None for ever.
         device: Whether it gives frames by the clock.
         explain: What to say instead of FFmpeg's reason for a failure, if it is known.
+        dark: What to say of a device that shows only black; empty for nothing.
     """
 
     address: Any
@@ -55,6 +60,7 @@ class Place:
     timeout: float | None = None
     device: bool = False
     explain: Callable[[BaseException], str | None] = lambda _: None
+    dark: str = ""
 
 
 class VideoStream:
@@ -108,6 +114,7 @@ class VideoStream:
         self._before_seek: float | None = None
         self._shift = 0.0
         self._seekable = not self.live
+        self._is_lit = False
         self._errors = 0
         self._opened = time.monotonic()
         if self._start and not self.live:
@@ -163,12 +170,24 @@ class VideoStream:
                 return
             if at + 1e-6 < due:
                 continue
-            yield Frame(self._pixels(image), at)
+            pixels = self._pixels(image)
+            if self._place.dark and self._is_warming_up(pixels, at):
+                continue
+            yield Frame(pixels, at)
             if self._rate:
                 begin = 0.0 if self.live else self._start
                 due = begin + (math.floor((at - begin) * self._rate + 1e-6) + 1) / self._rate
                 if self._seekable and self._is_worth_a_seek(at, due):
                     self._seek(due)
+
+    def _is_warming_up(self, pixels: NDArray[np.uint8], at: float) -> bool:
+        """Whether a camera has only shown black so far, and may still begin; says so once if it does not."""
+        if self._is_lit or pixels[::8, ::8].max() >= _BLACK:
+            self._is_lit = True
+        elif at > _WARM_UP and self._notify is not None:
+            notify, self._notify = self._notify, None
+            notify(f"{self.name}: {self._place.dark}")
+        return not self._is_lit and at <= _WARM_UP
 
     def at(self, moment: float) -> Frame | None:
         """The frame that a film shows at `moment`, in seconds; None if there is none there, nor before."""
@@ -305,7 +324,7 @@ class VideoStream:
         self._last = at
         return at
 
-    def _pixels(self, image: Any) -> Any:
+    def _pixels(self, image: Any) -> NDArray[np.uint8]:
         """A decoded frame as upright RGB with square pixels.
 
         Raises:

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
+import sys
 from collections.abc import Callable
+from typing import NamedTuple
 
 from fastvlm_mlx.arguments import as_real
 from fastvlm_mlx.errors import ConfigError, ImageError
 from fastvlm_mlx.formatting import printable
+from fastvlm_mlx.inputs.cameras import CAMERA, camera_places, list_cameras
 from fastvlm_mlx.inputs.decoding import Place, VideoStream
 from fastvlm_mlx.inputs.frames import MAX_RATE, Frame, Stream
+from fastvlm_mlx.inputs.screen import SCREEN, WINDOW, ScreenStream, is_screen, screens, windows
 
-__all__ = ["Frame", "Stream", "open_stream"]
+__all__ = ["Frame", "Source", "Stream", "list_sources", "open_stream"]
+
+TEST = "@test"
 
 NETWORK_TIMEOUT = 10.0
 """Seconds that a stream on the network may take to open, and to send on."""
 
-_TEST = "testsrc2=size=640x480:rate=30,realtime"
+_PATTERN = "testsrc2=size=640x480:rate=30,realtime"
 _URL = re.compile(r"(https?|rtsps?)://", re.IGNORECASE)
 # FFmpeg's demuxers of films. Others read text as pictures, or open what a file names.
 _FORMATS = (
@@ -26,6 +33,18 @@ _FORMATS = (
     "yuv4mpegpipe,dv,swf,vc1,av1,webp_anim"
 )
 _PROTOCOLS = "http,https,tls,tcp,udp,rtp,rtsp,rtsps,srtp,crypto"
+
+
+class Source(NamedTuple):
+    """Something that can be watched.
+
+    Attributes:
+        name: What `open_stream` takes.
+        title: What it is.
+    """
+
+    name: str
+    title: str
 
 
 def open_stream(
@@ -36,10 +55,11 @@ def open_stream(
     end: float | None = None,
     notify: Callable[[str], None] | None = None,
 ) -> Stream:
-    """Opens what gives frames: a film's path, an http or rtsp URL, `@test` or `lavfi:GRAPH`.
+    """Opens what gives frames: a film's path, an http or rtsp URL, a camera, the screen, a test pattern or graph.
 
-    A film gives its frames as fast as they are taken, a live source by the clock. A graph of FFmpeg's is live if it has
-    the filter `realtime`; `@test` is a test pattern that moves.
+    `@camera`, `@camera:1`, `@camera:TITLE`, `@screen`, `@screen:2` and `@window:TITLE` are live. So is `@test`, a
+    pattern that moves, and a graph (`lavfi:GRAPH`) with FFmpeg's filter `realtime`. Live sources give frames by the
+    clock, films as fast as they are taken.
 
     Args:
         name: Of the source, as the user of this machine gives it; never one that comes from strangers.
@@ -57,7 +77,30 @@ def open_stream(
         raise ConfigError(f"start must be a number of seconds, at least 0, not {printable(start)}")
     if end is not None and not as_real(end) > as_real(start):
         raise ConfigError(f"end must be a number of seconds after start ({start:g}), not {printable(end)}")
-    return VideoStream(_place(name), rate=checked, start=float(start), end=end, notify=notify)
+    if is_screen(name):
+        return ScreenStream(name, rate=checked)
+    *others, last = camera_places(name) if _is_camera(name) else [_place(name)]
+    for place in others:
+        with contextlib.suppress(ImageError):
+            return VideoStream(place, rate=checked, notify=notify)
+    return VideoStream(last, rate=checked, start=float(start), end=end, notify=notify)
+
+
+def list_sources() -> list[Source]:
+    """The cameras, screens and windows of this machine, and the test pattern."""
+    try:
+        cameras = list_cameras()
+    except ImageError:  # PyAV is not installed
+        cameras = []
+    found = [Source(f"{CAMERA}:{number}", camera.title) for number, camera in enumerate(cameras)]
+    found += [Source(f"{SCREEN}:{number}", f"screen {number}") for number in range(1, screens() + 1)]
+    if sys.platform == "darwin":
+        found += [Source(f"{WINDOW}:{title}", "window") for _, title in windows()]
+    return [*found, Source(TEST, "a test pattern that moves")]
+
+
+def _is_camera(name: str) -> bool:
+    return name.partition(":")[0] == CAMERA
 
 
 def _positive(value: float | None, name: str, most: float) -> float | None:
@@ -69,10 +112,10 @@ def _positive(value: float | None, name: str, most: float) -> float | None:
 
 
 def _place(name: str) -> Place:
-    if name == "@test":
-        return _graph(_TEST, name)
-    if name.startswith("@"):
-        raise ImageError(f"{printable(name)}: no such source; there is @test")
+    if name == TEST:
+        return _graph(_PATTERN, name)
+    if name.startswith("@") and not os.path.lexists(name):
+        raise ImageError(f"{printable(name)}: no such source; there are {CAMERA}, {SCREEN}, {WINDOW}:TITLE and {TEST}")
     if name.lower().startswith("lavfi:"):
         return _graph(name[6:], printable(name))
     if _URL.match(name):
