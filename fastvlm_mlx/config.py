@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from fastvlm_mlx.arguments import file_path
 from fastvlm_mlx.errors import CheckpointError, ConfigError
 from fastvlm_mlx.formatting import printable
+from fastvlm_mlx.projections import part_paths
 from fastvlm_mlx.schema import array, boolean, integer, mapping, number, read_object, shown
 
 FORMAT_VERSION = 1
@@ -256,6 +257,15 @@ class TextConfig:
         """Channels of one attention head."""
         return self.hidden_size // self.num_attention_heads
 
+    @property
+    def part_rows(self) -> dict[str, tuple[int, ...]]:
+        """The rows of each part of the fused projections; see `projections.PARTS`."""
+        cached = self.num_key_value_heads * self.head_dim
+        return {
+            "qkv_proj": (self.num_attention_heads * self.head_dim, cached, cached),
+            "gate_up_proj": (self.intermediate_size, self.intermediate_size),
+        }
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "TextConfig":
         """The configuration in a Hugging Face Qwen2 config; keys that change the arithmetic are checked."""
@@ -324,8 +334,15 @@ class QuantizationConfig:
     overrides: Mapping[str, LayerQuantization] = field(default_factory=dict)
 
     def for_layer(self, path: str) -> LayerQuantization:
-        """How the layer at `path`, such as `mm_projector.2`, is quantized."""
-        return self.overrides.get(path, self.default)
+        """How the layer at `path`, such as `mm_projector.2`, is quantized.
+
+        Raises:
+            ConfigError: If it is a fused one, and its parts are quantized differently.
+        """
+        first, *others = (self.overrides.get(part, self.default) for part in part_paths(path))
+        if any(other != first for other in others):
+            raise ConfigError(f"quantization gives the parts of {path} different settings, but they are one matrix")
+        return first
 
     @classmethod
     def of(cls, layers: Mapping[str, LayerQuantization]) -> "QuantizationConfig":

@@ -15,7 +15,7 @@ CONVERT = ROOT / "convert"
 # A row may import the rows above it; those of one row may not import each other, unless they are in order in a tuple.
 LAYERS: tuple[tuple[str | tuple[str, ...], ...], ...] = (
     (("formatting", "errors", "intervals", "outputs", "schema", "arguments"),),
-    (("kernels", "backend", "machine", "streams", "config"),),
+    (("kernels", "backend", "machine", "streams", "projections", "config"),),
     ("inputs", "model"),
     ("checkpoint",),
     ("convert", "engine", "structured"),

@@ -153,7 +153,7 @@ def _calibrated(
     """
     if quantization.preset != AUTO and quantization.method != "gptq":
         return allocation, {}
-    exact = load_model(folder, dtype="float32", lazy=True)
+    exact = load_model(folder, dtype="float32", lazy=True, in_parts=True)
     if quantization.preset == AUTO:
         assert quantization.target_bpw is not None
         measured = meter.layers(len(allocation.layers), "measuring layers")

@@ -25,7 +25,7 @@ from typing import Any
 from mlx.utils import tree_flatten, tree_unflatten
 
 from fastvlm_mlx.backend import mx
-from fastvlm_mlx.model import activations
+from fastvlm_mlx.model import activations, language
 
 FUSED_HEAD_DIMS = (64, 80, 96, 128, 256)
 """Head sizes with an attention kernel in Metal."""
@@ -98,7 +98,9 @@ def _gpu_formulation() -> Iterator[None]:
         return opaque(queries, keys, values)
 
     with ExitStack() as stack:
-        stack.enter_context(replaced(activations, device=lambda: "gpu"))
+        for module in (activations, language):
+            stack.enter_context(replaced(module, device=lambda: "gpu"))
+        stack.enter_context(replaced(mx, contiguous=opaque))  # cannot be exported
         stack.enter_context(
             replaced(mx.fast, layer_norm=opaque, rms_norm=opaque, rope=opaque, scaled_dot_product_attention=attention)
         )

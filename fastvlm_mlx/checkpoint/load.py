@@ -8,6 +8,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from fastvlm_mlx.arguments import choice
 from fastvlm_mlx.backend import compute_dtype, device, mx
+from fastvlm_mlx.checkpoint import fusing
 from fastvlm_mlx.checkpoint.folder import checked_files, read_files
 from fastvlm_mlx.config import ModelConfig
 from fastvlm_mlx.errors import CheckpointError
@@ -18,9 +19,12 @@ from fastvlm_mlx.model.quantized import quantize_layers
 from fastvlm_mlx.streams import load_stream, turn, worker_streams
 
 _READERS = 2
+_DECODER = "language_model."
 
 
-def load_model(folder: Path, *, dtype: str | mx.Dtype | None = None, lazy: bool = False) -> FastVLM:
+def load_model(
+    folder: Path, *, dtype: str | mx.Dtype | None = None, lazy: bool = False, in_parts: bool = False
+) -> FastVLM:
     """The model in a converted folder.
 
     On a GPU the weights are read when they are first used. A CPU computes in another type than the stored one, so there
@@ -30,6 +34,7 @@ def load_model(folder: Path, *, dtype: str | mx.Dtype | None = None, lazy: bool 
         folder: A converted checkpoint.
         dtype: The type to compute in; see `load`.
         lazy: Whether to read the weights when they are first used on a CPU, too.
+        in_parts: Whether each projection of the decoder is a layer of its own, by upstream's name, and none is fused.
 
     Raises:
         CheckpointError: If the weights are missing, damaged or not exactly those that the config describes.
@@ -43,7 +48,9 @@ def load_model(folder: Path, *, dtype: str | mx.Dtype | None = None, lazy: bool 
         files = checked_files(folder)
         weights = _cast_on_streams([read_files(files, stream) for stream in streams], streams, target)
         _check_depths(folder, weights, config)
+        weights = fusing.in_parts(weights, config, streams[0]) if in_parts else fusing.fused(weights, config, streams)
         model = FastVLM(config)
+        model.language_model.split(path.removeprefix(_DECODER) for path in fusing.stored_in_parts(weights))
         if config.quantization:
             quantize_layers(model, config.quantization, weights)
         _check(folder, weights, dict(_flat(model.parameters())))

@@ -32,8 +32,9 @@ class KVCache:
         """All keys and values so far, after appending those of L new positions, (B, heads, L, head_dim) each."""
         before, self.offset = self.offset, self.offset + keys.shape[2]
         if self.keys is None or self.values is None:
-            self.keys, self.values = keys, values
-            return keys, values
+            # What the decoder gives are parts of a larger array, which would be kept, too.
+            self.keys, self.values = mx.contiguous(keys), mx.contiguous(values)
+            return self.keys, self.values
         self.keys = self._append(self.keys, keys, before)
         self.values = self._append(self.values, values, before)
         return self.keys[..., : self.offset, :], self.values[..., : self.offset, :]

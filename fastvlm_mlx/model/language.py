@@ -6,7 +6,8 @@ compares it with mlx-lm's.
 Shapes: B batch, L positions of this call, S positions of the cache, D hidden size, V vocabulary.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from fastvlm_mlx.backend import device, mx, nn
@@ -14,6 +15,7 @@ from fastvlm_mlx.config import TextConfig
 from fastvlm_mlx.model.activations import swiglu
 from fastvlm_mlx.model.cpu.attention import attention as cpu_attention
 from fastvlm_mlx.model.kv_cache import KVCache
+from fastvlm_mlx.model.rows import row_parts, split_projection
 
 
 def attention(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | str | None) -> mx.array:
@@ -32,54 +34,77 @@ def attention(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.arra
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions: (B, L, D) -> (B, L, D)."""
+    """Grouped-query attention with rotary positions: (B, L, D) -> (B, L, D), added to `residual`.
+
+    Queries, keys and values come from one product, and one rotary embedding turns queries and keys.
+    """
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
+        self.num_heads = config.num_attention_heads
+        self.num_kv_heads = config.num_key_value_heads
         self.rope_theta = config.rope_theta
-        kv_dim = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.k_proj = nn.Linear(config.hidden_size, kv_dim)
-        self.v_proj = nn.Linear(config.hidden_size, kv_dim)
+        heads = self.num_heads + 2 * self.num_kv_heads
+        self.qkv_proj = nn.Linear(config.hidden_size, heads * config.head_dim)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def _heads(self, x: mx.array) -> mx.array:
-        return x.reshape(*x.shape[:2], -1, self.head_dim).transpose(0, 2, 1, 3)
+    def _qkv(self, x: mx.array) -> mx.array:
+        """(B, L, D) -> (B, heads of queries, keys and values, L, head_dim)."""
+        if "qkv_proj" in self:
+            packed = self.qkv_proj(x)
+        else:
+            packed = mx.concatenate([self.q_proj(x), self.k_proj(x), self.v_proj(x)], axis=-1)
+        return packed.reshape(*x.shape[:2], -1, self.head_dim).transpose(0, 2, 1, 3)
 
-    def _rope(self, x: mx.array, offset: int | mx.array) -> mx.array:
-        return mx.fast.rope(x, self.head_dim, traditional=False, base=self.rope_theta, scale=1.0, offset=offset)
-
-    def __call__(self, x: mx.array, mask: mx.array | str | None, cache: Any, *, last: bool = False) -> mx.array:
-        length = x.shape[1]
-        keys, values = self._heads(self.k_proj(x)), self._heads(self.v_proj(x))
+    def __call__(
+        self, x: mx.array, mask: mx.array | str | None, cache: Any, residual: mx.array, *, last: bool = False
+    ) -> mx.array:
+        qkv = self._qkv(x)
+        turned, values = qkv[:, : -self.num_kv_heads], qkv[:, -self.num_kv_heads :]
         offset = cache.offset if cache is not None else 0
-        keys = self._rope(keys, offset)
-        if last and length > 1:
-            x, offset = x[:, -1:], offset + length - 1
-            mask = mask[..., -1:, :] if isinstance(mask, mx.array) else None
-        queries = self._rope(self._heads(self.q_proj(x)), offset)
+        turned = mx.fast.rope(turned, self.head_dim, traditional=False, base=self.rope_theta, scale=1.0, offset=offset)
+        queries, keys = turned[:, : self.num_heads], turned[:, self.num_heads :]
         if cache is not None:
             keys, values = cache.update_and_fetch(keys, values)
+        if last:
+            queries, residual = queries[:, :, -1:], residual[:, -1:]
+            mask = mask[..., -1:, :] if isinstance(mask, mx.array) else None
         x = attention(queries, keys, values, mask)
-        return self.o_proj(x.transpose(0, 2, 1, 3).reshape(x.shape[0], x.shape[2], -1))
+        return added(residual, self.o_proj, x.transpose(0, 2, 1, 3).reshape(x.shape[0], x.shape[2], -1))
 
 
 class MLP(nn.Module):
-    """SwiGLU: (B, L, D) -> (B, L, D)."""
+    """SwiGLU: (B, L, D) -> (B, L, D), added to `residual`."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+    def _gate_and_up(self, x: mx.array) -> list[mx.array]:
+        """(B, L, D) -> twice (B, L, hidden units)."""
+        if "gate_up_proj" not in self:
+            return [self.gate_proj(x), self.up_proj(x)]
+        if device() == "cpu" and math.prod(x.shape[:-1]) > 1:
+            # MLX's CPU kernels are slow on the halves of each row.
+            return [part(x) for part in row_parts(self.gate_up_proj, 2)]
+        return list(mx.split(self.gate_up_proj(x), 2, axis=-1))
+
+    def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
+        return added(residual, self.down_proj, swiglu(*self._gate_and_up(x)))
+
+
+def added(residual: mx.array, linear: nn.Module, x: mx.array) -> mx.array:
+    """`residual + linear(x)`, as one kernel where MLX has it."""
+    if type(linear) is nn.Linear and "bias" not in linear:
+        return mx.addmm(residual, x, linear.weight.T)
+    total: mx.array = residual + linear(x)
+    return total
 
 
 class TransformerBlock(nn.Module):
-    """(B, L, D) -> (B, L, D), or with `last` (B, 1, D): only keys and values are computed for every position then."""
+    """(B, L, D) -> (B, L, D), or with `last` (B, 1, D): only the last position is computed from attention on."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -91,9 +116,8 @@ class TransformerBlock(nn.Module):
     def __call__(
         self, x: mx.array, mask: mx.array | str | None = None, cache: Any = None, *, last: bool = False
     ) -> mx.array:
-        attended = self.self_attn(self.input_layernorm(x), mask, cache, last=last)
-        x = (x[:, -1:] if last else x) + attended
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = self.self_attn(self.input_layernorm(x), mask, cache, x, last=last)
+        return self.mlp(self.post_attention_layernorm(x), x)
 
 
 class Qwen2Model(nn.Module):
@@ -133,6 +157,7 @@ class Qwen2(nn.Module):
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
+        self.config = config
         self.model = Qwen2Model(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -154,6 +179,18 @@ class Qwen2(nn.Module):
         self, tokens: mx.array | None, cache: Any = None, input_embeddings: mx.array | None = None
     ) -> mx.array:
         return self.head(self.model(tokens, cache, input_embeddings))
+
+    def split(self, paths: Iterable[str] | None = None) -> None:
+        """Replaces fused projections by their parts, as a checkpoint has them that quantizes these differently.
+
+        Args:
+            paths: Of the fused projections, such as `model.layers.0.self_attn.qkv_proj`; by default all of them.
+        """
+        modules = dict(self.named_modules())
+        fused = [path for path in modules if path.rpartition(".")[2] in self.config.part_rows]
+        for path in fused if paths is None else paths:
+            parent, _, name = path.rpartition(".")
+            split_projection(modules[parent], name, self.config.part_rows[name])
 
     def prefill(self, input_embeddings: mx.array, cache: list[KVCache]) -> mx.array:
         """Logits (B, V) of the last position, filling `cache`: the last block and the head see that position alone."""

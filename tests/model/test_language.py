@@ -8,6 +8,7 @@ from fastvlm_mlx.backend import mx
 from fastvlm_mlx.config import TextConfig
 from fastvlm_mlx.model.kv_cache import KVCache
 from fastvlm_mlx.model.language import Qwen2
+from fastvlm_mlx.projections import PARTS
 
 SIZES = {
     "hidden_size": 64,
@@ -32,6 +33,10 @@ def random_weights(model, seed=0):
     return model
 
 
+def fused_paths(model):
+    return [path for path, _ in model.named_modules() if path.rpartition(".")[2] in PARTS]
+
+
 @pytest.fixture(params=[True, False], ids=["tied", "untied"])
 def decoder(request):
     return random_weights(Qwen2(TextConfig(**SIZES, tie_word_embeddings=request.param)))
@@ -41,8 +46,31 @@ def test_logits_equal_those_of_mlx_lm(decoder):
     qwen2 = pytest.importorskip("mlx_lm.models.qwen2")
     tied = "lm_head" not in decoder
     theirs = qwen2.Model(qwen2.ModelArgs(model_type="qwen2", rms_norm_eps=1e-6, tie_word_embeddings=tied, **SIZES))
+    expected = decoder(TOKENS)
+    decoder.split()
     theirs.load_weights(tree_flatten(decoder.parameters()))
-    np.testing.assert_allclose(decoder(TOKENS), theirs(TOKENS), **ROUNDING)
+    np.testing.assert_allclose(expected, theirs(TOKENS), **ROUNDING)
+
+
+def test_projections_in_parts_compute_the_same(decoder):
+    tokens, whole = mx.concatenate([TOKENS, TOKENS]), decoder(TOKENS)
+    together = decoder.prefill(decoder.model.embed_tokens(tokens), decoder.make_cache())
+    decoder.split()
+    assert not fused_paths(decoder)
+    np.testing.assert_allclose(decoder(TOKENS), whole, **ROUNDING)
+    apart = decoder.prefill(decoder.model.embed_tokens(tokens), decoder.make_cache())
+    np.testing.assert_allclose(apart, together, **ROUNDING)
+
+
+def test_a_cache_keeps_nothing_but_its_keys_and_values():
+    """Those of a prompt are cut from arrays with the queries, too, which would be kept for as long."""
+    cache, packed = KVCache(), mx.zeros((1, 8, 10_000, 16))
+    mx.eval(cache.update_and_fetch(packed[:, 4:6], packed[:, 6:]))
+    mx.synchronize()
+    before = mx.get_active_memory()
+    del packed
+    assert before - mx.get_active_memory() == 8 * 10_000 * 16 * 4
+    assert cache.nbytes == 4 * 10_000 * 16 * 4
 
 
 def test_mlx_lm_generates_with_this_decoder(decoder):

@@ -15,6 +15,7 @@ from tests.checkpoints import SOURCES
 def test_shapes_are_those_of_the_models_parameters(name: str) -> None:
     config = plan(SOURCES[name]).config
     model = FastVLM(config)
+    model.language_model.split()
     assert parameter_shapes(config) == {path: value.shape for path, value in tree_flatten(model.parameters())}
     layers = {path for path, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)}
     assert layer_shapes(config).keys() == layers
