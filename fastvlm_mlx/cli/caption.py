@@ -1,8 +1,6 @@
 """`fastvlm caption`: asks the same about many pictures, and continues where an earlier run stopped."""
 
 import re
-import sys
-from collections import Counter
 from contextlib import ExitStack
 from enum import Enum
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fastvlm_mlx.cli.captioning import NAMED, Run, folder_of, found_folder, identity, run
+from fastvlm_mlx.cli.finding import find, plan_line
 from fastvlm_mlx.cli.inputs import read_schema
 from fastvlm_mlx.cli.options import (
     CHECK_FAILED,
@@ -26,15 +25,14 @@ from fastvlm_mlx.cli.options import (
     refuse,
     user_path,
 )
-from fastvlm_mlx.cli.terminal import LiveLine, note
+from fastvlm_mlx.cli.terminal import note
 from fastvlm_mlx.cli.usage import usage_errors
 from fastvlm_mlx.errors import ConfigError
 from fastvlm_mlx.formatting import printable
 
 if TYPE_CHECKING:
-    from fastvlm_mlx.jobs.caption import Plan
     from fastvlm_mlx.jobs.exports import Exports
-    from fastvlm_mlx.jobs.pictures import Pictures
+    from fastvlm_mlx.jobs.shards import Shard
 
 _FIELD = re.compile(r"[A-Za-z_]\w{0,63}")
 _RESERVED = frozenset("file text width height finish_reason error answers".split())
@@ -108,6 +106,13 @@ def caption(
             "--output", "-o", metavar="FILE", parser=user_path, help="Add the lines to a file, and resume it."
         ),
     ] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="Only part I of N of the pictures, by their names; the same everywhere. [default: mlx.launch's rank]",
+        ),
+    ] = None,
     retry_errors: Annotated[bool, typer.Option("--retry-errors", help="Try pictures again that failed.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Ask again about pictures that have a line.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and stop.")] = False,
@@ -149,6 +154,7 @@ def caption(
     from fastvlm_mlx.jobs.caption import CaptionJob, Plan
     from fastvlm_mlx.jobs.exports import Exporter, Exports
     from fastvlm_mlx.jobs.journal import Journal
+    from fastvlm_mlx.jobs.shards import Names, journal_of
     from fastvlm_mlx.jobs.task import Task
     from fastvlm_mlx.warm.client import Holding, find_warm
 
@@ -192,8 +198,15 @@ def caption(
         raise typer.BadParameter("--ask alone gives no caption; add --prompt", param_hint="--prefix")
     if schema is not None and "text" not in questions:
         raise typer.BadParameter("--ask alone gives no caption; add --prompt", param_hint="--schema")
+    part = _shard(shard)
+    if part is not None:
+        if exports.for_all:
+            reason = f"is one for all pictures, and this is shard {part}; `fastvlm merge` makes it of all shards"
+            raise typer.BadParameter(reason, param_hint=exports.for_all[0])
+        if shard is None and output is not None:
+            output = journal_of(output, part)
     _check_outputs(output, exports)
-    found = _find(paths or [], filelist, include or [], exclude or [])
+    found = find(paths or [], filelist, include or [], exclude or [])
     exporter = Exporter(exports, found.found, fields=list(questions), generator=f"fastvlm-mlx {__version__}, {model}")
     if not dry_run:
         exporter.check()
@@ -224,8 +237,14 @@ def caption(
             if output is not None and not (dry_run and not output.exists()):
                 journal = stack.enter_context(Journal(output, read_only=dry_run, notify=note))
         job = CaptionJob(task, journal, mixed=force) if task else None
-        plan = job.plan(found.found, retry_errors=retry_errors, force=force) if job else Plan(found.found, 0, 0)
-        note(_plan_line(found, plan, retry_errors))
+        record_names = Names(found.found)
+        mine = found.found if part is None else [each for each in found.found if part.holds(record_names.of(each))]
+        plan = Plan(mine, 0, 0)
+        if job is not None:
+            plan = job.plan(mine, names=record_names, retry_errors=retry_errors, force=force)
+            if part is not None and not dry_run:
+                job.keep_shard(part, len(mine), len(found.found))
+        note(plan_line(found, plan, retry_errors, "" if part is None else f"{len(mine)} of them in shard {part}"))
         for unreadable in found.unreadable[:NAMED]:
             note(f"{unreadable.path}: {unreadable.reason}")
         if dry_run or job is None or known is None:
@@ -288,46 +307,11 @@ def _check_outputs(output: Path | None, exports: "Exports") -> None:
         check_output(output)
 
 
-def _find(paths: list[str], filelist: Path | None, include: list[str], exclude: list[str]) -> "Pictures":
-    """The pictures that the command line, a list and stdin name.
+def _shard(text: str | None) -> "Shard | None":
+    """The part of the pictures that an option or a launcher gives this process; None for all."""
+    from fastvlm_mlx.jobs.shards import Shard, launched_shard
 
-    Raises:
-        ConfigError: If there are none.
-    """
-    from fastvlm_mlx.jobs.pictures import find_pictures, read_names
-
-    names: list[str] = []
-    for path in paths:
-        names += read_names(sys.stdin.buffer.read(), "stdin") if path == "-" else [path]
-    if filelist is not None:
-        try:
-            listed = filelist.read_bytes()
-        except (OSError, ValueError) as err:  # a name with half a character
-            reason = getattr(err, "strerror", None) or err
-            raise ConfigError(f"{printable(filelist)}: cannot be read as a list of names ({reason})") from err
-        names += read_names(listed, str(filelist))
-    with LiveLine() as line:
-        line.wait_for("looking for pictures")
-        found = find_pictures(names, include=include, exclude=exclude)
-    if not found.found:
-        for missing in found.unreadable[:NAMED]:
-            note(f"{missing.path}: {missing.reason}")
-        raise ConfigError(f"there are no pictures{_skipped(found)}")
-    return found
-
-
-def _skipped(found: "Pictures") -> str:
-    """What was left out, by reason."""
-    reasons = Counter(skipped.reason.partition(" of the Live Photo")[0] for skipped in found.skipped)
-    return "".join(f", {count} skipped ({reason})" for reason, count in reasons.most_common(NAMED))
-
-
-def _plan_line(found: "Pictures", plan: "Plan", retry_errors: bool) -> str:
-    parts = [f"{len(found.found)} picture{'s' * (len(found.found) != 1)}"]
-    if plan.done:
-        parts.append(f"{plan.done} done")
-    if plan.failed:
-        parts.append(f"{plan.failed} failed before (--retry-errors tries them again)")
-    if found.unreadable:
-        parts.append(f"{len(found.unreadable)} unreadable")
-    return f"{', '.join(parts)}, {len(plan.todo)} to do{_skipped(found)}"
+    if text is None:
+        return launched_shard()
+    with usage_errors("--shard"):
+        return Shard.parse(text)

@@ -1,6 +1,6 @@
 """Captions many pictures: a record for each, in a journal with which a later run continues."""
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -9,10 +9,14 @@ from fastvlm_mlx.errors import ConfigError, FastVLMError
 from fastvlm_mlx.formatting import names, printable
 from fastvlm_mlx.jobs.asking import PARSED, Answers, Asking, Record, Work
 from fastvlm_mlx.jobs.files import stat_of
+from fastvlm_mlx.jobs.fingerprints import fingerprint
 from fastvlm_mlx.jobs.journal import FINGERPRINT, Journal
 from fastvlm_mlx.jobs.pictures import Picture
+from fastvlm_mlx.jobs.shards import Names, Shard
 from fastvlm_mlx.jobs.task import CAPTION, Task, essence
 
+SHARD = "shard"
+"""The field of the one record that says which part of the pictures a journal is for."""
 EMBEDDED = "embedded_sha256"
 """The field of a record with the hash of a file into which its caption was written after it was asked about."""
 
@@ -52,7 +56,8 @@ class CaptionJob:
         self._known: dict[str, _Known] = {}
         self._seen: dict[str, str] = {}
         self._outcomes: dict[str, Record] = {}
-        self._ambiguous: set[str] = set()
+        self._names = Names()
+        self._fresh = False
         self._embed: Callable[[Picture, Record], str | None] | None = None
         other: Record | None = None
         for record in journal or ():
@@ -90,21 +95,28 @@ class CaptionJob:
                 if isinstance(record.get(name), str):
                     self._seen[record[name]] = record[FINGERPRINT]
 
-    def plan(self, pictures: Sequence[Picture], *, retry_errors: bool = False, force: bool = False) -> Plan:
+    def plan(
+        self,
+        pictures: Sequence[Picture],
+        *,
+        names: Names | None = None,
+        retry_errors: bool = False,
+        force: bool = False,
+    ) -> Plan:
         """Finds the pictures that have no record yet, or one from before they were changed.
 
         Args:
-            pictures: From `find_pictures`.
+            pictures: From `find_pictures`, all or those of a shard.
+            names: What they are called in records; None if `pictures` are all there are.
             retry_errors: Whether to try those again that failed.
             force: Whether to ask about all of them again.
         """
-        counts = Counter(picture.name for picture in pictures)
-        self._ambiguous = {name for name, count in counts.items() if count > 1}
+        self._names = names or Names(pictures)
         if force or not self._known:
             return Plan(list(pictures), 0, 0)
         todo, done, failed = [], 0, 0
         for picture in pictures:
-            known = self._known.get(self._name(picture))
+            known = self._known.get(self._names.of(picture))
             if known is None or (known.failed and retry_errors) or known.stat != stat_of(picture.path):
                 todo.append(picture)
             elif known.failed:
@@ -115,15 +127,25 @@ class CaptionJob:
 
     def record(self, picture: Picture) -> Record | None:
         """The record of a picture, of this run or an earlier one; None if there is none."""
-        known = self._known.get(self._name(picture))
+        known = self._known.get(self._names.of(picture))
         return None if known is None else self._kept(known.fingerprint)
-
-    def _name(self, picture: Picture) -> str:
-        """What a picture is called in records: its path below the folder, or the whole one if folders share names."""
-        return picture.path if picture.name in self._ambiguous else picture.name
 
     def _kept(self, key: str) -> Record | None:
         return self._outcomes.get(key) if self._journal is None else self._journal.get(key)
+
+    def keep_shard(self, shard: Shard, pictures: int, total: int) -> None:
+        """Notes in the journal which part of the pictures it is for, so that missing parts can be named.
+
+        Args:
+            shard: The part.
+            pictures: How many are in it.
+            total: How many there are in all parts.
+        """
+        if self._journal is not None:
+            key = fingerprint(self._essence, SHARD, str(shard))
+            record = {SHARD: str(shard), "pictures": pictures, "of": total, "settings": self._asking.settings}
+            if self._journal.get(key) != {FINGERPRINT: key, **record}:
+                self._journal.add(key, record)
 
     def renew(self, picture: Picture, sha256: str) -> None:
         """Keeps the record of an earlier run for a picture into which its caption was written, which has changed it."""
@@ -154,7 +176,7 @@ class CaptionJob:
             embed: Called with each record before it is kept; returns the SHA-256 of the picture's file if it has
                 written the caption into that.
         """
-        self._embed = embed
+        self._embed, self._fresh = embed, fresh
         if fresh:
             self._seen.clear()
         queue: deque[_Work] = deque()
@@ -178,11 +200,11 @@ class CaptionJob:
 
     def _begin(self, engine: Answers, picture: Picture) -> "_Work":
         """Looks at a picture, and asks about it unless its content has an answer."""
-        looked = self._asking.look(self._name(picture), picture.path)
+        looked = self._asking.look(self._names.of(picture), picture.path)
         work = _Work(picture=picture, looked=looked)
         if looked.sha256 is None:
             return work
-        work.same = self._seen.get(looked.sha256)
+        work.same = self._seen.get(looked.sha256) or self._known_key(looked.key)
         if work.same is not None:
             return work
         if self._shares:
@@ -190,6 +212,11 @@ class CaptionJob:
         if looked.error is None:
             self._asking.ask(engine, looked)
         return work
+
+    def _known_key(self, key: str) -> str | None:
+        """The fingerprint, if an earlier run has an answer under it: perhaps of another machine, with other times."""
+        known = None if self._fresh else self._kept(key)
+        return None if known is None or "error" in known or not self._is_whole(known) else key
 
     def _finish(self, engine: Answers, queue: "deque[_Work]") -> tuple[Picture, Record]:
         """Waits for the answers about the first picture of a queue, keeps its record, and takes it out."""

@@ -49,6 +49,12 @@ class Exports:
         """Whether one of them has a place for the caption alone."""
         return self.txt or self.xmp or self.embed or self.hf or self.webdataset is not None
 
+    @property
+    def for_all(self) -> list[str]:
+        """The options of those that are files with all pictures in them."""
+        given = {"--csv": self.csv is not None, "--hf": self.hf, "--webdataset": self.webdataset is not None}
+        return [name for name, wanted in given.items() if wanted]
+
 
 class Exporter:
     """Writes the outputs.

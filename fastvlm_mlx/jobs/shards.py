@@ -5,12 +5,14 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from fastvlm_mlx.errors import ConfigError
 from fastvlm_mlx.formatting import printable
+from fastvlm_mlx.jobs.pictures import Picture
 
 MOST_SHARDS = 1_000_000
 
@@ -19,6 +21,22 @@ _RANK_SOURCES = (("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", 
 """What MPI's launchers call rank and size."""
 _LISTS = ("MLX_HOSTFILE", "MLX_IBV_DEVICES")
 """Files of `mlx.launch` with a list of one item for each rank."""
+
+
+class Names:
+    """What pictures are called in records: the path below their folder, or the whole one if folders share names.
+
+    Args:
+        pictures: All pictures of a job, those of other shards included.
+    """
+
+    def __init__(self, pictures: Sequence[Picture] = ()) -> None:
+        counts = Counter(picture.name for picture in pictures)
+        self._shared = {name for name, count in counts.items() if count > 1}
+
+    def of(self, picture: Picture) -> str:
+        """The name of a picture."""
+        return picture.path if picture.name in self._shared else picture.name
 
 
 class Shard(NamedTuple):

@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from fastvlm_mlx.jobs.caption import CaptionJob
 from fastvlm_mlx.jobs.captions import remove_opening
 from fastvlm_mlx.jobs.journal import Journal
 from fastvlm_mlx.jobs.pictures import Picture, find_pictures
+from fastvlm_mlx.jobs.shards import Names, Shard
 from fastvlm_mlx.jobs.task import Task
 from tests.checkpoints import APPLE
 
@@ -373,3 +375,41 @@ def test_pictures_given_as_bytes_get_the_records_of_their_files(engine: Engine, 
                 assert record.get(key) == of_file.get(key)
         assert record["stat"] == []
         assert record.get("error", {}).get("type") == of_file.get("error", {}).get("type")
+
+
+def test_a_journal_is_known_on_a_machine_where_files_have_other_times(
+    engine: Engine, folder: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "captions.jsonl"
+    task = replace(TASK, questions={"text": "What is {name}?"})
+    first = run(engine, folder, output, task)
+    shutil.copytree(folder, tmp_path / "elsewhere")
+    again = run(engine, tmp_path / "elsewhere", output, task)
+    assert [record.get("text") for record in again] == [record.get("text") for record in first]
+    assert [record["file"] for record in again if "seconds" in record] == []
+
+
+def test_shards_together_have_the_records_of_one_run(engine: Engine, folder: Path, tmp_path: Path) -> None:
+    expected = {record["file"]: record.get("text") for record in run(engine, folder, None)}
+    pictures = find(folder)
+    together = {}
+    for number in (1, 2):
+        names, shard = Names(pictures), Shard(number, 2)
+        with Journal(tmp_path / f"{number}.jsonl") as journal:
+            job = CaptionJob(TASK, journal)
+            mine = [picture for picture in pictures if shard.holds(names.of(picture))]
+            plan = job.plan(mine, names=names)
+            job.keep_shard(shard, len(mine), len(pictures))
+            records = [record for _, record in job.run(engine, plan.todo)]
+            assert CaptionJob(TASK, journal).plan(mine, names=names).done == len([r for r in records if "text" in r])
+            together |= {record["file"]: record.get("text") for record in records}
+        assert 0 < len(records) < len(pictures)
+    assert together == expected
+
+
+def test_pictures_with_one_name_keep_their_whole_paths_in_shards(tmp_path: Path) -> None:
+    pictures = [Picture(f"{tmp_path}/{number}/cover.jpg", f"{tmp_path}/{number}") for number in range(40)]
+    names = Names(pictures)
+    parts = [[each for each in pictures if Shard(number, 4).holds(names.of(each))] for number in range(1, 5)]
+    assert sorted(names.of(each) for part in parts for each in part) == sorted(each.path for each in pictures)
+    assert all(parts)
