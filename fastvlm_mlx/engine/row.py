@@ -7,6 +7,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from fastvlm_mlx.backend import mx
 from fastvlm_mlx.config import IMAGE_TOKEN
 from fastvlm_mlx.engine.constraint import Constraint
 from fastvlm_mlx.engine.logprobs import TokenLogprob
@@ -25,6 +26,7 @@ class Row:
         max_tokens: The most tokens of the answer; at least 1.
         end_tokens: The ids that end it.
         constrain: Makes what the answer has to follow, at its beginning; None for nothing.
+        keep_visual_tokens: Whether to keep the visual tokens of its images, if the vision tower sees these for it.
 
     Attributes:
         tokens: The ids generated so far, an end token included.
@@ -34,6 +36,8 @@ class Row:
         cancelled: Set this to end the row at the next step.
         error: Why it failed; None if it did not.
         joined: When it began to be computed, a time of `time.perf_counter`.
+        visual_tokens: (images, N, D), float32, with the first token; None if not kept, or if an earlier prompt spared
+            the tower an image.
     """
 
     def __init__(
@@ -45,6 +49,7 @@ class Row:
         max_tokens: int,
         end_tokens: Sequence[int] = (),
         constrain: Callable[[], Constraint] | None = None,
+        keep_visual_tokens: bool = False,
     ) -> None:
         self.input_ids = list(input_ids)
         self.pixel_values = pixel_values
@@ -60,6 +65,8 @@ class Row:
         self._constrain = constrain
         self.error: Exception | None = None
         self.joined = 0.0
+        self.keep_visual_tokens = keep_visual_tokens
+        self.visual_tokens: mx.array | None = None
 
     @property
     def ended(self) -> bool:

@@ -170,6 +170,11 @@ class Scheduler:
         visual_tokens = self._encode(known)
         for group in _groups(known):
             self._prefill(group, visual_tokens)
+        for prompt in known:
+            if prompt.row.keep_visual_tokens and prompt.images and not prompt.seen:
+                shown = mx.stack([visual_tokens[image] for image in prompt.images])
+                prompt.row.visual_tokens = shown.astype(mx.float32)
+                mx.async_eval(prompt.row.visual_tokens)
         self._joining = []
         return True
 

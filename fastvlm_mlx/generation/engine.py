@@ -23,7 +23,7 @@ from fastvlm_mlx.generation.request import Handle, Request
 from fastvlm_mlx.inputs.processor import FastVLMProcessor
 from fastvlm_mlx.machine import describe
 from fastvlm_mlx.model.fastvlm import FastVLM
-from fastvlm_mlx.streams import free_unused_memory
+from fastvlm_mlx.streams import free_unused_memory, read
 from fastvlm_mlx.structured.grammar import Grammars
 from fastvlm_mlx.structured.schemas import Schema
 
@@ -201,6 +201,7 @@ def _prepare(processor: FastVLMProcessor, worker: _Worker, handle: Handle, start
             max_tokens=answer.max_tokens,
             end_tokens=answer.end_tokens,
             constrain=None if schema is None else partial(Grammars.of(processor).start, schema),
+            keep_visual_tokens=request.keep_visual_tokens,
         )
         _ = row.key  # hashed here, while another thread computes
         if schema is not None:
@@ -317,6 +318,9 @@ class _Worker:
             if row.error is not None:
                 self._end_row(row, row.error)
                 continue
+            if row.visual_tokens is not None:
+                handle.visual_tokens = read(row.visual_tokens)
+                row.visual_tokens = None
             logprob = row.logprobs[-1] if row.logprobs else None
             pieces = answer.add(
                 row.tokens[-1], complete=row.complete, logprob=logprob, reused=row.reused, joined=row.joined

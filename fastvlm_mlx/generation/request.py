@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fastvlm_mlx.arguments import check_callable, flag, valid_text
 from fastvlm_mlx.arguments import whole as whole_number
 from fastvlm_mlx.engine.options import GenerationConfig
@@ -54,6 +57,7 @@ class Request:
         max_words: The most words of the answer, those of the prefix included; of Chinese and Japanese, characters.
         opening: Returns how many characters at the beginning of a text will be removed from the answer, so that their
             words do not count.
+        keep_visual_tokens: Whether the handle gets the visual tokens of the images.
 
     Raises:
         ConfigError: If a field is of the wrong kind, the prefix leaves no room for a word, or a schema does not go with
@@ -74,6 +78,7 @@ class Request:
     prefix: str = ""
     max_words: int | None = None
     opening: Callable[[str], int] | None = None
+    keep_visual_tokens: bool = False
 
     def __post_init__(self) -> None:
         """Replaces None by the defaults, and a schema by a `Schema`."""
@@ -87,6 +92,7 @@ class Request:
             raise ConfigError(f"an answer that follows a schema has no sentences; leave {name} out")
         object.__setattr__(self, "prefix", checked_prefix(self.prefix, schema))
         check_callable(self.opening, "opening")
+        object.__setattr__(self, "keep_visual_tokens", flag(self.keep_visual_tokens, "keep_visual_tokens"))
         if self.max_words is not None:
             object.__setattr__(self, "max_words", whole_number(self.max_words, "max_words"))
             if (words := count_words(self.prefix)) >= self.max_words:
@@ -105,11 +111,14 @@ class Handle:
     Attributes:
         request: The request.
         cancelled: Whether it was cancelled.
+        visual_tokens: (images, N, D), float32, from the first piece on, if the request keeps them; None if an earlier
+            prompt with such an image spared the engine the vision tower.
     """
 
     def __init__(self, request: Request, on_change: Callable[[Handle], None] | None = None) -> None:
         self.request = request
         self.cancelled = False
+        self.visual_tokens: NDArray[np.float32] | None = None
         self._on_change = on_change
         self._changed = threading.Condition()
         self._pieces: list[GenerationResult] = []

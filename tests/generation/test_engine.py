@@ -253,3 +253,20 @@ def test_an_engine_tells_how_long_its_step_takes_and_whether_it_lives(loaded, mo
         hold.set()
         handle.result(20)
     assert not engine.is_alive
+
+
+def test_a_handle_gets_the_visual_tokens_if_its_request_keeps_them(loaded):
+    model, processor = loaded
+    images = [APPLE / "images" / f"{name}.png" for name in ("landscape", "portrait")]
+    expected = np.array(model.encode_image(processor.prepare_images(images)))
+    config = GenerationConfig(max_tokens=2)
+    with Engine(model, processor) as engine:
+        kept = [engine.submit(Request(image=image, config=config, keep_visual_tokens=True)) for image in images]
+        other = engine.submit(Request(image=APPLE / "images" / "square.png", config=config))
+        for handle, tokens in zip(kept, expected, strict=True):
+            handle.result()
+            assert handle.visual_tokens.shape == (1, *tokens.shape)
+            # The tower may see one image or two at once.
+            np.testing.assert_allclose(handle.visual_tokens[0], tokens, rtol=0, atol=1e-4 * np.abs(tokens).max())
+        other.result()
+        assert other.visual_tokens is None
