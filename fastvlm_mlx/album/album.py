@@ -166,13 +166,13 @@ class Album:
         yield results(done=False)
         order = [number for number in found if number in askable]
         order += [number for number in askable if number not in found]
-        asking = asker.begin(asker.question(query))
+        inquiry = asker.ask(query)
         known: dict[int, float] = {}
         waiting = list(dict.fromkeys(askable[number] for number in order))
         holders: dict[int, list[int]] = {}
         for number in order:
             holders.setdefault(askable[number], []).append(number)
-        batch = 1
+        batch = 8
         while waiting:
             if seconds is not None and time.monotonic() - began >= seconds:
                 break
@@ -182,9 +182,9 @@ class Album:
             shapes = {tokens.shape for tokens in shown.values()}
             for shape in shapes:
                 alike = [content for content in part if content in shown and shown[content].shape == shape]
-                values = asking([shown[content] for content in alike])
+                values = inquiry([shown[content] for content in alike])
                 known.update(zip(alike, map(float, values), strict=True))
-                batch = asking.batch(shape[0])
+                batch = inquiry.batch(shape[0])
             for content in part:
                 if content in known:
                     odds.update(dict.fromkeys(holders[content], known[content]))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,29 +23,21 @@ from fastvlm_mlx.model.fastvlm import FastVLM
 
 PLACE = "{}"
 """Of the query in a question."""
-ENGLISH = "Is there {} in the picture?"
-CHINESE = "图片里有{}吗?"
+ENGLISH = ("Is there {} in the picture?", "Is there {} in the picture? Answer yes or no.")
+CHINESE = ("图片里有{}吗?", "图片里有{}吗?请回答有或没有。")
 LONGEST_QUERY = 1000
 """Characters of the longest query."""
 POSITIONS = 1024
 """About so many positions are computed at once."""
 MOST_IMAGES = 32
-_SPELLINGS = (("yes", "no"), ("Yes", "No"))
-_CHINESE_SPELLINGS = (("有", "没有"), ("是", "不是"), ("是", "否"))
-
-
-class Question(NamedTuple):
-    """A question about a picture, and what says yes and no to it.
-
-    Attributes:
-        text: The question.
-        yes: The answer that means yes.
-        no: The answer that means no.
-    """
-
-    text: str
-    yes: str
-    no: str
+_USUAL_LENGTH = 32
+"""Positions of a question, roughly."""
+_PLAIN = 0.5
+"""The probability of yes and no together from which on a question is plain enough."""
+Spelling = tuple[str, str]
+"""What says yes, and what says no."""
+_YES_NO: tuple[Spelling, ...] = (("yes", "no"), ("Yes", "No"))
+_YOU_MEI: tuple[Spelling, ...] = (("有", "没有"), ("是", "不是"), ("是", "否"))
 
 
 def check_query(query: str) -> str:
@@ -81,9 +73,12 @@ class Asker:
     Args:
         model: From `load`.
         processor: From `load`.
-        form: See `fastvlm_mlx.album.updating.Form`: what the visual tokens have to be made with.
-        template: The question, with `{}` for the query; None for the default in the query's language.
+        form: What the visual tokens have to be made with, see `fastvlm_mlx.album.updating.form_of`.
+        template: The question, with `{}` for the query; None for a default in the query's language.
         batch: Pictures at a time; None for what suits.
+
+    Raises:
+        PromptError: If the template is none.
     """
 
     def __init__(
@@ -98,59 +93,68 @@ class Asker:
         self.model = model
         self.processor = processor
         self.form = form
+        self.given_batch = batch
         self._template = None if template is None else check_template(template)
-        self._batch = batch
+        self._suited: dict[tuple[str, ...], tuple[str, Spelling]] = {}
 
-    def question(self, query: str) -> Question:
-        """The question about a query."""
-        template = self._template or (CHINESE if is_unspaced(query) else ENGLISH)
-        text = template.replace(PLACE, query)
-        spellings: Sequence[tuple[str, str]] = _SPELLINGS
-        if is_unspaced(text):
-            spellings = _CHINESE_SPELLINGS[:1] if "有" in template else _CHINESE_SPELLINGS[1:]
-        return Question(text, *self._preferred(text, spellings))
+    def templates(self, query: str) -> tuple[str, ...]:
+        """The questions that may be asked, the shortest first."""
+        if self._template is not None:
+            return (self._template,)
+        return CHINESE if is_unspaced(query) else ENGLISH
 
-    def _preferred(self, text: str, spellings: Sequence[tuple[str, str]]) -> tuple[str, str]:
-        """The spelling of yes and no that the model gives the most probability before it has seen a picture."""
-        if len(spellings) == 1:
-            return spellings[0]
-        ids = self.processor.encode(text)
-        logits, _ = self.model.prefill(ids)
-        values = np.array(logits[0], dtype=np.float64)
-        values -= values.max()
+    def ask(self, query: str) -> Inquiry:
+        """What asks about one batch of pictures after another."""
+        return Inquiry(self, query)
 
-        def weight(pair: tuple[str, str]) -> float:
-            return sum(math.exp(values[self.processor.tokenizer.encode(word)[0]]) for word in pair)
+    def suited(self, templates: tuple[str, ...]) -> tuple[str, Spelling] | None:
+        """The question and the spelling that have turned out to suit the model."""
+        return self._suited.get(templates)
 
-        return max(spellings, key=weight)
+    def suits(self, templates: tuple[str, ...], template: str, spelling: Spelling) -> None:
+        """Remembers which question and spelling suit the model."""
+        self._suited[templates] = template, spelling
 
-    def begin(self, question: Question) -> Asking:
-        """What asks a question about one batch of pictures after another."""
-        return Asking(self, question, self._batch)
+    def scorer(self, question: str, spellings: Sequence[Spelling]) -> ImageScorer:
+        """What scores yes and no, in each spelling, as answers to a question."""
+        processor = self.processor
+        end = processor.tokenizer.token_id(IM_END)
+        choices = [[*processor.tokenizer.encode(word), end] for pair in spellings for word in pair]
+        ids = processor.encode(question, 1)
+        return ImageScorer(self.model, ids, choices)
 
 
-class Asking:
-    """One question on its way through an album.
+class Inquiry:
+    """One query on its way through an album.
+
+    The first pictures decide in which spelling the model says yes and no, and whether it has to be told to say nothing
+    else: the first question counts to which these are its most probable answers.
 
     Args:
         asker: Asks.
-        question: The question.
-        batch: Pictures at a time; None for what suits.
+        query: What pictures should show.
     """
 
-    def __init__(self, asker: Asker, question: Question, batch: int | None) -> None:
-        processor = asker.processor
-        self._ids = processor.encode(question.text, 1)
-        end = processor.tokenizer.token_id(IM_END)
-        choices = [[*processor.tokenizer.encode(word), end] for word in (question.yes, question.no)]
-        self._scorer = ImageScorer(asker.model, self._ids, choices)
-        self._given = batch
+    def __init__(self, asker: Asker, query: str) -> None:
+        self._asker = asker
+        self._query = query
+        self._templates = asker.templates(query)
+        self._scorer: ImageScorer | None = None
+        self._length = 0
+        if (suited := asker.suited(self._templates)) is not None:
+            self._settle(*suited)
+
+    def _settle(self, template: str, spelling: Spelling) -> None:
+        question = template.replace(PLACE, self._query)
+        self._scorer = self._asker.scorer(question, [spelling])
+        self._length = len(self._asker.processor.encode(question, 1))
 
     def batch(self, visual_tokens: int) -> int:
         """How many pictures of so many visual tokens are asked about at a time."""
-        if self._given is not None:
-            return self._given
-        return max(1, min(MOST_IMAGES, POSITIONS // (visual_tokens + len(self._ids))))
+        if self._asker.given_batch is not None:
+            return self._asker.given_batch
+        positions = visual_tokens + (self._length or _USUAL_LENGTH)
+        return max(1, min(MOST_IMAGES, POSITIONS // positions))
 
     def __call__(self, visual_tokens: Sequence[NDArray[Any]]) -> NDArray[np.float64]:
         """The logarithm (B,) of the odds of yes against no for each picture, of visual tokens (N, D) each.
@@ -158,9 +162,35 @@ class Asking:
         Raises:
             CheckpointError: If the model computes no numbers.
         """
-        scores = self._scorer(np.stack(visual_tokens))
+        shown = np.stack(visual_tokens)
+        if self._scorer is None:
+            return self._first(shown)
+        scores = self._scorer(shown)
         odds: NDArray[np.float64] = scores[:, 0] - scores[:, 1]
         return odds
+
+    def _first(self, shown: NDArray[Any]) -> NDArray[np.float64]:
+        """The odds of the first pictures, which decide how the others are asked about."""
+        best = (-1.0, self._templates[0], _YES_NO[0], np.zeros(len(shown)))
+        for template in self._templates:
+            spellings = spellings_of(template)
+            scores = self._asker.scorer(template.replace(PLACE, self._query), spellings)(shown)
+            for number, spelling in enumerate(spellings):
+                yes, no = scores[:, 2 * number], scores[:, 2 * number + 1]
+                certainty = float(np.mean(np.exp(yes) + np.exp(no)))
+                if certainty > best[0]:
+                    best = certainty, template, spelling, yes - no
+            if best[0] >= _PLAIN:
+                break
+        _, template, spelling, odds = best
+        self._asker.suits(self._templates, template, spelling)
+        self._settle(template, spelling)
+        return odds
+
+
+def spellings_of(template: str) -> tuple[Spelling, ...]:
+    """How yes and no may be said in the language of a question."""
+    return _YOU_MEI if is_unspaced(template) else _YES_NO
 
 
 def probability(odds: float) -> float:

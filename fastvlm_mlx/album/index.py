@@ -58,6 +58,7 @@ CREATE TABLE tokens (
     content INTEGER PRIMARY KEY, form TEXT NOT NULL, type TEXT NOT NULL, count INTEGER NOT NULL, crc INTEGER NOT NULL,
     data BLOB NOT NULL
 );
+CREATE INDEX tokens_by_form ON tokens (form);
 CREATE VIRTUAL TABLE words USING fts5 (text, path, tokenize = 'porter unicode61 remove_diacritics 2');
 """
 
@@ -274,13 +275,19 @@ class Index:
         row = self._one("SELECT id FROM contents WHERE sha256 = ?", sha256)
         return None if row is None else int(row[0])
 
-    def described(self, form: str, fields: Sequence[str]) -> set[int]:
-        """The contents that have visual tokens of a form, and a text for each field."""
+    def described(self, form: str, fields: Sequence[str], sources: Sequence[str]) -> set[int]:
+        """The contents that have visual tokens of a form, and for each field a text from one of some sources."""
         rows = self._all("SELECT content FROM tokens WHERE form = ?", form)
         contents = {row[0] for row in rows}
         for field in fields:
-            contents &= {row[0] for row in self._all("SELECT content FROM captions WHERE field = ?", field)}
+            marks = ", ".join("?" * len(sources))
+            statement = f"SELECT content FROM captions WHERE field = ? AND source IN ({marks})"
+            contents &= {row[0] for row in self._all(statement, field, *sources)}
         return contents
+
+    def texts(self, content: int) -> dict[str, str]:
+        """What was said about a content, by field."""
+        return dict(self._all("SELECT field, text FROM captions WHERE content = ?", content))
 
     def forms(self) -> dict[str, int]:
         """How many contents have visual tokens of each form."""
@@ -420,12 +427,11 @@ class Index:
                 marks = ", ".join("?" * len(part))
                 self._all(f"DELETE FROM words WHERE rowid IN ({marks})", *part)
                 self._all(f"DELETE FROM pictures WHERE id IN ({marks})", *part)
-            if old:
-                for table, column in (("captions", "content"), ("tokens", "content"), ("contents", "id")):
-                    self._all(
-                        f"DELETE FROM {table} WHERE {column} NOT IN "
-                        "(SELECT content FROM pictures WHERE content IS NOT NULL)"
-                    )
+            for table, column in (("captions", "content"), ("tokens", "content"), ("contents", "id")):
+                self._all(
+                    f"DELETE FROM {table} WHERE {column} NOT IN "
+                    "(SELECT content FROM pictures WHERE content IS NOT NULL)"
+                )
 
 
 def day(moment: float) -> str:
