@@ -191,7 +191,7 @@ def caption(
     )
     if not (txt or xmp or embed):
         refuse(["--overwrite"] if overwrite else [], "without --txt, --xmp or --embed")
-    questions = _questions(prompt, ask or [])
+    questions = field_questions(prompt, ask or [])
     if exports.need_a_caption and "text" not in questions:
         raise typer.BadParameter("--ask alone gives no caption; add --prompt", param_hint="--txt, --xmp, --embed, --hf")
     if prefix and "text" not in questions:
@@ -275,7 +275,7 @@ def _prefix(prefix: str | None, max_words: int | None) -> str:
     return prefix.strip()
 
 
-def _questions(prompt: str | None, ask: list[str]) -> dict[str, str]:
+def field_questions(prompt: str | None, ask: list[str]) -> dict[str, str]:
     """The prompts by field: the caption, unless only other fields are asked for."""
     questions = {} if ask and prompt is None else {"text": DEFAULT_PROMPT if prompt is None else prompt}
     for each in ask:

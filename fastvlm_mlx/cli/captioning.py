@@ -111,7 +111,7 @@ class _Report:
                 self._reported = time.monotonic()
                 self._write(counts)
             return
-        progress = _progress(counts["pictures"], self._total, self.seconds)
+        progress = progress_text(counts["pictures"], self._total, self.seconds)
         self._line.show(progress)
         if since >= _REPORT_SECONDS:
             self._reported = time.monotonic()
@@ -233,7 +233,8 @@ def _how_to_continue(options: Run) -> str:
     return "" if options.output is None else f"; the same command continues {options.output}"
 
 
-def _progress(done: int, total: int, seconds: float) -> str:
+def progress_text(done: int, total: int, seconds: float) -> str:
+    """How far a run is, how fast, and how long it will take."""
     left = seconds / done * (total - done)
     time_left = f"{left:.0f} s" if left < 90 else f"{left / 60:.0f} min" if left < 5400 else f"{left / 3600:.1f} h"
     return f"{done} of {total} pictures, {done / seconds:.2g} a second, {time_left} left"

@@ -13,6 +13,7 @@ HELP = {
     "generate": "Answer a question about images.",
     "chat": "Talk about pictures.",
     "caption": "Caption whole folders.",
+    "search": "Find the pictures of a folder that show something.",
     "serve": "Answer other programs over HTTP, and people on a page.",
     "status": "Say whether a background server keeps a model warm.",
     "stop": "End the background server.",
