@@ -1,7 +1,7 @@
 """The cache folder: what is in it, where that came from, which processes use it, and its removal.
 
-Beside a model `NAME` lies the hidden file `.NAME.used`. It holds the name of the source, its time is that of the last
-use, and the processes that use the model hold a lock on it. Nothing is removed that does not bear such a mark or a name
+Beside a model or an album `NAME` lies the hidden file `.NAME.used`. It holds the name of the source, its time is that of the last
+use, and the processes that use it hold a lock on that. Nothing is removed that does not bear such a mark or a name
 that only this program gives.
 """
 
@@ -22,6 +22,7 @@ from fastvlm_mlx.errors import ConversionError, FastVLMError
 from fastvlm_mlx.machine import cache_folder
 
 _ANSWERS = "eval"
+_ALBUMS = "albums"
 _OWN_NAME = re.compile(r".+-[0-9a-f]{12}|[A-Za-z0-9][\w.-]*--[\w.-]+@[\w.@-]+", re.ASCII)
 """Names that only `entry` gives, and those that it gave before it marked what it made."""
 _PATIENCE = 2.0
@@ -140,11 +141,12 @@ class Item:
 
     Attributes:
         name: Its path in the cache folder.
-        kind: `model`, `answers` (of `fastvlm eval`) or `leftover` (of a process that was killed).
+        kind: `model`, `album` (the index of one), `answers` (of `fastvlm eval`) or `leftover` (of a process that was
+            killed).
         path: Its path.
         size_bytes: The bytes of its files.
         last_used: The time of its last use, in seconds since 1970.
-        source: What it was made from: `demo`, a path or `owner/name@revision`.
+        source: What it was made from: `demo`, a path or `owner/name@revision`; of an album its folder.
         remark: What a user should know of it, such as `source is gone`; of a model from the Hub its commit.
         in_use: Whether a running process uses it.
     """
@@ -168,6 +170,8 @@ def items() -> list[Item]:
             with suppress(OSError):  # removed since
                 if path.name == _ANSWERS and not path.is_symlink():
                     found += [_item(file, folder, "answers") for file in sorted(path.glob("*.jsonl"))]
+                elif path.name == _ALBUMS and not path.is_symlink():
+                    found += [_item(file, folder, "album") for file in sorted(path.glob("*.sqlite"))]
                 elif path.name.startswith(".") and ".partial-" in path.name and path.is_dir():
                     found.append(_item(path, folder, "leftover"))
                 elif _is_own_model(path):
@@ -184,7 +188,7 @@ def _is_own_model(path: Path) -> bool:
 
 def _item(path: Path, folder: Path, kind: str) -> Item:
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file() or file.is_symlink()]
-    source, remark = _provenance(path) if kind == "model" else ("", "")
+    source, remark = _provenance(path) if kind == "model" else _album(path) if kind == "album" else ("", "")
     mark = _mark(path)
     return Item(
         name=str(path.relative_to(folder)),
@@ -222,6 +226,14 @@ def _provenance(path: Path) -> tuple[str, str]:
     return source, "" if current == path else "source has changed"
 
 
+def _album(path: Path) -> tuple[str, str]:
+    """The folder of an album, and what there is to say about that."""
+    with suppress(OSError):
+        source = os.fsdecode(_mark(path).read_bytes())
+        return source, "" if os.path.isdir(source) else "folder is gone"
+    return "", ""
+
+
 def remove(item: Item) -> bool:
     """Removes an item, unless a running process uses it; returns whether it is gone.
 
@@ -241,9 +253,12 @@ def remove(item: Item) -> bool:
             else:
                 with scratch_folder(path.parent, path.name.lstrip(".")) as scratch:
                     path.rename(scratch / "removed")
-            if item.kind == "model":
-                for file in (*_locks(path, item.kind), path.with_name(f".{path.name}.asked")):
-                    file.unlink(missing_ok=True)
+            beside = {
+                "model": [*_locks(path, item.kind), path.with_name(f".{path.name}.asked")],
+                "album": [*_locks(path, item.kind), path.with_name(f"{path.name}-journal")],
+            }
+            for file in beside.get(item.kind, []):
+                file.unlink(missing_ok=True)
     except BlockingIOError:
         return False
     except OSError as err:
@@ -255,6 +270,8 @@ def _locks(path: Path, kind: str) -> list[Path]:
     """The files that the processes which use something in the cache hold locks on."""
     if kind == "model":
         return [_mark(path), path.with_name(f".{path.name}.lock")]
+    if kind == "album":
+        return [_mark(path), path.with_name(f".{path.name}.updating")]
     return [path] if kind == "answers" else [path / ".fastvlm-lock"]
 
 

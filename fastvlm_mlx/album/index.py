@@ -115,11 +115,6 @@ def index_path(folder: Path) -> Path:
     return cache_folder() / FOLDER / f"{readable}-{digest}{ENDING}"
 
 
-def in_use_lock(path: Path) -> Path:
-    """The file on which everything that has an index open holds a shared lock."""
-    return path.with_name(f".{path.name}.used")
-
-
 class Index:
     """An index, opened or made. Several threads and processes may use one.
 
@@ -142,7 +137,7 @@ class Index:
         self._lock = threading.RLock()
         if own:
             path.parent.mkdir(parents=True, exist_ok=True)
-        self._mark: BinaryIO | None = _shared_lock(in_use_lock(path)) if own else None
+        self._mark: BinaryIO | None = _marked(path, folder) if own else None
         try:
             self._check_kind()
             try:
@@ -446,12 +441,18 @@ def _parts(values: Sequence[int]) -> Iterator[Sequence[int]]:
         yield values[start : start + _MOST_AT_ONCE]
 
 
-def _shared_lock(path: Path) -> BinaryIO | None:
-    """A file with a shared lock; None where there are no locks or nothing can be written."""
+def _marked(path: Path, folder: str) -> BinaryIO | None:
+    """The mark of an index in the cache, see `fastvlm_mlx.cache`, locked; None where nothing can be written."""
     with suppress(OSError):
-        file = path.open("ab")
-        with suppress(OSError):
+        file = path.with_name(f".{path.name}.used").open("a+b")
+        with suppress(OSError):  # a file system without locks
             fcntl.flock(file, fcntl.LOCK_SH)
+        file.seek(0)
+        if file.read() != os.fsencode(folder):
+            file.truncate(0)
+            file.write(os.fsencode(folder))
+            file.flush()
+        os.utime(file.fileno())
         return file
     return None
 

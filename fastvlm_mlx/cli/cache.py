@@ -41,7 +41,7 @@ def cache(
 ) -> None:
     """Show what the cache folder holds, or remove from it.
 
-    It holds converted models and the answers of `fastvlm eval`.
+    It holds converted models, the indexes of `fastvlm search`, and the answers of `fastvlm eval`.
 
     `fastvlm cache rm` removes from it. What the Hub's own cache holds of these models is shown, too; that folder
     belongs to huggingface_hub (`hf cache`), and nothing in it is removed here.
@@ -71,7 +71,7 @@ def cache(
 
 
 def _rows(found: "list[Item]") -> list[tuple[str, str, str, str, str]]:
-    """A row for each model and each leftover, and one for all answers."""
+    """A row for each model, album and leftover, and one for all answers."""
     rows = []
     for item in found:
         if item.kind != "answers":
@@ -100,7 +100,7 @@ def rm(
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
-    """Remove converted models and answers from the cache; they are made again when they are needed.
+    """Remove models, indexes and answers from the cache; they are made again when they are needed.
 
     On a terminal it asks first. Exit code 3: something was kept because a running process uses it. Nothing outside the
     cache folder is removed, nor anything in it that fastvlm did not put there.

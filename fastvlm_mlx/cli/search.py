@@ -64,7 +64,7 @@ def search(
     ] = 0.5,
     question: Annotated[
         str | None,
-        typer.Option(metavar="TEXT", help="Ask this about each picture; {} stands for the query."),
+        typer.Option(metavar="TEXT", help="Ask this about each picture; empty braces stand for the query."),
     ] = None,
     since: Annotated[
         Any, typer.Option(metavar="DATE", parser=_parse_day, help="Only pictures of this day, month or year on.")
