@@ -1,8 +1,8 @@
 """The cache folder: what is in it, where that came from, which processes use it, and its removal.
 
-Beside a model or an album `NAME` lies the hidden file `.NAME.used`. It holds the name of the source, its time is that of the last
-use, and the processes that use it hold a lock on that. Nothing is removed that does not bear such a mark or a name
-that only this program gives.
+Beside a model or an album `NAME` lies the hidden file `.NAME.used`. It holds the name of the source, its time is that
+of the last use, and the processes that use it hold a lock on that. Nothing is removed that does not bear such a mark or
+a name that only this program gives.
 """
 
 import fcntl
