@@ -41,8 +41,8 @@ def write(
     with av.open(str(path), "w", options=options or {}) as container:
         stream: Any = container.add_stream(codec, rate=25)
         stream.width, stream.height, stream.gop_size = width, height, gop
-        stream.pix_fmt = "rgb24" if codec == "png" else "yuv420p" if codec != "ffv1" else "bgr0"
-        stream.codec_context.time_base = Fraction(1, 1000)
+        stream.pix_fmt = {"png": "rgb24", "ffv1": "bgr0", "mjpeg": "yuvj420p", "gif": "rgb8"}.get(codec, "yuv420p")
+        stream.codec_context.time_base = Fraction(1, 25 if codec in ("mjpeg", "mpeg2video", "gif") else 1000)
         if codec == "libx264":
             stream.options = {"crf": "12", "preset": "ultrafast", "bf": "0", "sc_threshold": "0"}
         if rotation:

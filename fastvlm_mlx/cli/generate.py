@@ -5,11 +5,12 @@ from typing import Annotated
 import typer
 
 from fastvlm_mlx.cli.answering import Asked, answer
-from fastvlm_mlx.cli.inputs import read_schema, read_stdin, shortened
+from fastvlm_mlx.cli.inputs import expand, read_schema, read_stdin
 from fastvlm_mlx.cli.options import (
     DEFAULT_MODEL,
     DEFAULT_PROMPT,
     Background,
+    Frames,
     LoadDType,
     Model,
     Resolution,
@@ -25,7 +26,12 @@ from fastvlm_mlx.cli.usage import CHECK_FAILED, is_given, usage_errors
 def generate(
     context: typer.Context,
     images: Annotated[
-        list[str] | None, typer.Argument(metavar="IMAGE", help="Files, URLs or data: URLs; - reads one from stdin.")
+        list[str] | None,
+        typer.Argument(
+            metavar="IMAGE",
+            help="Files, URLs or data: URLs; - reads one from stdin. Also film.mp4#t=2.5, paper.pdf#1-3, @screen, "
+            "@clipboard, @camera.",
+        ),
     ] = None,
     prompt: Annotated[
         str | None,
@@ -78,6 +84,7 @@ def generate(
         list[str] | None,
         typer.Option(metavar="TEXT", help="Give the probability of this answer and of the other choices instead."),
     ] = None,
+    frames: Frames = None,
     resolution: Resolution = None,
     background: Background = None,
     dtype: LoadDType = None,
@@ -94,9 +101,10 @@ def generate(
 ) -> None:
     """Answer a question about images.
 
-    The answer streams to stdout. Several images make one question about all of them; without images, --prompt is
-    answered as plain text. With --choice yes --choice no, nothing is generated: the choices are listed, the most
-    probable first. With --schema, an answer that is cut off is no JSON, and makes the exit code 3.
+    The answer streams to stdout. Several images make one question about all of them, and so do the frames of a film and
+    the pages of a PDF; without images, --prompt is answered as plain text. With --choice yes --choice no, nothing is
+    generated: the choices are listed, the most probable first. With --schema, an answer that is cut off is no JSON, and
+    makes the exit code 3.
     """
     if not images and prompt is None:
         raise typer.BadParameter("give an image, or a question with --prompt", param_hint="IMAGE")
@@ -143,6 +151,7 @@ def generate(
         )
     followed = None if schema is None else read_schema(schema)
     sources, text = read_stdin(images or [], DEFAULT_PROMPT if prompt is None else prompt)
+    seen = expand(sources, frames=frames, resolution=resolution)
     question = Question(
         prompt=text,
         system=system,
@@ -154,7 +163,7 @@ def generate(
     )
     asked = {
         "model": model,
-        "images": ["<stdin>" if name == "-" else shortened(name) for name in images or []],
+        "images": [view.name for view in seen],
         "prompt": text,
     }
     with LiveLine() as line:
@@ -162,7 +171,7 @@ def generate(
             line, asked if as_json else None, verbose=verbose, max_tokens=max_tokens, is_json=schema is not None
         )
         answer(
-            Asked(sources=sources, question=question, has_prompt=prompt is not None),
+            Asked(sources=[view.source for view in seen], question=question, has_prompt=prompt is not None),
             Holding(model=model, revision=revision, dtype=dtype.value if dtype else None),
             showing,
             warm=warm,

@@ -2,17 +2,33 @@
 
 import sys
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import typer
 
+from fastvlm_mlx.cli.terminal import note
 from fastvlm_mlx.errors import FastVLMError, ImageError, PromptError
 from fastvlm_mlx.formatting import printable
+
+if TYPE_CHECKING:
+    from fastvlm_mlx.inputs.resolution import Resolution
 
 ANY_OBJECT = "json"
 """Stands for a schema that any JSON object fulfils."""
 
 _Loaded = TypeVar("_Loaded")
+
+
+class View(NamedTuple):
+    """A picture that a command line names.
+
+    Attributes:
+        source: What it is read from.
+        name: What it is called; that of a film or PDF says which part it is.
+    """
+
+    source: Any
+    name: str
 
 
 def read_stdin(images: list[str], prompt: str) -> tuple[list[str | bytes], str]:
@@ -66,6 +82,33 @@ def read_schema(name: str) -> Any:
     except FastVLMError as err:
         raise typer.BadParameter(str(err).removesuffix("; fetch it again"), param_hint="--schema") from err
     return schema
+
+
+def expand(sources: list[Any], *, frames: int | None, resolution: "Resolution") -> "list[View]":
+    """The pictures that sources stand for: several for a film or a PDF, what a device shows now, and all others as is.
+
+    Args:
+        sources: Names, or the bytes of stdin.
+        frames: Of a film or an animation; None is the default.
+        resolution: At which the model will look.
+
+    Raises:
+        ImageError: If one that holds several pictures cannot be read, or is a device that shows nothing.
+    """
+    from fastvlm_mlx.inputs.named import is_plain
+
+    found: list[View] = []
+    for source in sources:
+        name = "<stdin>" if isinstance(source, bytes) else shortened(source)
+        if is_plain(source, animations=frames is not None):
+            found.append(View(source, name))
+            continue
+        from fastvlm_mlx.inputs.views import Choice, views
+
+        choice = Choice(frames=frames, resolution=resolution if isinstance(resolution, int) else None)
+        for view in views(source, choice, notify=note, name=name):
+            found.append(View(view.source, shortened(view.name)))
+    return found
 
 
 def load_named(load_image: Callable[[Any], _Loaded], source: Any, *, has_prompt: bool) -> _Loaded:

@@ -115,6 +115,15 @@ Resolution = Annotated[
         help="Pixels per side, a multiple of 64, or auto: as few as keep the details. [default: the model's own]",
     ),
 ]
+Frames = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        min=1,
+        max=10_000,
+        help="Frames of a film or animation, evenly spaced. [default: 4 of a film, the first of an animation]",
+    ),
+]
 Background = Annotated[
     str | None,
     typer.Option(

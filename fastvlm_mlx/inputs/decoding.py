@@ -1,15 +1,12 @@
-"""Decoding by FFmpeg (PyAV): an address that it can open -> upright RGB frames with their times."""
+"""Decoding by FFmpeg (PyAV): an address that it can open -> frames with their times, and upright RGB of them."""
 
 from __future__ import annotations
 
-import itertools
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from errno import EINVAL
 from threading import Lock
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,12 +14,13 @@ import numpy as np
 from fastvlm_mlx.errors import ImageError
 from fastvlm_mlx.formatting import printable
 from fastvlm_mlx.inputs.formats import MAX_PIXELS
-from fastvlm_mlx.inputs.frames import Frame, optional
+from fastvlm_mlx.inputs.frames import optional
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from typing_extensions import Self
 
+INSTANT = 1e-4
+"""Seconds; times that are closer are the same."""
 USUAL_RATE = 25.0
 """Frames a second of a film that gives neither times nor a rate."""
 
@@ -30,12 +28,9 @@ USUAL_RATE = 25.0
 _MOST_ERRORS = 200
 # Seconds that decoding on may take in films without an index; beyond, a seek is tried.
 _WORTH_A_SEEK = 8.0
-# Seconds that `close` waits for a thread that is reading; after that, this thread closes.
+# Seconds that `close` waits for a thread that is reading; after that, that thread closes.
 _PATIENCE = 2.0
 _PAUSE = 0.003
-# Seconds in which a camera gets its exposure right; black frames are left out until then.
-_WARM_UP = 1.5
-_BLACK = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +38,7 @@ class Place:
     """What FFmpeg opens.
 
     Attributes:
-        address: A path, URL, device or graph.
+        address: A path, URL, device or graph, or an open file.
         name: In messages.
         format: FFmpeg's name of the format or kind of device; None lets it look at the content.
         options: FFmpeg's.
@@ -63,81 +58,71 @@ class Place:
     dark: str = ""
 
 
-class VideoStream:
-    """A `Stream` that FFmpeg decodes.
+class Decoder:
+    """The frames of what FFmpeg opens, one after another.
 
     Args:
         place: What to open.
-        rate: The most frames a second; those that come earlier are left out.
-        start: Seconds of a film before the first frame.
-        end: Seconds of a film after which no frame begins.
         notify: Called once if the film is damaged or incomplete.
 
+    Attributes:
+        live: Whether frames come by the clock.
+        duration: Seconds; None if it is live or unknown.
+        step: Seconds of a frame, by the rate that the film says it has.
+
     Raises:
-        ImageError: If it cannot be opened, or has no frame.
+        ImageError: If it cannot be opened, or has no video track.
     """
 
-    def __init__(
-        self,
-        place: Place,
-        *,
-        rate: float | None = None,
-        start: float = 0.0,
-        end: float | None = None,
-        notify: Callable[[str], None] | None = None,
-    ) -> None:
+    def __init__(self, place: Place, notify: Callable[[str], None] | None = None) -> None:
         self._av: Any = optional("av", f"{place.name}: reading films and cameras", "video")
-        self.name, self._place, self._rate, self._start, self._end = place.name, place, rate, start, end
-        self._notify, self._lock, self._closed = notify, Lock(), False
+        self._place, self.notify = place, notify
+        self._lock, self._closed, self._opened = Lock(), False, time.monotonic()
+        self._errors = 0
+        self._images: list[Any] = []
+        self._begin()
+        duration = self._container.duration
+        self.duration: float | None = duration / 1e6 if duration and duration > 0 else None
+        # A network stream without an end comes by the clock, too.
+        self.live = place.device or (self.duration is None and "://" in str(place.address))
+        if self.live:
+            self.duration = None
+        rate = self._track.average_rate or self._track.guessed_rate
+        self.step = 1 / float(rate) if rate and rate > 0 else 1 / USUAL_RATE
+
+    def _begin(self) -> None:
+        """Opens the container, and finds its video track."""
         self._container: Any = self._open()
         try:
             self._track: Any = self._best_track()
-            self._prepare()
         except BaseException:
-            self.close()
+            self._container.close()
             raise
-
-    def _prepare(self) -> None:
-        container, track = self._container, self._track
-        track.thread_type = "SLICE" if self._place.device else "AUTO"
-        duration = container.duration
-        self.duration: float | None = duration / 1e6 if duration and duration > 0 else None
-        # A network stream without an end comes by the clock, too.
-        self.live = self._place.device or (self.duration is None and "://" in str(self._place.address))
-        if self.live:
-            self.duration = None
-        rate = track.average_rate or track.guessed_rate
-        self._step = 1 / float(rate) if rate and rate > 0 else 1 / USUAL_RATE
-        begin = container.start_time
+        self._track.thread_type = "SLICE" if self._place.device else "AUTO"
+        begin = self._container.start_time
         self._origin = begin / 1e6 if begin is not None else 0.0
-        self._last: float | None = None
-        self._before_seek: float | None = None
-        self._shift = 0.0
-        self._seekable = not self.live
-        self._is_lit = False
-        self._errors = 0
-        self._opened = time.monotonic()
-        if self._start and not self.live:
-            self._seek(self._start)
-        self._packets = self._demux()
-        frames = self._read()
-        first = next(frames, None)
-        if first is None:
-            raise ImageError(f"{self.name}: no frame of it can be decoded{self._from()}")
-        height, width = self._pixels(first[0]).shape[:2]
-        self.size = (width, height)
-        self._frames = itertools.chain([first], frames)
+        self._start_anew()
 
-    def _from(self) -> str:
-        return f" from {self._start:g} s on; it lasts {self.duration:g} s" if self._start and self.duration else ""
+    def _start_anew(self) -> None:
+        """Forgets what was read before a jump."""
+        self._last: float | None = None
+        self._shift = 0.0
+        self._images = []
+        self._packets = self._demux()
+
+    def _demux(self) -> Iterator[Any]:
+        packets: Iterator[Any] = iter(self._container.demux(self._track))
+        return packets
 
     def _open(self) -> Any:
         place = self._place
         timeout = None if place.timeout is None else (place.timeout, place.timeout)
+        if hasattr(place.address, "seek"):
+            place.address.seek(0)
         try:
             return self._av.open(place.address, format=place.format, container_options=place.options, timeout=timeout)
         except (self._av.error.FFmpegError, OSError, ValueError, MemoryError) as err:
-            raise ImageError(f"{self.name}: {self._reason(err)}") from err
+            raise ImageError(f"{place.name}: {self._reason(err)}") from err
 
     def _reason(self, err: BaseException) -> str:
         if (explained := self._place.explain(err)) is not None:
@@ -155,125 +140,58 @@ class VideoStream:
         attached = getattr(self._av.stream.Disposition, "attached_pic", 0)
         tracks = [each for each in self._container.streams.video if not each.disposition & attached]
         if not tracks:
-            raise ImageError(f"{self.name}: has no video track")
+            raise ImageError(f"{self._place.name}: has no video track")
         best = self._container.streams.best("video")
         track = best if best in tracks else tracks[0]
-        if (track.codec_context.width or 0) * (track.codec_context.height or 0) > MAX_PIXELS:
-            raise ImageError(f"{self.name}: its frames have more than {MAX_PIXELS:,} pixels, the most that is read")
+        self._check_size(track.codec_context.width or 0, track.codec_context.height or 0)
         return track
 
-    def __iter__(self) -> Iterator[Frame]:
-        """Yields each frame that is due; call it once."""
-        due = self._start if not self.live else 0.0
-        for image, at in self._frames:
-            if self._end is not None and at >= self._end and not self.live:
-                return
-            if at + 1e-6 < due:
-                continue
-            pixels = self._pixels(image)
-            if self._place.dark and self._is_warming_up(pixels, at):
-                continue
-            yield Frame(pixels, at)
-            if self._rate:
-                begin = 0.0 if self.live else self._start
-                due = begin + (math.floor((at - begin) * self._rate + 1e-6) + 1) / self._rate
-                if self._seekable and self._is_worth_a_seek(at, due):
-                    self._seek(due)
+    def _check_size(self, width: int, height: int) -> None:
+        if width * height > MAX_PIXELS:
+            raise ImageError(
+                f"{self._place.name}: its frames have more than {MAX_PIXELS:,} pixels, the most that is read"
+            )
 
-    def _is_warming_up(self, pixels: NDArray[np.uint8], at: float) -> bool:
-        """Whether a camera has only shown black so far, and may still begin; says so once if it does not."""
-        if self._is_lit or pixels[::8, ::8].max() >= _BLACK:
-            self._is_lit = True
-        elif at > _WARM_UP and self._notify is not None:
-            notify, self._notify = self._notify, None
-            notify(f"{self.name}: {self._place.dark}")
-        return not self._is_lit and at <= _WARM_UP
-
-    def at(self, moment: float) -> Frame | None:
-        """The frame that a film shows at `moment`, in seconds; None if there is none there, nor before."""
-        self._seek(moment)
-        shown: tuple[Any, float] | None = None
-        for image, at in self._read():
-            if at > moment + 1e-6 and shown is not None:
-                break
-            shown = image, at
-            if at > moment + 1e-6:
-                break
-        return None if shown is None else Frame(self._pixels(shown[0]), shown[1])
-
-    def _is_worth_a_seek(self, here: float, there: float) -> bool:
-        """Whether a key frame lies between two times, so that what comes before it need not be decoded."""
-        entries = getattr(self._track, "index_entries", None)
-        if not entries:
-            return there - here > _WORTH_A_SEEK
-        with self._lock:
-            if self._closed:
-                return False
-            first = entries.search_timestamp(self._ticks(here))
-            second = entries.search_timestamp(self._ticks(there))
-        return bool(second > first >= 0)
-
-    def _ticks(self, moment: float) -> int:
-        return int((moment + self._origin) / float(self._track.time_base))
-
-    def _seek(self, moment: float) -> None:
-        """Goes to the key frame before `moment`, as far as the film can."""
-        with self._lock:
-            if self._closed:
-                return
-            try:
-                self._container.seek(self._ticks(max(moment, 0.0)), stream=self._track, backward=True)
-            except (self._av.error.FFmpegError, OSError, ValueError, OverflowError):
-                self._seekable = False
-                return
-        self._before_seek, self._last, self._shift = self._last, None, 0.0
-        self._packets = self._demux()
-
-    def _demux(self) -> Iterator[Any]:
-        packets: Iterator[Any] = iter(self._container.demux(self._track))
-        return packets
-
-    def _read(self) -> Iterator[tuple[Any, float]]:
-        """Yields decoded frames with their times, until the end or `close`."""
-        while True:
-            images = self._decode_next()
-            if images is None:
-                return
-            for image in images:
-                yield image, self._time(image)
-
-    def _decode_next(self) -> list[Any] | None:
-        """The frames of the next packet; None at the end.
+    def next_frame(self) -> tuple[Any, float] | None:
+        """The next frame as FFmpeg has it, and its time; None at the end, or when it was closed.
 
         Raises:
-            ImageError: If a live source fails.
+            ImageError: If a live source fails or ends.
         """
+        while not self._images:
+            images = self._decode_next()
+            if images is None:
+                return None
+            self._images = images
+        image = self._images.pop(0)
+        return image, self._time(image)
+
+    def _decode_next(self) -> list[Any] | None:
+        """The frames of the next packet; None at the end."""
         errors = self._av.error
-        while True:
-            with self._lock:
-                if self._closed:
-                    self._container.close()
-                    return None
-                try:
-                    packet = next(self._packets, None)
-                    images = None if packet is None else list(packet.decode())
-                except errors.BlockingIOError:  # a device without a frame at present
-                    self._packets = self._demux()
-                    images = []
-                except errors.EOFError:
-                    images = None
-                except (errors.FFmpegError, OSError, ValueError, MemoryError) as err:
-                    images = self._failed(err)
-                if self._closed:
-                    self._container.close()
-                    return None
-            if images:
-                self._errors = 0
-            if images != [] or not self.live:
-                if images is None:
-                    self._at_end()
-                return images
+        with self._lock:
+            if self._closed:
+                return None
+            try:
+                packet = next(self._packets, None)
+                images = None if packet is None else list(packet.decode())
+            except errors.BlockingIOError:  # a device without a frame at present
+                self._packets = self._demux()
+                images = []
+            except errors.EOFError:
+                images = None
+            except (errors.FFmpegError, OSError, ValueError, MemoryError) as err:
+                images = self._failed(err)
+            if self._closed:  # while this thread was reading
+                self._container.close()
+                return None
+        if images:
+            self._errors = 0
+        elif images is None:
+            self._at_end()
+        elif self.live:
             time.sleep(_PAUSE)
+        return images
 
     def _failed(self, err: BaseException) -> list[Any] | None:
         """What a failed reading leaves: nothing of this packet, or the end.
@@ -283,7 +201,7 @@ class VideoStream:
         """
         damaged = isinstance(err, (self._av.error.InvalidDataError, ValueError))
         if self.live and not damaged:
-            raise ImageError(f"{self.name}: no more frames; {self._reason(err)}") from err
+            raise ImageError(f"{self._place.name}: no more frames; {self._reason(err)}") from err
         self._complain("damaged" if damaged else f"cannot be read on ({printable(err)})")
         self._errors += 1
         self._packets = self._demux()
@@ -291,19 +209,19 @@ class VideoStream:
 
     def _complain(self, what: str) -> None:
         """Says once what is wrong with a film."""
-        if self._notify is not None:
-            notify, self._notify = self._notify, None
+        if self.notify is not None:
+            notify, self.notify = self.notify, None
             after = f" after {self._last:.1f} s" if self._last is not None else ""
-            notify(f"{self.name}: {what}{after}; what can be read is used")
+            notify(f"{self._place.name}: {what}{after}; what can be read is used")
 
     def _at_end(self) -> None:
         """Says if a film ends long before it should, or fails if a live source does."""
         if self.live:
-            raise ImageError(f"{self.name}: no more frames; the source has ended or was unplugged")
+            raise ImageError(f"{self._place.name}: no more frames; the source has ended or was unplugged")
         length = self._track.duration
         if length and self._track.time_base and self._last is not None:
             expected = float(length * self._track.time_base)
-            if self._last + self._step < expected - max(1.0, 0.02 * expected):
+            if self._last + self.step < expected - max(1.0, 0.02 * expected):
                 self._complain(f"incomplete: it should last {expected:.1f} s, and ends")
 
     def _time(self, image: Any) -> float:
@@ -313,19 +231,17 @@ class VideoStream:
         ticks = image.pts if image.pts is not None else image.dts
         last = self._last
         if ticks is None or image.time_base is None:
-            at = 0.0 if last is None else last + self._step
+            at = 0.0 if last is None else last + self.step
         else:
             at = max(0.0, float(ticks * image.time_base) - self._origin) + self._shift
-            if last is None and self._before_seek is not None and at <= self._before_seek:
-                self._seekable = False  # it went back instead; never again
             if last is not None and at <= last:
-                self._shift += last + self._step - at
-                at = last + self._step
+                self._shift += last + self.step - at
+                at = last + self.step
         self._last = at
         return at
 
-    def _pixels(self, image: Any) -> NDArray[np.uint8]:
-        """A decoded frame as upright RGB with square pixels.
+    def pixels(self, image: Any) -> NDArray[np.uint8]:
+        """A frame (H, W, 3) as upright RGB with square pixels.
 
         Raises:
             ImageError: If it has too many pixels, or does not fit into memory.
@@ -334,13 +250,58 @@ class VideoStream:
         ratio = self._track.sample_aspect_ratio
         if ratio and 0.1 < ratio < 10:
             width = max(1, round(width * float(ratio)))
-        if width * height > MAX_PIXELS:
-            raise ImageError(f"{self.name}: its frames have more than {MAX_PIXELS:,} pixels, the most that is read")
+        self._check_size(width, height)
         try:
             pixels = image.to_ndarray(format="rgb24", width=width, height=height)
             return np.ascontiguousarray(np.rot90(pixels, k=round(getattr(image, "rotation", 0) / 90) % 4))
         except (self._av.error.FFmpegError, ValueError, MemoryError) as err:
-            raise ImageError(f"{self.name}: a frame of {width}×{height} pixels cannot be read ({err})") from err
+            name = self._place.name
+            raise ImageError(f"{name}: a frame of {width}×{height} pixels cannot be read ({printable(err)})") from err
+
+    def is_worth_a_seek(self, here: float, there: float) -> bool:
+        """Whether a key frame lies between two times, so that what comes before it need not be decoded."""
+        with self._lock:
+            entries = None if self._closed else getattr(self._track, "index_entries", None)
+            if not entries:
+                return there - here > _WORTH_A_SEEK
+            first = entries.search_timestamp(self._ticks(here))
+            second = entries.search_timestamp(self._ticks(there))
+        return bool(second > first >= 0)
+
+    def _ticks(self, moment: float) -> int:
+        return int((moment + self._origin) / float(self._track.time_base))
+
+    def seek(self, moment: float) -> bool:
+        """Goes to a place in a film before `moment`, as far as the format can; returns whether it could."""
+        with self._lock:
+            if self._closed:
+                return False
+            try:
+                self._container.seek(self._ticks(max(moment, 0.0)), stream=self._track, backward=True)
+            except (self._av.error.FFmpegError, OSError, ValueError, OverflowError):
+                return False
+            self._start_anew()
+        return True
+
+    def rewind(self) -> None:
+        """Opens a film anew, and begins at its first frame."""
+        with self._lock:
+            if not self._closed:
+                self._container.close()
+                self._begin()
+
+    def last_time(self) -> float:
+        """When the last packet of a film begins; reads all of them, and leaves the film at its end."""
+        latest, count = 0.0, 0
+        try:
+            for packet in self._demux():
+                if packet.pts is not None and packet.time_base is not None:
+                    latest = max(latest, float(packet.pts * packet.time_base) - self._origin)
+                elif packet.size:
+                    latest, count = max(latest, count * self.step), count + 1
+        except (self._av.error.FFmpegError, OSError, ValueError):
+            return latest  # it is damaged there
+        return latest
 
     def close(self) -> None:
         """Releases the device or file; a thread that reads at present does so itself if it takes too long."""
@@ -350,11 +311,3 @@ class VideoStream:
                 self._container.close()
             finally:
                 self._lock.release()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

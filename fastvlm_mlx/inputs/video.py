@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 import os
 import re
@@ -14,8 +15,9 @@ from fastvlm_mlx.arguments import as_real
 from fastvlm_mlx.errors import ConfigError, ImageError
 from fastvlm_mlx.formatting import printable
 from fastvlm_mlx.inputs.cameras import CAMERA, camera_places, list_cameras
-from fastvlm_mlx.inputs.decoding import Place, VideoStream
+from fastvlm_mlx.inputs.decoding import Place
 from fastvlm_mlx.inputs.frames import MAX_RATE, Frame, Stream
+from fastvlm_mlx.inputs.playing import VideoStream
 from fastvlm_mlx.inputs.screen import SCREEN, WINDOW, ScreenStream, is_screen, screens, windows
 
 __all__ = ["Frame", "Source", "Stream", "list_sources", "open_stream"]
@@ -144,5 +146,19 @@ def _file(name: str) -> Place:
         raise ImageError(f"{shown}: no such file")
     if not os.path.getsize(path):
         raise ImageError(f"{shown}: is empty (0 bytes)")
-    options = {"protocol_whitelist": "file", "format_whitelist": _FORMATS}
-    return Place(address=f"file:{path}", name=shown, options=options)
+    return _film(path, shown)
+
+
+def open_film(source: str | bytes, name: str, *, notify: Callable[[str], None] | None = None) -> VideoStream:
+    """Opens a film by its path or content, to look at its moments.
+
+    Raises:
+        ImageError: If it cannot be read.
+    """
+    return VideoStream(_film(source, name), notify=notify)
+
+
+def _film(source: str | bytes, name: str) -> Place:
+    """What FFmpeg opens for a film; what that names, such as the parts of a playlist, is not opened."""
+    address = io.BytesIO(source) if isinstance(source, bytes) else f"file:{source}"
+    return Place(address=address, name=name, options={"protocol_whitelist": "file", "format_whitelist": _FORMATS})

@@ -131,7 +131,7 @@ def test_the_dark_beginning_of_a_camera_is_left_out(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_camera_that_stays_black_is_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastvlm_mlx.inputs.decoding._WARM_UP", 0.1)
+    monkeypatch.setattr("fastvlm_mlx.inputs.playing._WARM_UP", 0.1)
     pretend(monkeypatch, "color=black:s=32x16:r=30,realtime")
     notes: list[str] = []
     with open_stream("@camera", notify=notes.append) as stream:

@@ -1,0 +1,121 @@
+"""Films, PDFs, the screen and the clipboard, wherever a command line names pictures."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from fastvlm_mlx import backend
+from fastvlm_mlx.cli import app
+from tests import displays, films, pdfs
+
+
+def invoke(*arguments: str, stdin: str | bytes | None = None) -> Result:
+    return CliRunner().invoke(app, arguments, input=stdin)
+
+
+def generate(*arguments: str, stdin: str | bytes | None = None) -> dict[str, Any]:
+    """The answer of the demo model, as JSON, and what was noted."""
+    result = invoke("generate", *arguments, "--model", "demo", "--no-warm", "-n", "4", "--json", stdin=stdin)
+    assert result.exit_code == 0, result.stderr
+    answer: dict[str, Any] = json.loads(result.stdout)
+    return {**answer, "stderr": result.stderr}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache that the tests share, in which the demo model is converted once."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache: Path) -> None:
+    for name in [name for name in os.environ if name.startswith("FASTVLM_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("FASTVLM_CACHE", str(cache))
+    monkeypatch.setattr(backend, "blas", lambda: backend.BLAS(name="fast"))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def film(tmp_path: Path) -> str:
+    pytest.importorskip("av", reason="the extra video is not installed")
+    films.write(tmp_path / "film.mp4", [i / 10 for i in range(20)])
+    return "film.mp4"
+
+
+@pytest.fixture
+def paper(tmp_path: Path) -> str:
+    pytest.importorskip("pypdfium2", reason="the extra pdf is not installed")
+    (tmp_path / "paper.pdf").write_bytes(pdfs.pdf([(1, 0, 0), (0, 1, 0), (0, 0, 1)]))
+    return "paper.pdf"
+
+
+def test_generate_asks_about_frames_and_names_them(film: str) -> None:
+    answer = generate(film)
+    assert answer["images"] == ["film.mp4#t=0.242", "film.mp4#t=0.728", "film.mp4#t=1.212", "film.mp4#t=1.698"]
+    assert answer["visual_tokens"] == 4 * 9
+    assert answer["stderr"].startswith("film.mp4: 4 frames of 1.94 s; --frames or #t=1.5 takes others\n")
+
+
+def test_generate_asks_about_as_many_frames_as_requested(film: str) -> None:
+    answer = generate(film, "--frames", "2")
+    assert (answer["visual_tokens"], "frames" in answer["stderr"]) == (2 * 9, False)
+
+
+def test_generate_asks_about_pages(paper: str) -> None:
+    answer = generate(f"{paper}#2-3")
+    assert (answer["images"], answer["visual_tokens"]) == (["paper.pdf#2", "paper.pdf#3"], 2 * 9)
+
+
+def test_generate_reads_a_pdf_from_stdin(paper: str) -> None:
+    piped = generate("-", stdin=Path(paper).read_bytes())
+    assert (piped["images"], piped["visual_tokens"]) == (["<stdin>#1"], 9)
+
+
+@pytest.mark.usefixtures("film")
+def test_a_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+    result = invoke("generate", "film.mp4", "--model", "demo", "--no-warm")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == (
+        "error: film.mp4: reading films and cameras needs av; install it with: pip install 'fastvlm-mlx[video]'\n"
+    )
+
+
+def test_a_picture_needs_no_module_of_other_sources(tmp_path: Path) -> None:
+    """What a plain picture takes is not made slower by what else there is."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    code = (
+        "import sys; from fastvlm_mlx.cli import app\n"
+        "try: app(['generate', 'a.png', '--model', 'demo', '--no-warm', '-n', '1'])\n"
+        "except SystemExit: pass\n"
+        "print(sorted(name for name in sys.modules if name.split('.')[0] in ('av', 'pypdfium2', 'mss')\n"
+        "    or name.startswith('fastvlm_mlx.inputs.')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = done.stdout.splitlines()[-1]
+    assert "'fastvlm_mlx.inputs.named'" in loaded
+    for name in ("views", "bundles", "video", "decoding", "pdf", "animation", "screen", "clipboard", "cameras"):
+        assert f"fastvlm_mlx.inputs.{name}'" not in loaded
+    assert not [name for name in ("av", "pypdfium2", "mss") if f"'{name}'" in loaded]
+
+
+def test_the_screen_and_the_clipboard_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if reason := displays.missing():
+        pytest.skip(reason)
+    pytest.importorskip("mss", reason="the extra screen is not installed")
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "copied.png")
+    with displays.display() as name:
+        monkeypatch.setenv("DISPLAY", name)
+        monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+        command = ["xclip", "-selection", "clipboard", "-in", "-target", "image/png", "copied.png"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        answer = generate("@screen", "@clipboard")
+    assert (answer["images"], answer["visual_tokens"]) == (["@screen", "@clipboard"], 2 * 9)
