@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastvlm_mlx.cli.captioning import NAMED, Run, folder_of, found_folder, identity, run
+from fastvlm_mlx.cli.captioning import NAMED, Run, folder_of, found_folder, identity, note_exports, run
 from fastvlm_mlx.cli.finding import find, plan_line
 from fastvlm_mlx.cli.inputs import read_schema
 from fastvlm_mlx.cli.options import (
@@ -252,12 +252,7 @@ def caption(
         options = Run(model, revision, folder, dtype, known, server, followed, batch, force, output, json_progress)
         failed = plan.failed + run(job, plan, exporter, options)
         exporter.write_data_sets(job.record)
-    for reason, count in exporter.left_out.items():
-        note(f"{count} text{'s' * (count > 1)} not written: {reason}")
-    for failure in exporter.failures[:NAMED]:
-        note(f"not written: {failure}")
-    if len(exporter.failures) > NAMED:
-        note(f"not written: {len(exporter.failures) - NAMED} more for such reasons")
+    note_exports(exporter)
     if failed or found.unreadable or exporter.failures:
         raise typer.Exit(CHECK_FAILED)
 

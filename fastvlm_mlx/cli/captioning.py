@@ -229,6 +229,16 @@ def _answers(
             yield from job.run(engine, todo[done:], embed=exporter.embed)
 
 
+def note_exports(exporter: "Exporter") -> None:
+    """Says what was not written, and why."""
+    for reason, count in exporter.left_out.items():
+        note(f"{count} text{'s' * (count > 1)} not written: {reason}")
+    for failure in exporter.failures[:NAMED]:
+        note(f"not written: {failure}")
+    if len(exporter.failures) > NAMED:
+        note(f"not written: {len(exporter.failures) - NAMED} more for such reasons")
+
+
 def _how_to_continue(options: Run) -> str:
     return "" if options.output is None else f"; the same command continues {options.output}"
 

@@ -14,6 +14,7 @@ HELP = {
     "chat": "Talk about pictures.",
     "caption": "Caption whole folders.",
     "search": "Find the pictures of a folder that show something.",
+    "merge": "Make one file of the captions of many machines.",
     "serve": "Answer other programs over HTTP, and people on a page.",
     "status": "Say whether a background server keeps a model warm.",
     "stop": "End the background server.",

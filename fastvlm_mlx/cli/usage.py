@@ -47,7 +47,7 @@ class _Help:
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """`SOURCE` for a required argument, `[SOURCE]` for another."""
         pieces: list[str] = super().collect_usage_pieces(ctx)  # type: ignore[misc]
-        return [piece.strip("{}") for piece in pieces]
+        return [piece.replace("{", "").replace("}", "") for piece in pieces]
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Writes the tables of arguments and options, and a group's commands."""

@@ -74,7 +74,7 @@ class Exporter:
     def __init__(self, exports: Exports, pictures: Sequence[Picture], *, fields: Sequence[str], generator: str) -> None:
         self.exports = exports
         self.pictures = pictures
-        self._columns = ["file", *fields, "width", "height", "finish_reason", "error"]
+        self._columns = columns(fields)
         self._generator = generator
         self._shared = shared_names(picture.path for picture in pictures) if exports.txt or exports.xmp else set()
         self.left_out: Counter[str] = Counter()
@@ -158,7 +158,7 @@ class Exporter:
             ConfigError: If one cannot be written, or would take the place of somebody else's file.
         """
         if self.exports.csv is not None:
-            write_csv(self.exports.csv, self._columns, (_row(record) for _, record in self._records(record_of)))
+            write_csv(self.exports.csv, self._columns, (row(record) for _, record in self._records(record_of)))
         if self.exports.hf:
             rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
             for picture, record in self._records(record_of):
@@ -200,7 +200,12 @@ def _answers(record: Record) -> dict[str, Any]:
     return {**({CAPTION: record[CAPTION]} if CAPTION in record else {}), **answers}
 
 
-def _row(record: Record) -> dict[str, Any]:
+def columns(fields: Iterable[str]) -> list[str]:
+    """The columns of a table of records whose questions are called `fields`."""
+    return ["file", *fields, "width", "height", "finish_reason", "error"]
+
+
+def row(record: Record) -> dict[str, Any]:
     """A record as a row of a table."""
     error = record.get("error")
     return {**record, **_answers(record), "error": error["message"] if error else ""}

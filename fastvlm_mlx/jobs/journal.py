@@ -20,6 +20,7 @@ FINGERPRINT = "fingerprint"
 _BEGINNING = f'{{"{FINGERPRINT}": "'.encode()
 _MAX_LINE = 16 << 20
 """Bytes of the longest line that can be a record."""
+_ADVICE = "; wait until it has ended, or name another"
 _MAX_FOREIGN = 1000
 """Lines without a record at the beginning of a file after which it is taken for something else."""
 
@@ -55,7 +56,9 @@ class Journal:
         try:
             if not stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
                 raise ConfigError(f"{printable(path)}: is not a regular file, in which earlier records could be found")
-            self._locked = not read_only and self._lock(own)
+            self._locked = not read_only and _lock(
+                self._file, path, "" if own else "; wait until it has ended, or name another"
+            )
             message = self._heal(own)
         except BaseException:
             self._file.close()
@@ -103,17 +106,6 @@ class Journal:
         if not self._file.closed:
             with self._file:
                 os.fsync(self._file.fileno())
-
-    def _lock(self, own: bool) -> bool:
-        """Keeps others out; False where the file system has no locks."""
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as err:
-            hint = "" if own else "; wait until it has ended, or name another"
-            raise ConfigError(f"{printable(self.path)}: another run is writing this file{hint}") from err
-        except OSError:
-            return False
-        return True
 
     def _append(self, data: bytes) -> int:
         """Writes all of `data` at the end, or nothing; returns where it begins."""
@@ -180,6 +172,63 @@ class Journal:
             for line in lines:
                 file.seek(line.start)
                 file.write(b" " * (line.size - 1) + b"\n")
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keeps other runs from adding to a journal.
+
+    Raises:
+        ConfigError: If one does.
+        OSError: If the file cannot be opened.
+    """
+    with path.open("rb") as file:
+        _lock(file, path, _ADVICE)
+        yield
+
+
+def _lock(file: BinaryIO, path: Path, advice: str) -> bool:
+    """Keeps others out of a file; False where the file system has no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as err:
+        raise ConfigError(f"{printable(path)}: another run is writing this file{advice}") from err
+    except OSError:
+        return False
+    return True
+
+
+class Place(NamedTuple):
+    """Where a record is in a journal: its line from 1, and its first byte and length."""
+
+    line: int
+    start: int
+    size: int
+
+
+def read_records(
+    path: Path, progress: Callable[[int], None] | None = None
+) -> Iterator[tuple[Place, dict[str, Any] | None]]:
+    """Yields the records of a journal one by one, those that count no more included; None for a line without one.
+
+    Nothing is locked, changed or kept in memory. The incomplete last line of a run that goes on is left out.
+
+    Args:
+        path: The journal.
+        progress: Called now and then with the bytes that have been read.
+
+    Raises:
+        OSError: If it cannot be read.
+    """
+    with path.open("rb") as file:
+        for line in _lines(file):
+            if not line.text.strip():
+                continue
+            record = _parse(line.text)
+            if record is not None or line.text.endswith(b"\n") or not _is_torn(line.text):
+                yield Place(line.number, line.start, line.size), record
+            if progress is not None and line.number % 1000 == 0:
+                progress(line.start)
 
 
 class _Line(NamedTuple):

@@ -6,10 +6,14 @@ from typing import Any
 
 from fastvlm_mlx import __version__
 from fastvlm_mlx.engine.options import GenerationConfig
+from fastvlm_mlx.errors import ConfigError, FastVLMError
+from fastvlm_mlx.formatting import printable
 from fastvlm_mlx.inputs.resolution import Resolution
 
 CAPTION = "text"
 """The field of a record that holds the caption."""
+_OPTIONAL = ("system", "resolution", "background", "keep_openings", "sentence", "max_words", "prefix", "schema")
+"""The settings that a record has only if they were given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,21 +55,29 @@ class Task:
         """Whether phrases such as "The image shows" are removed from captions."""
         return not (self.keep_openings or self.prefix or self.schema)
 
+    @classmethod
+    def of_settings(cls, settings: Mapping[str, Any]) -> "Task":
+        """The task whose records have these settings.
+
+        Raises:
+            ConfigError: If there is none.
+        """
+        own = {"questions", "model", "weights", "dtype", *_OPTIONAL}
+        chosen = {key: value for key, value in settings.items() if key not in own and key != "version"}
+        try:
+            return cls(
+                **{key: value for key, value in settings.items() if key in own}, config=GenerationConfig(**chosen)
+            )
+        except (TypeError, FastVLMError) as err:
+            raise ConfigError(f"the settings of the records are of another program ({printable(err)})") from err
+
     @property
     def settings(self) -> dict[str, Any]:
         """What every answer depends on besides the picture, as a JSON object; in every record."""
         config, defaults = self.config, GenerationConfig()
         chosen = {name: value for name, value in vars(config).items() if value != getattr(defaults, name)}
-        optional = {
-            "system": self.system,
-            "resolution": self.resolution,
-            "background": self.background,
-            "keep_openings": self.keep_openings or None,
-            "sentence": self.sentence or None,
-            "max_words": self.max_words,
-            "prefix": self.prefix or None,
-            "schema": self.schema,
-        }
+        optional = {name: getattr(self, name) for name in _OPTIONAL}
+        off = {"keep_openings": False, "sentence": False, "prefix": ""}
         return {
             "model": self.model,
             "weights": self.weights,
@@ -73,7 +85,7 @@ class Task:
             "version": __version__,
             "questions": dict(self.questions),
             **chosen,
-            **{name: value for name, value in optional.items() if value is not None},
+            **{name: value for name, value in optional.items() if value not in (None, off.get(name))},
         }
 
 
