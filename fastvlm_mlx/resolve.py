@@ -27,8 +27,10 @@ from fastvlm_mlx.errors import (
     PromptError,
     RangeError,
 )
+from fastvlm_mlx.formatting import printable
 from fastvlm_mlx.inputs.processor import FastVLMProcessor
-from fastvlm_mlx.machine import CACHE_VARIABLE
+from fastvlm_mlx.inputs.token_tables import TABLES_FILE
+from fastvlm_mlx.machine import CACHE_VARIABLE, cache_folder
 from fastvlm_mlx.model.fastvlm import FastVLM
 from fastvlm_mlx.streams import check_process, turn
 
@@ -326,15 +328,27 @@ def load(
     dtype, lazy = dtype_name(dtype), flag(lazy, "lazy")
     folder = resolve(name, revision=revision, notify=notify, progress=progress)
     try:
-        return _load(folder, dtype, lazy)
+        return _load(folder, dtype, lazy, notify)
     except (CheckpointError, ConfigError) as err:
         folder = remake(name, err, revision=revision, notify=notify, progress=progress)
-        return _load(folder, dtype, lazy)
+        return _load(folder, dtype, lazy, notify)
 
 
-def _load(folder: Path, dtype: str | None, lazy: bool) -> tuple[FastVLM, FastVLMProcessor]:
+def _mend_tables(processor: FastVLMProcessor, folder: Path, damage: str, tell: Notify) -> None:
+    """Makes damaged tables again in the cache; in a user's folder nothing is written."""
+    if folder.parent != cache_folder():
+        tell(f"{damage}; reading tokenizer.json instead, which takes longer; convert the checkpoint again")
+        return
+    tell(f"{damage}; making it again from tokenizer.json")
+    with suppress(ConfigError):  # the cache cannot be written to
+        processor.tokenizer.save_tables()
+
+
+def _load(folder: Path, dtype: str | None, lazy: bool, notify: Notify | None) -> tuple[FastVLM, FastVLMProcessor]:
     model = load_model(folder, dtype=dtype, lazy=True)
     processor = FastVLMProcessor.from_folder(folder)
+    if damage := processor.tokenizer.damage:
+        _mend_tables(processor, folder, f"{printable(folder / TABLES_FILE)}: {damage}", notify or (lambda _: None))
     if device() == "cpu" and not lazy:
         processor.tokenizer.start()
         with turn():

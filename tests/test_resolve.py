@@ -18,6 +18,7 @@ import pytest
 
 from fastvlm_mlx.convert import scratch
 from fastvlm_mlx.errors import CheckpointError, ConfigError, ConversionError
+from fastvlm_mlx.inputs.token_tables import TABLES_FILE
 from fastvlm_mlx.machine import cache_folder
 from fastvlm_mlx.resolve import load, resolve
 from tests.checkpoints import SOURCES, changed
@@ -189,6 +190,29 @@ def test_damage_in_a_folder_of_the_user_is_an_error(converted: Callable[..., Pat
     with pytest.raises(CheckpointError, match=f"lacks {name}"):
         load(folder)
     assert sorted(path.stat().st_mtime_ns for path in folder.iterdir()) == before
+
+
+def test_damaged_tables_of_a_tokenizer_are_made_again_in_the_cache_and_said_once() -> None:
+    folder, said = resolve(APPLE), []
+    whole = (folder / TABLES_FILE).read_bytes()
+    (folder / TABLES_FILE).write_bytes(whole[:-1])
+    load(APPLE, notify=said.append)
+    assert said == [f"{folder / TABLES_FILE}: is damaged; making it again from tokenizer.json"]
+    load(APPLE, notify=said.append)
+    assert len(said) == 1
+    assert (folder / TABLES_FILE).read_bytes() == whole
+
+
+def test_damaged_tables_in_a_folder_of_the_user_are_left_as_they_are(
+    converted: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder, said = shutil.copytree(converted("apple"), tmp_path / "own"), []
+    (folder / TABLES_FILE).write_bytes(b"damaged")
+    _, processor = load(folder, notify=said.append)
+    assert [str(line).partition("; ")[0] for line in said] == [f"{folder / TABLES_FILE}: is not a file of this version"]
+    assert "convert the checkpoint again" in said[0]
+    assert processor.tokenizer.decode(processor.tokenizer.encode("a sign")) == "a sign"
+    assert (folder / TABLES_FILE).read_bytes() == b"damaged"
 
 
 def test_a_failed_conversion_is_tried_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,8 @@ from typing import Any
 
 from fastvlm_mlx.config import IMAGE_TOKEN, ModelConfig, VisionConfig
 from fastvlm_mlx.errors import ConversionError
-from fastvlm_mlx.inputs.tokenizer import IM_END, Tokenizer
+from fastvlm_mlx.inputs.tokenizer import Tokenizer
+from fastvlm_mlx.inputs.tokenizer_files import IM_END
 
 PROJECTION_DIM = 768
 """The width of CLIP's head, which mlx-vlm has weights for and FastVLM does not use."""

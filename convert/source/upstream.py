@@ -17,7 +17,8 @@ from fastvlm_mlx.convert.source.source import Source
 from fastvlm_mlx.convert.source.weights import Weight, weight
 from fastvlm_mlx.errors import CheckpointError, ConversionError
 from fastvlm_mlx.formatting import printable
-from fastvlm_mlx.inputs.tokenizer import END_OF_TEXT, IM_END, Tokenizer
+from fastvlm_mlx.inputs.tokenizer import Tokenizer
+from fastvlm_mlx.inputs.tokenizer_files import END_OF_TEXT, IM_END
 from fastvlm_mlx.schema import integer
 
 LM_HEAD = "language_model.lm_head.weight"

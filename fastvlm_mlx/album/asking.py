@@ -18,7 +18,7 @@ from fastvlm_mlx.engine.image_scores import ImageScorer
 from fastvlm_mlx.errors import PromptError
 from fastvlm_mlx.formatting import printable
 from fastvlm_mlx.inputs.processor import FastVLMProcessor
-from fastvlm_mlx.inputs.tokenizer import IM_END
+from fastvlm_mlx.inputs.tokenizer_files import IM_END
 from fastvlm_mlx.model.fastvlm import FastVLM
 
 PLACE = "{}"

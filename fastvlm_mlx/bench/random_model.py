@@ -10,7 +10,8 @@ from mlx.utils import tree_map_with_path
 from fastvlm_mlx.backend import compute_dtype, mx
 from fastvlm_mlx.config import ModelConfig
 from fastvlm_mlx.inputs.processor import FastVLMProcessor
-from fastvlm_mlx.inputs.tokenizer import END_OF_TEXT, IM_END, IM_START, Tokenizer
+from fastvlm_mlx.inputs.tokenizer import Tokenizer
+from fastvlm_mlx.inputs.tokenizer_files import END_OF_TEXT, IM_END, IM_START
 from fastvlm_mlx.model.device import prepare
 from fastvlm_mlx.model.fastvlm import FastVLM
 from fastvlm_mlx.streams import turn

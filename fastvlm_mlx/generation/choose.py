@@ -16,7 +16,7 @@ from fastvlm_mlx.inputs.processor import FastVLMProcessor
 from fastvlm_mlx.inputs.prompts import Prompt
 from fastvlm_mlx.inputs.resolution import Resolution
 from fastvlm_mlx.inputs.sources import Allow, ImageSource
-from fastvlm_mlx.inputs.tokenizer import IM_END
+from fastvlm_mlx.inputs.tokenizer_files import IM_END
 from fastvlm_mlx.model.fastvlm import FastVLM
 
 

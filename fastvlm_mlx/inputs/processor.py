@@ -19,7 +19,8 @@ from fastvlm_mlx.inputs.images import choose_resolution, load_turned, preprocess
 from fastvlm_mlx.inputs.prompts import CHAT_TEMPLATE, ImageReference, Mark, Prompt, Turn, conversation, render
 from fastvlm_mlx.inputs.resolution import Resolution
 from fastvlm_mlx.inputs.sources import Allow, ImageSource
-from fastvlm_mlx.inputs.tokenizer import END_OF_TEXT, IM_END, IM_START, StreamingDetokenizer, Tokenizer
+from fastvlm_mlx.inputs.tokenizer import StreamingDetokenizer, Tokenizer
+from fastvlm_mlx.inputs.tokenizer_files import END_OF_TEXT, IM_END, IM_START
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -340,7 +341,7 @@ class FastVLMProcessor:
 class Inputs:
     """The inputs of one prompt: pixel values at once, token ids when they are first used.
 
-    Building the tokenizer takes half a second, so the vision tower is started before `input_ids` are used:
+    A tokenizer without tables takes half a second, so the vision tower is started before `input_ids` are used:
 
     >>> inputs = processor.prepare("photo.jpg", "Describe the image.")
     >>> visual_tokens = model.encode_image(inputs.pixel_values)

@@ -5,95 +5,36 @@ from __future__ import annotations
 import codecs
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastvlm_mlx.arguments import StrPath, as_whole, file_path, valid_text, whole_ids
-from fastvlm_mlx.errors import CheckpointError, ConfigError, PromptError
+from fastvlm_mlx.errors import CheckpointError, PromptError
 from fastvlm_mlx.formatting import printable
-from fastvlm_mlx.schema import integer, mapping, read_object, read_small_file, shown
+from fastvlm_mlx.inputs.token_tables import TABLES_FILE, TokenTables, make_tables, read_tables
+from fastvlm_mlx.inputs.tokenizer_files import (
+    BYTES,
+    BYTES_OF_NAMES,
+    MOST_TOKENS,
+    build_tokenizer,
+    check_ids,
+    library_errors,
+)
+from fastvlm_mlx.outputs import write_output
+from fastvlm_mlx.schema import shown
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable
 
     import tokenizers
 
-IM_START, IM_END, END_OF_TEXT = "<|im_start|>", "<|im_end|>", "<|endoftext|>"
-
-MOST_TOKENS = 2**20
-"""The most tokens of a vocabulary whose embedding is not known; Qwen2's has 151,646."""
-
-# Qwen2's rule for splitting text into words (transformers, Qwen2Converter).
-_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-def build_tokenizer(folder: Path, rows: int = MOST_TOKENS) -> tokenizers.Tokenizer:
-    """Builds the tokenizer of a checkpoint from `tokenizer.json`, or from `vocab.json` and `merges.txt`.
-
-    Apple's releases have no `tokenizer.json`. Their added tokens come from `added_tokens.json` and
-    `tokenizer_config.json`; without either, Qwen2's three follow the vocabulary.
-
-    Args:
-        folder: Holds the files.
-        rows: Of the embedding; there cannot be more tokens.
-
-    Raises:
-        CheckpointError: If a file is missing or damaged, or there are more tokens than rows.
-    """
-    from tokenizers import AddedToken, Tokenizer
-
-    folder = Path(folder)
-    path = folder / "tokenizer.json"
-    data = read_small_file(path)
-    if data is not None:
-        with _library(path):
-            tokenizer = Tokenizer.from_buffer(data)
-            # A tokenizer.json can carry training-time truncation, which would cut prompts silently.
-            tokenizer.no_truncation()
-            tokenizer.no_padding()
-            added = {index: token.content for index, token in tokenizer.get_added_tokens_decoder().items()}
-    else:
-        tokenizer = _from_vocabulary(folder, rows)
-        added = _added_tokens(folder, rows) or dict(
-            enumerate((END_OF_TEXT, IM_START, IM_END), tokenizer.get_vocab_size())
-        )
-    with _library(folder):
-        # All become special, whatever the files say: `encode_special_tokens` keeps special tokens out of a user's text.
-        tokenizer.add_special_tokens(
-            [AddedToken(content, special=True, normalized=False) for _, content in sorted(added.items())]
-        )
-        for index, content in sorted(added.items()):
-            if (actual := tokenizer.token_to_id(content)) != index:
-                raise CheckpointError(
-                    f"{printable(folder)}: the added token {shown(content)} should have id {index} but gets {actual}"
-                )
-        if (count := tokenizer.get_vocab_size()) > rows:
-            raise CheckpointError(f"{printable(folder)}: the tokenizer has {count} tokens, the embedding {rows} rows")
-    return tokenizer
-
-
-@contextmanager
-def _library(path: Path) -> Iterator[None]:
-    """Turns every error of the tokenizers library into a CheckpointError."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except BaseException as err:  # it raises nothing narrower than Exception, and its panics are not even that
-        if not (isinstance(err, Exception) or type(err).__name__ == "PanicException"):
-            raise
-        raise CheckpointError(f"{printable(path)}: not a tokenizer ({printable(err)}); fetch it again") from err
-
 
 class Tokenizer:
-    """The tokenizer of a checkpoint folder, built on first use, or in the background after `start`.
+    """The tokenizer of a checkpoint folder, ready on first use, or in the background after `start`.
 
-    Building holds the GIL for half a second; start it while MLX computes.
+    It uses the tables of `tokenizer.bin`, where the folder has them. Without, and for what they leave to it, the
+    tokenizers library builds its own; that holds the GIL for half a second, so start it while MLX computes.
 
     Args:
         folder: Holds `tokenizer.json`, or `vocab.json` and `merges.txt`.
@@ -121,8 +62,29 @@ class Tokenizer:
         """A copy, as of `pickle`, reads the files anew."""
         return Tokenizer, (self._folder, self._rows)
 
+    @cached_property
+    def _read(self) -> tuple[TokenTables | None, str]:
+        """The tables, and what is wrong with them."""
+        try:
+            return read_tables(self._folder), ""
+        except (ValueError, CheckpointError) as err:
+            return None, printable(err)
+
+    @property
+    def _tables(self) -> TokenTables | None:
+        return self._read[0]
+
+    @property
+    def damage(self) -> str:
+        """Why the tables of the folder cannot be used; empty if they can, or if there are none."""
+        return self._read[1]
+
     def start(self) -> None:
-        """Starts to build the tokenizer in the background, unless that has been done."""
+        """Reads the tables; without, starts to build the library's tokenizer in the background if that is not done."""
+        if self._tables is None:
+            self._start_building()
+
+    def _start_building(self) -> None:
         if self._building is None or (self._built is None and self._process != os.getpid()):
             self._process = os.getpid()  # a forked process lacks the thread that builds it
             executor = ThreadPoolExecutor(1, "tokenizer")
@@ -137,13 +99,15 @@ class Tokenizer:
     @property
     def _backend(self) -> tokenizers.Tokenizer:
         if self._built is None:
-            self.start()
+            self._start_building()
             assert self._building is not None
             self._built = self._building.result()
         return self._built
 
     @cached_property
     def _added(self) -> dict[int, bytes]:
+        if self._tables is not None:
+            return self._tables.added
         return {index: token.content.encode() for index, token in self._backend.get_added_tokens_decoder().items()}
 
     def encode(self, text: str) -> list[int]:
@@ -153,10 +117,12 @@ class Tokenizer:
             CheckpointError: If the tokenizer is damaged.
             PromptError: If it is no text.
         """
-        backend = self._backend
         valid_text(text, "the text")
-        with _library(self._folder):
-            ids = backend.encode(text, add_special_tokens=False).ids
+        ids = None if self._tables is None else self._tables.encode(text)
+        if ids is None:
+            backend = self._backend
+            with library_errors(self._folder):
+                ids = backend.encode(text, add_special_tokens=False).ids
         if ids and max(ids) >= self._rows:
             raise self._beyond_rows(max(ids))
         return ids
@@ -164,6 +130,8 @@ class Tokenizer:
     @cached_property
     def longest(self) -> int:
         """The most bytes of text that one token stands for; in the byte alphabet, a character is a byte."""
+        if self._tables is not None:
+            return self._tables.longest
         return max(map(len, self._backend.get_vocab(with_added_tokens=False)), default=1)
 
     def check_ids(self) -> None:
@@ -172,8 +140,10 @@ class Tokenizer:
         Raises:
             CheckpointError: If one has not.
         """
-        vocabulary = self._backend.get_vocab(with_added_tokens=True)
-        _check_ids(vocabulary, self._rows, printable(self._folder))
+        if self._tables is None:
+            check_ids(self._backend.get_vocab(with_added_tokens=True), self._rows, printable(self._folder))
+        elif len(self._tables) > self._rows:
+            raise self._beyond_rows(len(self._tables) - 1)
 
     def token_id(self, content: str) -> int:
         """The id of a special token.
@@ -181,7 +151,8 @@ class Tokenizer:
         Raises:
             CheckpointError: If the vocabulary lacks it.
         """
-        index = self._backend.token_to_id(content)
+        ids = (index for index, added in self._added.items() if added == content.encode())
+        index: int | None = next(ids, None) or self._backend.token_to_id(content)
         if index is None:
             raise CheckpointError(
                 f"{printable(self._folder)}: the tokenizer has no {content}; is this a FastVLM checkpoint?"
@@ -204,9 +175,11 @@ class Tokenizer:
             raise PromptError(f"a token id must be a whole number, not {shown(token_id)}")
         if token_id in self._added:
             return b"" if skip_special_tokens else self._added[token_id]
+        if self._tables is not None:
+            return self._tables.token(token_id)
         token = self._backend.id_to_token(token_id) if 0 <= token_id < MOST_TOKENS else None
         token = token or ""
-        return bytes(_BYTES[char] for char in token) if _BYTES.keys() >= set(token) else token.encode()
+        return bytes(BYTES[char] for char in token) if BYTES.keys() >= set(token) else token.encode()
 
     def vocabulary(self) -> tuple[list[bytes], list[int]]:
         """The bytes of every id up to the last, empty where there is no token; and the ids of the special tokens.
@@ -215,11 +188,13 @@ class Tokenizer:
             CheckpointError: If two tokens have one id, or one is outside the embedding.
         """
         self.check_ids()
+        if self._tables is not None:
+            return self._tables.tokens(), list(self._added)
         names = self._backend.get_vocab(with_added_tokens=True)
         tokens = [b""] * (max(names.values(), default=-1) + 1)
         for name, index in names.items():
             try:
-                tokens[index] = name.translate(_BYTES_OF_NAMES).encode("latin-1")
+                tokens[index] = name.translate(BYTES_OF_NAMES).encode("latin-1")
             except UnicodeEncodeError:  # it is not in the byte alphabet
                 tokens[index] = name.encode()
         for index, content in self._added.items():
@@ -236,11 +211,31 @@ class Tokenizer:
         return b"".join(parts).decode("utf-8", "replace")
 
     def save(self, folder: Path) -> None:
-        """Writes `tokenizer.json` into `folder`."""
+        """Writes `tokenizer.json` into `folder`, and its tables."""
+        description = self._description()
+        (Path(folder) / "tokenizer.json").write_bytes(description)
+        self._write_tables(Path(folder), description)
+
+    def save_tables(self) -> None:
+        """Writes the tables of the folder's `tokenizer.json`.
+
+        Raises:
+            CheckpointError: If the tokenizer is damaged.
+            ConfigError: If they cannot be written.
+        """
+        self._write_tables(self._folder, (self._folder / "tokenizer.json").read_bytes())
+
+    def _write_tables(self, folder: Path, source: bytes) -> None:
+        tables = make_tables(source, self._description(), self.vocabulary()[0])
+        if tables is not None:
+            write_output(folder / TABLES_FILE, tables)
+
+    def _description(self) -> bytes:
+        """What the library writes into `tokenizer.json`."""
         self.check_ids()  # the library counts up to the largest id
-        with _library(self._folder):
-            text = self._backend.to_str(pretty=False)
-        (Path(folder) / "tokenizer.json").write_text(text, encoding="utf-8")
+        with library_errors(self._folder):
+            text: str = self._backend.to_str(pretty=False)
+        return text.encode()
 
 
 class StreamingDetokenizer:
@@ -257,93 +252,3 @@ class StreamingDetokenizer:
     def finish(self) -> str:
         """U+FFFD if the last character is incomplete, else nothing."""
         return self._decoder.decode(b"", final=True)
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable character for each byte, inverted."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + index): byte for index, byte in enumerate(others)}
-
-
-_BYTES = _byte_alphabet()
-_BYTES_OF_NAMES = {ord(char): byte for char, byte in _BYTES.items()}
-
-
-def _from_vocabulary(folder: Path, rows: int) -> tokenizers.Tokenizer:
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-
-    path = folder / "vocab.json"
-    vocab = read_object(path) or {}
-    _check_ids(vocab, rows, printable(path))
-    merges = _read_merges(folder / "merges.txt", vocab)
-    with _library(path):
-        tokenizer = Tokenizer(models.BPE(vocab, merges))
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_WORDS), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
-
-
-def _check_ids(vocabulary: Mapping[str, Any], rows: int, label: str) -> None:
-    """Checks that every id of a vocabulary is a whole number of its own below `rows`."""
-    ids = set(vocabulary.values()) if all(type(index) is int for index in vocabulary.values()) else {-1}
-    if ids and min(ids) < 0:
-        raise CheckpointError(f"{label}: must map tokens to whole numbers")
-    if ids and max(ids) >= rows:
-        raise CheckpointError(f"{label}: the tokenizer has id {shown(max(ids))}, the embedding {rows} rows")
-    if len(ids) < len(vocabulary):
-        tokens: dict[int, str] = {}
-        for token, index in vocabulary.items():
-            if (other := tokens.setdefault(index, token)) != token:
-                raise CheckpointError(f"{label}: {shown(other)} and {shown(token)} have the same id, {index}")
-
-
-def _read_merges(path: Path, vocab: Mapping[str, int]) -> list[tuple[str, str]]:
-    try:
-        text = (read_small_file(path) or b"").decode("utf-8")
-    except UnicodeDecodeError as err:
-        raise CheckpointError(f"{printable(path)}: cannot be read ({err})") from err
-    merges = []
-    for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), 1):
-        if not line or line.startswith("#version"):
-            continue
-        left, _, right = line.partition(" ")
-        if not (left in vocab and right in vocab and left + right in vocab):
-            raise CheckpointError(
-                f"{printable(path)}: line {number} merges {shown(line)}, which does not fit vocab.json"
-            )
-        merges.append((left, right))
-    return merges
-
-
-def _added_tokens(folder: Path, rows: int) -> dict[int, str]:
-    config, names = folder / "tokenizer_config.json", folder / "added_tokens.json"
-    added: dict[int, str] = {}
-    try:
-        decoder = mapping((read_object(config) or {}).get("added_tokens_decoder", {}), "added_tokens_decoder")
-        pairs = [
-            (_parsed_id(index), mapping(token, f"token {index}").get("content")) for index, token in decoder.items()
-        ]
-        pairs += [(index, content) for content, index in (read_object(names) or {}).items()]
-        for key, content in pairs:
-            index = integer(key, "the id of an added token", least=0, most=rows - 1)
-            if not isinstance(content, str):
-                raise ConfigError(f"token {index} must be a text, not {shown(content)}")
-            if (other := added.setdefault(index, content)) != content:
-                raise ConfigError(f"{shown(other)} and {shown(content)} have the same id, {index}")
-    except ConfigError as err:
-        raise CheckpointError(
-            f"{printable(folder)}: the added tokens in {config.name} or {names.name} are malformed: {err}"
-        ) from err
-    return added
-
-
-def _parsed_id(key: str) -> int | str:
-    """The id that a key of `added_tokens_decoder` stands for; the key itself if it is no number."""
-    return int(key) if key.isascii() and key.isdecimal() and len(key) <= 10 else key

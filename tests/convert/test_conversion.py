@@ -271,6 +271,7 @@ def test_a_folder_that_loads_anywhere_is_written(converted: dict[str, Path], tmp
         "model.safetensors.index.json",
         "preprocessor_config.json",
         "processor_config.json",
+        "tokenizer.bin",
         "tokenizer.json",
         "tokenizer_config.json",
     ]

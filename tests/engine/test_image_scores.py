@@ -5,7 +5,7 @@ import pytest
 
 from fastvlm_mlx import choose
 from fastvlm_mlx.engine.image_scores import ImageScorer
-from fastvlm_mlx.inputs.tokenizer import IM_END
+from fastvlm_mlx.inputs.tokenizer_files import IM_END
 from tests.checkpoints import APPLE
 
 QUESTION = "Is there a red circle?"

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fastvlm_mlx.inputs.tokenizer import END_OF_TEXT, IM_END, IM_START
+from fastvlm_mlx.inputs.tokenizer_files import END_OF_TEXT, IM_END, IM_START
 from tests.fuzz import damage
 from tests.fuzz.room import Room
 from tests.fuzz.subject import PICTURE, Wrong

@@ -7,7 +7,8 @@ import shutil
 import pytest
 
 from fastvlm_mlx.errors import CheckpointError
-from fastvlm_mlx.inputs.tokenizer import StreamingDetokenizer, Tokenizer, build_tokenizer
+from fastvlm_mlx.inputs.tokenizer import StreamingDetokenizer, Tokenizer
+from fastvlm_mlx.inputs.tokenizer_files import build_tokenizer
 from tests.checkpoints import TESTS
 
 QWEN2 = TESTS / "tokenizer" / "qwen2"
