@@ -209,13 +209,15 @@ def _background(rng: Random, width: int, height: int, *, held_out: bool, practic
     return first
 
 
-def _font_size(rng: Random, longer: int, *, held_out: bool) -> int:
+def _font_size(rng: Random, longer: float, *, held_out: bool) -> int:
     """Font size in pixels: training uses nine ratios to the longer side, held-out images those halfway between."""
     step = rng.randrange(8) + 0.5 if held_out else rng.randrange(9)
     return round(longer * (0.13 + 0.01 * step))
 
 
-def _place_text(rng: Random, image: Image.Image, others: list[Text], *, held_out: bool, practice: bool) -> Text | None:
+def _place_text(
+    rng: Random, image: Image.Image, others: list[Text], *, held_out: bool, practice: bool, zoom: float
+) -> Text | None:
     """Prints a word or a number and says where, or does nothing where others are in the way."""
     width, height = image.size
     if rng.random() < (0.3 if practice else 0.55):
@@ -223,7 +225,7 @@ def _place_text(rng: Random, image: Image.Image, others: list[Text], *, held_out
     else:
         digits = rng.choice((1, 2, 3, 3, 4, 4, 4) if practice else (1, 2, 3, 4))
         text = str(rng.randrange(10 ** (digits - 1) if digits > 1 else 0, 10**digits))
-    name, size = rng.choice(FONTS), _font_size(rng, max(width, height), held_out=held_out)
+    name, size = rng.choice(FONTS), _font_size(rng, zoom * max(width, height), held_out=held_out)
     margin = 4
     widest = _font(name, size).getlength(text)
     font = _font(name, min(size, int(size * (width - 4 * margin) / widest)))
@@ -253,13 +255,15 @@ def _choose_kinds(rng: Random) -> list[tuple[str, str]]:
     return rng.sample(pairs, min(len(pairs), rng.choices((1, 2, 3, 4, 5), (15, 25, 28, 20, 12))[0]))
 
 
-def _place_shapes(rng: Random, size: tuple[int, int], kinds: list[tuple[str, str]], texts: list[Text]) -> list[Shape]:
+def _place_shapes(
+    rng: Random, size: tuple[int, int], kinds: list[tuple[str, str]], texts: list[Text], zoom: float
+) -> list[Shape]:
     width, height = size
     longer = max(size)
     placed: list[Shape] = []
     for shape, colour in kinds:
         name = rng.choice(tuple(SIZES))
-        radius = round(longer * SIZES[name] * rng.uniform(0.94, 1.06))
+        radius = round(longer * zoom * SIZES[name] * rng.uniform(0.94, 1.06))
         for _ in range(40):
             x, y = rng.uniform(radius, width - radius), rng.uniform(radius, height - radius)
             if all(
@@ -292,6 +296,7 @@ def render(
     crowded: bool = False,
     least: int = 1,
     most: int = 5,
+    zoom: float = 1,
 ) -> tuple[Image.Image, Scene]:
     """Returns an image and what it shows.
 
@@ -303,6 +308,7 @@ def render(
         crowded: as many shapes and texts as fit, the same ones repeated, for learning to see.
         least: the number of shapes at least, for practice with many.
         most: the number of shapes at most, for learning to answer.
+        zoom: how large shapes and texts are; below 1 as if seen from further away, above 1 from nearer.
     """
     shorter = longer if rng.random() < 0.3 else round(longer * rng.uniform(0.5, 1))
     width, height = (longer, shorter) if rng.random() < 0.5 else (shorter, longer)
@@ -310,13 +316,13 @@ def render(
         image = _background(rng, width, height, held_out=held_out, practice=practice)
         texts: list[Text] = []
         for _ in range(4 if crowded else rng.random() < 0.85):
-            text = _place_text(rng, image, texts, held_out=held_out, practice=practice)
+            text = _place_text(rng, image, texts, held_out=held_out, practice=practice, zoom=zoom)
             if text is not None:
                 texts.append(text)
         kinds = _choose_kinds(rng)[:most]
         if crowded:
             kinds = [(rng.choice(SHAPES), rng.choice(tuple(COLOURS))) for _ in range(10)]
-        shapes = _place_shapes(rng, image.size, kinds, texts)
+        shapes = _place_shapes(rng, image.size, kinds, texts, zoom)
         if len(shapes) >= (1 if crowded else least):
             break
     for shape in shapes:
