@@ -97,7 +97,7 @@ class Row:
     @property
     def size(self) -> str:
         """The pixels for tables: `1024`, or `auto: 1024` where each image chose them."""
-        return f"auto: {self.pixels}" if self.resolution == "auto" else str(self.pixels)
+        return f"{self.resolution}: {self.pixels}" if str(self.resolution).startswith("auto") else str(self.pixels)
 
     @property
     def setup(self) -> tuple[str, str, str]:

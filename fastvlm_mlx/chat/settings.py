@@ -10,7 +10,7 @@ from fastvlm_mlx.engine.options import GenerationConfig
 from fastvlm_mlx.errors import ConfigError
 from fastvlm_mlx.formatting import printable
 from fastvlm_mlx.inputs.colours import parse_colour
-from fastvlm_mlx.inputs.resolution import Resolution, check_resolution
+from fastvlm_mlx.inputs.resolution import Resolution, as_resolution
 
 _CONFIG = (
     "max_tokens temperature top_p top_k min_p repetition_penalty presence_penalty frequency_penalty seed stop".split()
@@ -66,9 +66,7 @@ class Settings:
             FastVLMError: If it cannot have this value.
         """
         if name == "resolution":
-            if value is not None and value != "auto":
-                check_resolution(value)
-            return replace(self, resolution=value)
+            return replace(self, resolution=None if value is None else as_resolution(value))
         if name == "background":
             if value is not None:
                 parse_colour(value)

@@ -172,7 +172,7 @@ def bench(
     if cost:
         unused = [option for option, name in _UNUSED_BY_COST.items() if is_given(context, name)]
         refuse(unused, "with --cost, which measures nothing")
-    if cost and is_given(context, "resolutions") and "auto" in (resolutions or ()):
+    if cost and is_given(context, "resolutions") and any(isinstance(side, str) for side in resolutions or ()):
         raise typer.BadParameter("--cost needs pixels, not auto", param_hint="--resolution")
     if plot:
         from fastvlm_mlx.bench.plot import SUFFIXES
@@ -181,7 +181,7 @@ def bench(
             raise typer.BadParameter(f"ends in none of {', '.join(SUFFIXES)}", param_hint="--plot")
     names = list(models or [os.environ.get("FASTVLM_MODEL") or DEFAULT_MODEL])
     if cost:
-        sides = [side for side in resolutions or () if side != "auto"] or [256, 512, 1024]
+        sides = [side for side in resolutions or () if not isinstance(side, str)] or [256, 512, 1024]
         _print_costs([size.value for size in random_weights or ()], names, revision, sides, markdown)
         return
 

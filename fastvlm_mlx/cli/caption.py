@@ -16,6 +16,7 @@ from fastvlm_mlx.cli.options import (
     DEFAULT_MODEL,
     DEFAULT_PROMPT,
     Background,
+    Detail,
     LoadDType,
     Model,
     Resolution,
@@ -24,6 +25,7 @@ from fastvlm_mlx.cli.options import (
     choices,
     refuse,
     user_path,
+    with_detail,
 )
 from fastvlm_mlx.cli.terminal import note
 from fastvlm_mlx.cli.usage import usage_errors
@@ -95,6 +97,7 @@ def caption(
         bool, typer.Option("--keep-openings", help="Keep phrases such as “The image shows”.")
     ] = False,
     resolution: Resolution = None,
+    detail: Detail = None,
     background: Background = None,
     dtype: LoadDType = None,
     batch: Annotated[
@@ -225,7 +228,7 @@ def caption(
                 model=model,
                 **known,
                 system=system,
-                resolution=resolution,
+                resolution=with_detail(resolution, detail),
                 background=background,
                 config=config,
                 keep_openings=keep_openings,

@@ -12,11 +12,13 @@ from fastvlm_mlx.cli.options import (
     CHECK_FAILED,
     DEFAULT_MODEL,
     Background,
+    Detail,
     LoadDType,
     Model,
     Resolution,
     Revision,
     Warm,
+    with_detail,
 )
 from fastvlm_mlx.cli.terminal import ByteProgress, LiveLine, note, slow_blas
 from fastvlm_mlx.cli.usage import usage_errors
@@ -42,6 +44,7 @@ def chat(
         typer.Option("--temp", "-t", metavar="N", min=0.0, help="Sampling temperature; 0 takes the most likely token."),
     ] = 0.0,
     resolution: Resolution = None,
+    detail: Detail = None,
     background: Background = None,
     dtype: LoadDType = None,
     go_on: Annotated[bool, typer.Option("--continue", "-c", help="Go on with the last conversation.")] = False,
@@ -71,13 +74,14 @@ def chat(
 
     with usage_errors():
         config = GenerationConfig(max_tokens=max_tokens, temperature=temperature)
+    settings = Settings(config=config, resolution=with_detail(resolution, detail), background=background)
     holding = Holding(model=model, revision=revision, dtype=dtype.value if dtype else None)
     folder = cache_folder() / "chat"
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty() and not as_json
     with ExitStack() as stack:
         here = Here(lambda: stack.enter_context(_load(holding)))
         answerer = Best(holding, here, warm=warm)
-        dialogue = Dialogue(answerer, Settings(config=config, resolution=resolution, background=background), aside)
+        dialogue = Dialogue(answerer, settings, aside)
         watcher = Watcher(lambda: answerer.server.slow if answerer.server else slow_blas())
         keeper = None if private or not (is_terminal or go_on) else Keeper(folder, aside)
         talk = Chat(dialogue, watcher, keeper, model=model, verbose=verbose, as_json=as_json)

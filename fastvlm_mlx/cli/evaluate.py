@@ -10,6 +10,7 @@ import typer
 from fastvlm_mlx.cli.options import (
     CHECK_FAILED,
     MODEL_HELP,
+    Detail,
     DType,
     LoadDType,
     Model,
@@ -18,6 +19,7 @@ from fastvlm_mlx.cli.options import (
     choices,
     complete_model,
     user_path,
+    with_detail,
 )
 from fastvlm_mlx.cli.terminal import ByteProgress, LiveLine, note, show, show_json, warn_of_slow_blas
 from fastvlm_mlx.formatting import as_text, names, printable
@@ -57,6 +59,7 @@ def evaluate(
         int | None, typer.Option(metavar="N", min=1, help="Ask a sample of this many rows, each kind in proportion.")
     ] = None,
     resolution: Resolution = None,
+    detail: Detail = None,
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", "-n", metavar="N", min=1, help="Longest answer, in tokens.")
     ] = 64,
@@ -87,7 +90,7 @@ def evaluate(
     questions = read_questions(data)
     check_images(data, questions)
     check_names([(model, revision), *([(baseline, None)] if baseline else [])])
-    settings = _Settings(metric.value, limit, resolution, max_tokens, dtype, fresh)
+    settings = _Settings(metric.value, limit, with_detail(resolution, detail), max_tokens, dtype, fresh)
     warn_of_slow_blas()
     folder = _resolve(model, revision)
     baseline_folder = _resolve(baseline, None) if baseline else None  # before the first question to the other

@@ -10,6 +10,7 @@ from fastvlm_mlx.cli.options import (
     DEFAULT_MODEL,
     DEFAULT_PROMPT,
     Background,
+    Detail,
     Frames,
     LoadDType,
     Model,
@@ -17,6 +18,7 @@ from fastvlm_mlx.cli.options import (
     Revision,
     Warm,
     refuse,
+    with_detail,
 )
 from fastvlm_mlx.cli.showing import Showing
 from fastvlm_mlx.cli.terminal import LiveLine
@@ -86,6 +88,7 @@ def generate(
     ] = None,
     frames: Frames = None,
     resolution: Resolution = None,
+    detail: Detail = None,
     background: Background = None,
     dtype: LoadDType = None,
     as_json: Annotated[
@@ -155,7 +158,7 @@ def generate(
     question = Question(
         prompt=text,
         system=system,
-        resolution=resolution,
+        resolution=with_detail(resolution, detail),
         background=background,
         config=config,
         choices=choice or (),

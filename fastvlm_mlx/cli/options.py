@@ -68,14 +68,26 @@ def _checkpoints_below(folder: str) -> Iterator[str]:
 
 def parse_resolution(text: str) -> int | str:
     """`auto` or a resolution that the tower can run at."""
-    if text == "auto":
-        return text
+    if text == "auto" or text.startswith("auto:"):
+        from fastvlm_mlx.inputs.resolution import as_resolution
+
+        with usage_errors():
+            return as_resolution(text)
     if not text.isdecimal() or len(text) > 9 or int(text) == 0 or int(text) % 64:
         raise typer.BadParameter(f"{text!r} is neither a positive multiple of 64 nor 'auto'")
     from fastvlm_mlx.inputs.resolution import check_resolution
 
     with usage_errors():
         return check_resolution(int(text))
+
+
+def with_detail(resolution: int | str | None, detail: float | None) -> int | str | None:
+    """The resolution, with the details that `auto` keeps."""
+    if detail is None:
+        return resolution
+    if resolution != "auto":
+        raise typer.BadParameter("goes with --resolution auto", param_hint="--detail")
+    return f"auto:{detail:g}"
 
 
 def parse_background(text: str) -> str:
@@ -122,6 +134,16 @@ Frames = Annotated[
         min=1,
         max=10_000,
         help="Frames of a film or animation, evenly spaced. [default: 4 of a film, the first of an animation]",
+    ),
+]
+Detail = Annotated[
+    float | None,
+    typer.Option(
+        "--detail",
+        metavar="N",
+        min=1,
+        max=64,
+        help="With --resolution auto, pixels for a detail and the gap beside it; more keeps finer print. [default: 8]",
     ),
 ]
 Background = Annotated[

@@ -11,12 +11,14 @@ from fastvlm_mlx.cli.background import start
 from fastvlm_mlx.cli.options import (
     DEFAULT_MODEL,
     MODEL_HELP,
+    Detail,
     LoadDType,
     Resolution,
     Revision,
     complete_model,
     refuse,
     user_path,
+    with_detail,
 )
 from fastvlm_mlx.cli.terminal import ByteProgress, note, show, warn_of_slow_blas
 from fastvlm_mlx.cli.usage import is_given, usage_errors
@@ -106,6 +108,7 @@ def serve(
         int | None, typer.Option(metavar="N", min=1, help="Requests at a time. [default: what suits the machine]")
     ] = None,
     resolution: Resolution = None,
+    detail: Detail = None,
     dtype: LoadDType = None,
     revision: Revision = None,
     warmup: Annotated[
@@ -165,7 +168,7 @@ def serve(
             queue_seconds=queue_seconds,
             answer_seconds=answer_seconds,
             drain_seconds=drain_seconds,
-            resolution=resolution,
+            resolution=with_detail(resolution, detail),
             temperature=temperature,
         )
     if print_launchd:

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fastvlm_mlx.formatting import printable
+from fastvlm_mlx.inputs.detail import resolution_for_details
 from fastvlm_mlx.inputs.formats import open_image
 from fastvlm_mlx.inputs.resizing import resize
-from fastvlm_mlx.inputs.resolution import Resolution, auto_resolution, check_resolution
+from fastvlm_mlx.inputs.resolution import Resolution, auto_detail, check_resolution
 from fastvlm_mlx.inputs.samples import array_image, to_turned
 from fastvlm_mlx.inputs.sources import DOWNLOAD_TIMEOUT, Allow, Encoded, ImageSource, read
 from fastvlm_mlx.inputs.turned import TurnedImage
@@ -90,11 +91,12 @@ def preprocess(image: Image | TurnedImage, resolution: int) -> NDArray[np.uint8]
 
 
 def choose_resolution(images: Sequence[Image | TurnedImage], resolution: Resolution, native: int) -> int:
-    """The one resolution of all `images`: `native` for None, for `auto` what the largest image needs.
+    """The one resolution of all `images`: `native` for None, for `auto` what the one with the finest details needs.
 
     Raises:
         ConfigError: If the tower cannot run at it.
     """
-    if isinstance(resolution, str) and resolution == "auto":
-        return max((auto_resolution(image.size, native) for image in images), default=native)
+    detail = auto_detail(resolution)
+    if detail is not None:
+        return max((resolution_for_details(image, native, detail) for image in images), default=native)
     return check_resolution(native if resolution is None else resolution)

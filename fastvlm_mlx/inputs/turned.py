@@ -38,6 +38,24 @@ class TurnedImage:
         width, height = self.stored.size
         return (height, width) if self.sideways else (width, height)
 
+    def reduced(self, factor: int) -> Image:
+        """The stored image, `factor` times smaller; turned upright, it equals the upright image made smaller.
+
+        Each pixel is the mean of a whole box. Pixels at the right and bottom that fill none are left out.
+        """
+        from PIL.Image import Transpose
+
+        if factor == 1:
+            return self.stored
+        width, height = self.stored.size
+        across, down = min(factor, width), min(factor, height)
+        right, bottom = width % across, height % down
+        from_right = (Transpose.FLIP_LEFT_RIGHT, Transpose.ROTATE_180, Transpose.ROTATE_90, Transpose.TRANSVERSE)
+        from_below = (Transpose.FLIP_TOP_BOTTOM, Transpose.ROTATE_180, Transpose.ROTATE_270, Transpose.TRANSVERSE)
+        left = right if self.turn in from_right else 0
+        top = bottom if self.turn in from_below else 0
+        return self.stored.reduce((across, down), box=(left, top, left + width - right, top + height - bottom))
+
     def upright(self) -> Image:
         """The image turned upright, without metadata, so that it is not turned again; itself if it is upright.
 

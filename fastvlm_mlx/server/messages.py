@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from fastvlm_mlx.errors import ConfigError
 from fastvlm_mlx.inputs.prompts import DEFAULT_PROMPT, Message
-from fastvlm_mlx.inputs.resolution import Resolution, check_resolution
+from fastvlm_mlx.inputs.resolution import Resolution, as_resolution
 from fastvlm_mlx.inputs.sources import Allow
 from fastvlm_mlx.schema import shown
 from fastvlm_mlx.server.api import ApiError, Context
@@ -94,13 +94,13 @@ def read_resolution(fields: Fields, context: Context) -> Resolution:
         ApiError: If no model can run at it, or the server does not allow it.
     """
     value: Any = fields.value("resolution")
-    if value in (None, "auto"):
-        return cast(Resolution, value)
+    if value is None:
+        return None
     try:
-        resolution = check_resolution(value)
+        resolution = as_resolution(value)
     except ConfigError as err:
         raise ApiError(400, str(err), param="resolution", code="invalid_parameter") from err
-    if resolution > (most := context.settings.max_resolution):
+    if isinstance(resolution, int) and resolution > (most := context.settings.max_resolution):
         raise ApiError(
             400,
             f"resolution must be at most {most} here, not {resolution}; --max-resolution of the server changes that",

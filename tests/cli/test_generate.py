@@ -177,6 +177,23 @@ def test_options_come_from_the_environment(runtime: FakeRuntime, monkeypatch: py
     assert (runtime.asked["resolution"], runtime.asked["config"].max_tokens) == ("auto", 9)
 
 
+def test_detail_goes_with_an_automatic_resolution(runtime: FakeRuntime) -> None:
+    assert invoke("generate", PICTURE, "-r", "auto", "--detail", "12").exit_code == 0
+    assert runtime.asked["resolution"] == "auto:12"
+    assert invoke("generate", PICTURE, "-r", "auto:5").exit_code == 0
+    assert runtime.asked["resolution"] == "auto:5"
+    for arguments, message in (
+        (("--detail", "12"), "goes with --resolution auto"),
+        (("--detail", "12", "-r", "512"), "goes with --resolution auto"),
+        (("--detail", "0", "-r", "auto"), "must be at least 1, not 0"),
+        (("-r", "auto:x"), "a detail takes 1 to 64 pixels, as in auto:12, not 'x'"),
+        (("-r", "autos"), "'autos' is neither a positive multiple of 64 nor 'auto'"),
+    ):
+        result = invoke("generate", PICTURE, *arguments)
+        assert result.exit_code == 2
+        assert message in result.stderr
+
+
 def test_json_is_one_object_with_the_whole_answer(runtime: FakeRuntime) -> None:
     runtime.pieces = ["Ein Fuß", ", 猫"]
     record = json.loads(invoke("generate", PICTURE, "--json").stdout)

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 from fastvlm_mlx.backend import mx
 from fastvlm_mlx.errors import ConfigError, ImageError
 from fastvlm_mlx.inputs.images import load_image, preprocess
-from fastvlm_mlx.inputs.resolution import auto_resolution, check_resolution
+from fastvlm_mlx.inputs.resolution import as_resolution, auto_detail, auto_resolutions, check_resolution
 from tests.checkpoints import GOLDEN
 from tests.pictures import stored_with
 
@@ -193,8 +193,21 @@ def test_a_pil_image_is_left_as_it_was():
         ((4000, 3000), 128, 128),
     ],
 )
-def test_auto_resolution_neither_reduces_nor_exceeds_native(size, native, expected):
-    assert auto_resolution(size, native) == expected
+def test_auto_neither_exceeds_the_picture_nor_the_models_resolution(size, native, expected):
+    choices = auto_resolutions(size, native)
+    assert choices[-1] == expected
+    assert choices[0] == min(256, native)
+
+
+@pytest.mark.parametrize(("value", "detail"), [("auto", 8), ("auto:12", 12), ("auto:1.5", 1.5), (256, None)])
+def test_auto_says_how_many_pixels_a_detail_gets(value, detail):
+    assert auto_detail(value) == detail
+
+
+@pytest.mark.parametrize("value", ["auto:", "auto:x", "auto:0", "auto:65", "auto:nan", "auto:-1", "auto:inf"])
+def test_impossible_details_are_refused(value):
+    with pytest.raises(ConfigError, match=r"^a detail takes 1 to 64 pixels, as in auto:12, not '"):
+        as_resolution(value)
 
 
 @pytest.mark.parametrize("resolution", [64, 256, 1024, 1536, 4096])
