@@ -6,7 +6,6 @@ compares it with mlx-lm's.
 Shapes: B batch, L positions of this call, S positions of the cache, D hidden size, V vocabulary.
 """
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from fastvlm_mlx.backend import device, mx, nn
 from fastvlm_mlx.config import TextConfig
 from fastvlm_mlx.model.activations import swiglu
 from fastvlm_mlx.model.cpu.attention import attention as cpu_attention
+from fastvlm_mlx.model.cpu.products import are_few, product
 from fastvlm_mlx.model.kv_cache import KVCache
 from fastvlm_mlx.model.rows import row_parts, split_projection
 
@@ -52,7 +52,7 @@ class Attention(nn.Module):
     def _qkv(self, x: mx.array) -> mx.array:
         """(B, L, D) -> (B, heads of queries, keys and values, L, head_dim)."""
         if "qkv_proj" in self:
-            packed = self.qkv_proj(x)
+            packed = linear(self.qkv_proj, x)
         else:
             packed = mx.concatenate([self.q_proj(x), self.k_proj(x), self.v_proj(x)], axis=-1)
         return packed.reshape(*x.shape[:2], -1, self.head_dim).transpose(0, 2, 1, 3)
@@ -86,21 +86,29 @@ class MLP(nn.Module):
         """(B, L, D) -> twice (B, L, hidden units)."""
         if "gate_up_proj" not in self:
             return [self.gate_proj(x), self.up_proj(x)]
-        if device() == "cpu" and math.prod(x.shape[:-1]) > 1:
+        if device() == "cpu" and not are_few(x):
             # MLX's CPU kernels are slow on the halves of each row.
             return [part(x) for part in row_parts(self.gate_up_proj, 2)]
-        return list(mx.split(self.gate_up_proj(x), 2, axis=-1))
+        return list(mx.split(linear(self.gate_up_proj, x), 2, axis=-1))
 
     def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
         return added(residual, self.down_proj, swiglu(*self._gate_and_up(x)))
 
 
-def added(residual: mx.array, linear: nn.Module, x: mx.array) -> mx.array:
-    """`residual + linear(x)`, as one kernel where MLX has it."""
-    if type(linear) is nn.Linear and "bias" not in linear:
-        return mx.addmm(residual, x, linear.weight.T)
-    total: mx.array = residual + linear(x)
-    return total
+def linear(layer: nn.Module, x: mx.array) -> mx.array:
+    """`layer(x)`, in the form that suits the device."""
+    if type(layer) is nn.Linear and device() == "cpu" and are_few(x):
+        products = product(x, layer.weight)
+        return products + layer.bias if "bias" in layer else products
+    outputs: mx.array = layer(x)
+    return outputs
+
+
+def added(residual: mx.array, layer: nn.Module, x: mx.array) -> mx.array:
+    """`residual + layer(x)`, as one kernel where a GPU has it."""
+    if type(layer) is nn.Linear and "bias" not in layer and device() == "gpu":
+        return mx.addmm(residual, x, layer.weight.T)
+    return residual + linear(layer, x)
 
 
 class TransformerBlock(nn.Module):
@@ -173,7 +181,12 @@ class Qwen2(nn.Module):
 
     def head(self, x: mx.array) -> mx.array:
         """Logits (B, L, V) of normed hidden states (B, L, D)."""
-        return self.lm_head(x) if "lm_head" in self else self.model.embed_tokens.as_linear(x)
+        if "lm_head" in self:
+            return linear(self.lm_head, x)
+        if type(self.model.embed_tokens) is nn.Embedding and device() == "cpu" and are_few(x):
+            return product(x, self.model.embed_tokens.weight)
+        logits: mx.array = self.model.embed_tokens.as_linear(x)
+        return logits
 
     def __call__(
         self, tokens: mx.array | None, cache: Any = None, input_embeddings: mx.array | None = None
