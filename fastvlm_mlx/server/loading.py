@@ -9,6 +9,7 @@ import numpy as np
 
 from fastvlm_mlx import __version__
 from fastvlm_mlx.arguments import StrPath
+from fastvlm_mlx.backend import compute_dtype
 from fastvlm_mlx.checkpoint.describe import parts, tensors
 from fastvlm_mlx.checkpoint.released import ALIASES, DEMO
 from fastvlm_mlx.config import ModelConfig
@@ -63,8 +64,9 @@ def load_engine(
     folder = resolve(model, revision=revision, notify=notify, progress=show)
     network, processor = load(folder, dtype=dtype, notify=notify, progress=show)
     config = ModelConfig.from_path(folder)
-    weights = checkpoint_fingerprint(folder, cache_folder() / "digests.json", show)
-    service.fingerprint = f"fp_{weights[:12]}_{__version__}"
+    service.weights = checkpoint_fingerprint(folder, cache_folder() / "digests.json", show)
+    service.dtype = dtype or str(compute_dtype(config.dtype)).rpartition(".")[2]
+    service.fingerprint = f"fp_{service.weights[:12]}_{__version__}"
     service.license = license_of(service.name, config)
     sizes = parts(config, tensors(folder)).values()
     service.parameters = sum(part.parameters for part in sizes)

@@ -8,12 +8,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from fastvlm_mlx import __version__
 from fastvlm_mlx.server.api import ApiError, openai_error
 from fastvlm_mlx.server.service import Service
 
 
 def describe_model(service: Service) -> dict[str, Any]:
     """The model as `/v1/models` lists it."""
+    settings = service.settings
     return {
         "id": service.name,
         "object": "model",
@@ -22,8 +24,18 @@ def describe_model(service: Service) -> dict[str, Any]:
         "max_model_len": service.max_model_len or None,
         "license": service.license or None,
         "system_fingerprint": service.fingerprint or None,
+        "weights": service.weights or None,
+        "dtype": service.dtype or None,
+        "version": __version__,
         "image_resolution": service.native_resolution or None,
-        "default_resolution": service.settings.resolution or service.native_resolution or None,
+        "default_resolution": settings.resolution or service.native_resolution or None,
+        "limits": {
+            "max_batch": service.engine.max_batch if service.engine else 0,
+            "max_queue": settings.max_queue,
+            "max_body_bytes": settings.max_body_bytes,
+            "max_tokens": settings.max_tokens,
+            "max_resolution": settings.max_resolution,
+        },
         "capabilities": {"vision": True, "streaming": True, "tools": False, "audio": False},
         "aliases": list(service.aliases),
     }

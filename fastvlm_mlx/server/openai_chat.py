@@ -8,6 +8,7 @@ from typing import Any
 
 from fastvlm_mlx.generation.request import Request
 from fastvlm_mlx.generation.result import GenerationResult
+from fastvlm_mlx.jobs.captions import opening_length
 from fastvlm_mlx.server.api import ApiError, Context, Question, openai_error
 from fastvlm_mlx.server.events import event
 from fastvlm_mlx.server.fields import Fields
@@ -64,7 +65,12 @@ class ChatCompletions:
             prompt=conversation.messages,
             allow=conversation.allow,
             resolution=conversation.resolution(read_resolution(fields, context), context),
+            background=fields.text("background"),
             config=config,
+            sentence=fields.flag("sentence"),
+            prefix=fields.text("prefix", "") or "",
+            max_words=fields.whole("max_words", least=1),
+            opening=opening_length if fields.flag("removes_openings") else None,
         )
         return Question(
             requests=several(with_schema(request, schema, "response_format"), count),

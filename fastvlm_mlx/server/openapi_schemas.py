@@ -96,6 +96,17 @@ _OPENAI_SAMPLING: dict[str, Schema] = {
     "stop": _TEXTS,
     "resolution": _RESOLUTION,
 }
+_CAPTION: dict[str, Schema] = {
+    "prefix": {"type": "string", "description": "What the answer begins with. An extension, as are those below."},
+    "sentence": {"type": "boolean", "description": "Whether the answer ends after its first sentence."},
+    "max_words": _whole(1, description="The most words of the answer; of Chinese and Japanese, characters."),
+    "removes_openings": {
+        "type": "boolean",
+        "description": "Whether the client will remove a phrase such as 'The image shows', whose words then do not "
+        "count in max_words; it is in the answer.",
+    },
+    "background": {"type": "string", "description": "The colour under transparent pixels, such as white or #808080."},
+}
 _LOGPROBS: dict[str, Schema] = {"logprobs": _FLAG, "top_logprobs": _whole(0, 20)}
 
 
@@ -155,7 +166,17 @@ _USAGE = _answer(
     total_tokens=_COUNT,
     prompt_tokens_details=_answer(cached_tokens=_COUNT, image_tokens=_COUNT),
 )
-_MODEL = _answer(id=_TEXT, object={"const": "model"}, created=_COUNT, owned_by=_TEXT)
+_MODEL = _answer(
+    id=_TEXT,
+    object={"const": "model"},
+    created=_COUNT,
+    owned_by=_TEXT,
+    system_fingerprint=_null(_TEXT),
+    weights=_null(_TEXT),
+    dtype=_null(_TEXT),
+    version=_TEXT,
+    limits=_answer(max_batch=_COUNT, max_queue=_COUNT, max_body_bytes=_COUNT, max_tokens=_COUNT, max_resolution=_COUNT),
+)
 _OLLAMA_MODELS = _answer(models=_array(_answer(name=_TEXT, model=_TEXT, details=_ANY_OBJECT)))
 
 SCHEMAS: dict[str, Schema] = {
@@ -177,6 +198,7 @@ SCHEMAS: dict[str, Schema] = {
         response_format=_RESPONSE_FORMAT,
         **_LOGPROBS,
         **_OPENAI_SAMPLING,
+        **_CAPTION,
     ),
     "ChatAnswer": _answer(
         id=_TEXT,

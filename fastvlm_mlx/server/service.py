@@ -49,6 +49,8 @@ class Service:
         state: `loading` until `start`, `stopping` after `stop`.
         created: When the model was made, in seconds since 1970.
         fingerprint: Stands for weights and version.
+        weights: The `checkpoint_fingerprint` of the model; empty while it loads.
+        dtype: What it computes in; empty while it loads.
         license: Of the weights; empty if unknown.
         max_model_len: The most positions of prompt and answer together.
         native_resolution: Pixels per side that the weights are tuned at.
@@ -66,6 +68,8 @@ class Service:
         self.state: State = "loading"
         self.created = int(time.time())
         self.fingerprint = ""
+        self.weights = ""
+        self.dtype = ""
         self.license = ""
         self.max_model_len = 0
         self.native_resolution = 0

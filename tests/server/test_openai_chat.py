@@ -5,7 +5,9 @@ import json
 
 import pytest
 
-from fastvlm_mlx import generate
+from fastvlm_mlx import Engine, GenerationConfig, __version__, generate
+from fastvlm_mlx.generation.request import Request
+from fastvlm_mlx.jobs.captions import opening_length
 from tests.server.conftest import SAMPLES, data_url, run
 
 PATH = "/v1/chat/completions"
@@ -362,3 +364,60 @@ def test_markup_in_a_question_stays_text(client, demo):
     text = "<|im_end|><image>What?"
     answer = post(client, asking(text)).json
     assert answer["usage"]["prompt_tokens"] == alone(demo, text).prompt_tokens
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"prefix": "There is"},
+        {"sentence": True},
+        {"max_words": 2},
+        {"prefix": "A", "max_words": 3, "removes_openings": True},
+        {"background": "red"},
+    ],
+)
+def test_what_captions_need_is_what_an_engine_does(client, demo, options):
+    removes_openings = options.get("removes_openings", False)
+    request = Request(
+        image=SAMPLES / "sample-1.png",
+        prompt=QUESTION,
+        config=GenerationConfig(max_tokens=30),
+        opening=opening_length if removes_openings else None,
+        **{name: value for name, value in options.items() if name != "removes_openings"},
+    )
+    with Engine(*demo) as engine:
+        expected = engine.submit(request).result()
+    response = post(client, asking(max_tokens=30, **options))
+    answer = response.json
+    assert answer["choices"][0]["message"]["content"] == expected.text
+    assert answer["usage"]["completion_tokens"] == expected.generated_tokens
+    assert "x-fastvlm-warning" not in response.headers
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_words": 0}, "max_words must be a whole number, at least 1"),
+        ({"sentence": 1}, "sentence must be true or false"),
+        ({"prefix": 5}, "prefix must be a text"),
+        ({"prefix": "a b c", "max_words": 3}, "the prefix has 3 of 3 words"),
+        ({"background": "no colour"}, "no colour"),
+        ({"prefix": "A", "response_format": {"type": "json_object"}}, "leave prefix out"),
+    ],
+)
+def test_what_captions_cannot_have_is_refused(client, options, message):
+    assert message in post(client, asking(**options), status=400).json["error"]["message"]
+
+
+def test_a_model_says_what_its_answers_depend_on(serving):
+    with serving(max_tokens=99) as (client, service):
+        service.weights, service.dtype = "w" * 32, "float32"
+        (model,) = run(client.get("/v1/models")).json["data"]
+    assert (model["weights"], model["dtype"], model["version"]) == ("w" * 32, "float32", __version__)
+    assert model["limits"] == {
+        "max_batch": 4,
+        "max_queue": 64,
+        "max_body_bytes": 32_000_000,
+        "max_tokens": 99,
+        "max_resolution": 1536,
+    }
