@@ -21,7 +21,7 @@ LAYERS: tuple[tuple[str | tuple[str, ...], ...], ...] = (
     ("convert", "engine", "structured"),
     (("cache", "resolve"), "generation"),
     ("jobs", "warm"),
-    (("bench", "doctor"), ("album", "server"), "chat"),
+    (("bench", "doctor"), ("album", "server"), "chat", "watch"),
     (("cli", "__main__"),),
 )
 # The same for the folders and files of convert/.

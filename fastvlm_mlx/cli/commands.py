@@ -15,6 +15,7 @@ HELP = {
     "caption": "Caption whole folders.",
     "search": "Find the pictures of a folder that show something.",
     "merge": "Make one file of the captions of many machines.",
+    "watch": "Say what a camera, a screen or a film shows.",
     "serve": "Answer other programs over HTTP, and people on a page.",
     "status": "Say whether a background server keeps a model warm.",
     "stop": "End the background server.",

@@ -1,0 +1,1 @@
+"""Watching films, cameras and screens, and telling in words what they show."""
