@@ -45,7 +45,7 @@ def test_the_wheel_holds_every_module_and_no_top_level_convert(built: Path) -> N
     with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
         names = set(wheel.namelist())
     assert modules() <= names
-    assert {"fastvlm_mlx/py.typed", "fastvlm_mlx/server/page.html"} <= names
+    assert {"fastvlm_mlx/py.typed", "fastvlm_mlx/server/page.html", "fastvlm_mlx/album/page.html"} <= names
     assert {f"fastvlm_mlx/demo_model/{name}" for name in ("model.safetensors", "vocab.json", "samples.jsonl")} <= names
     assert not [name for name in names if name.endswith(".md")]  # convert/README.md is for readers of the repository
     top = {name.split("/")[0] for name in names}

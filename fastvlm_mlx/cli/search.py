@@ -75,7 +75,15 @@ def search(
     words: Annotated[bool, typer.Option("--words", help="Look for words in captions and names; ask nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON for each picture.")] = False,
     print0: Annotated[bool, typer.Option("--print0", "-0", help="End names with zero bytes, for xargs -0.")] = False,
-    open_best: Annotated[bool, typer.Option("--open", help="Open the best; with --top the best N.")] = False,
+    page: Annotated[
+        Path | None,
+        typer.Option(
+            "--html", metavar="FILE", parser=user_path, help="Write a page with the pictures found, for any browser."
+        ),
+    ] = None,
+    open_best: Annotated[
+        bool, typer.Option("--open", help="Open the best; with --top the best N, with --html the page.")
+    ] = False,
     update: Annotated[
         bool, typer.Option("--update/--no-update", help="Look first at what has changed in the folder.")
     ] = True,
@@ -120,12 +128,13 @@ def search(
     """
     from fastvlm_mlx.album.album import Album
     from fastvlm_mlx.album.asking import check_query, check_template
+    from fastvlm_mlx.album.page import write_page
     from fastvlm_mlx.cli.searching import Show, Wanted, bring_up_to_date, find, prepare
 
     if query is None:
         given = {
             **{"--top": top, "--question": question, "--since": since, "--seconds": seconds, "--words": words},
-            **{"--json": as_json, "--print0": print0, "--open": open_best, "--no-update": not update},
+            **{"--json": as_json, "--print0": print0, "--html": page, "--open": open_best, "--no-update": not update},
         }
         refuse([name for name, value in given.items() if value not in (None, False)], "without QUERY")
     else:
@@ -134,6 +143,11 @@ def search(
     if question is not None:
         with usage_errors("--question"):
             check_template(question)
+    if page is not None:
+        from fastvlm_mlx.outputs import check_output
+
+        with usage_errors("--html"):
+            check_output(page)
     if words:
         refuse([name for name, value in (("--question", question), ("--seconds", seconds)) if value], "with --words")
     if as_json:
@@ -165,9 +179,12 @@ def search(
         if query is not None:
             show = Show(folder, as_json=as_json, end=b"\0" if print0 else b"\n")
             asker = None if prepared is None or words else prepared.asker(question)
-            hits = find(album, query, asker, show, top=top, threshold=threshold, since=since, seconds=seconds)
+            results = find(album, query, asker, show, top=top, threshold=threshold, since=since, seconds=seconds)
+            if page is not None:
+                write_page(page, album, query, results.hits, found=results.found)
             if open_best:
-                show.open(hits if top is not None else hits[:1])
+                best = results.hits if top is not None else results.hits[:1]
+                show.open([page] if page is not None else [Path(show.path(hit)) for hit in best])
     if failed:
         raise typer.Exit(CHECK_FAILED)
 

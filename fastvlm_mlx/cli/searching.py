@@ -1,13 +1,12 @@
 """The run of `fastvlm search`: its model, the index brought up to date, and what is found."""
 
-import json
 import os
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -101,6 +100,7 @@ class Prepared:
 @contextmanager
 def prepare(album: "Album", wanted: Wanted) -> Iterator[Prepared]:
     """Finds the model, and out what the index is made with."""
+    from fastvlm_mlx.album.settings import known_settings
     from fastvlm_mlx.album.updating import Updating, default_resolution, read_journals
     from fastvlm_mlx.config import ModelConfig
     from fastvlm_mlx.engine.options import GenerationConfig
@@ -110,18 +110,18 @@ def prepare(album: "Album", wanted: Wanted) -> Iterator[Prepared]:
         note(f"{printable(album.index.path)}: the index was damaged; it is made anew")
     texts = read_journals(wanted.journals)
     folder = folder_of(wanted.model, wanted.revision)
-    settings, known = _settings(album), identity(folder, wanted.dtype)
+    settings, known = known_settings(album.index), identity(folder, wanted.dtype)
     native = ModelConfig.from_path(folder).vision_config.image_size
     questions = wanted.questions
     if questions is None:
-        questions = settings.get("questions", {CAPTION: DEFAULT_PROMPT})
+        questions = {CAPTION: DEFAULT_PROMPT} if settings.questions is None else settings.questions
     task = Task(
         questions=questions,
         model=wanted.model,
         weights=known["weights"],
         dtype=known["dtype"],
-        resolution=wanted.resolution or settings.get("resolution") or default_resolution(native),
-        background=wanted.background or settings.get("background"),
+        resolution=wanted.resolution or settings.resolution or default_resolution(native),
+        background=wanted.background or settings.background,
         config=GenerationConfig(max_tokens=wanted.max_tokens),
     )
     prepared = Prepared(wanted, folder, task, Updating(album, task, texts, retry_errors=wanted.retry_errors))
@@ -131,27 +131,10 @@ def prepare(album: "Album", wanted: Wanted) -> Iterator[Prepared]:
         prepared.close()
 
 
-def _settings(album: "Album") -> dict[str, Any]:
-    """What the index was made with; nothing for a new one."""
-    from fastvlm_mlx.inputs.resolution import check_resolution
-
-    try:
-        settings = json.loads(album.index.fact("settings") or "{}")
-        known: dict[str, Any] = {}
-        if isinstance(settings.get("resolution"), int):
-            known["resolution"] = check_resolution(settings["resolution"])
-        if isinstance(settings.get("background"), str):
-            known["background"] = settings["background"]
-        questions = settings.get("questions")
-        if isinstance(questions, dict) and all(isinstance(text, str) for text in questions.values()):
-            known["questions"] = questions
-    except (ValueError, AttributeError, ConfigError, RecursionError):
-        return {}
-    return known
-
-
 def bring_up_to_date(album: "Album", prepared: Prepared) -> int:
     """Looks at what has changed in the folder, and shows the model what is new; returns how many failed."""
+    from fastvlm_mlx.album.settings import note_settings
+
     with album.index.updating() as alone:
         if not alone:
             note("another run is bringing the index up to date; this one searches what it holds")
@@ -165,9 +148,7 @@ def bring_up_to_date(album: "Album", prepared: Prepared) -> int:
         for each in plan.unreadable[:NAMED]:
             note(f"{each.path}: {each.reason}; what the index has of it is kept")
         _say_what_changes(album, prepared, plan)
-        task = prepared.task
-        settings = {"resolution": task.resolution, "background": task.background, "questions": dict(task.questions)}
-        album.index.note("settings", json.dumps({**settings, "model": task.model}))
+        note_settings(album.index, prepared.task)
         return _run(album, prepared, plan)
 
 
@@ -309,8 +290,8 @@ class Show:
             "height": height,
         }
 
-    def open(self, hits: "Sequence[Hit]") -> None:
-        """Opens hits in the program that the desktop has for pictures.
+    def open(self, paths: "Sequence[Path]") -> None:
+        """Opens files in the programs that the desktop has for them.
 
         Raises:
             ConfigError: If there is no such desktop.
@@ -318,8 +299,8 @@ class Show:
         program = shutil.which("open" if sys.platform == "darwin" else "xdg-open")
         if program is None:
             raise ConfigError("there is no program that opens pictures (xdg-open); print their names instead")
-        for hit in hits:
-            subprocess.run([program, os.path.abspath(self.path(hit))], check=False, stdout=subprocess.DEVNULL)
+        for path in paths:
+            subprocess.run([program, os.path.abspath(path)], check=False, stdout=subprocess.DEVNULL)
 
 
 def find(
@@ -332,7 +313,7 @@ def find(
     threshold: float,
     since: str | None,
     seconds: float | None,
-) -> "Sequence[Hit]":
+) -> "Results":
     """Searches, shows what is found, and returns it.
 
     Raises:
@@ -354,7 +335,7 @@ def find(
     _summary(album, results, asked=asker is not None)
     if interrupted is not None:
         raise interrupted
-    return results.hits
+    return results
 
 
 def _progress(results: "Results") -> str:
@@ -371,8 +352,8 @@ def _summary(album: "Album", results: "Results", *, asked: bool) -> None:
         rate = results.asked / max(results.seconds, 1e-9)
         parts.append(f"{results.asked}{of} asked in {results.seconds:.1f} s, {rate:.2g} pictures/s")
     elif asked:
-        model = "nothing"
-        with suppress(ValueError, AttributeError):
-            model = str(json.loads(album.index.fact("settings") or "").get("model"))
+        from fastvlm_mlx.album.settings import known_settings
+
+        model = known_settings(album.index).model or "nothing"
         parts.append(f"the index has nothing to ask this model about (it was made with {model}); leave out --no-update")
     note(", ".join(parts))
