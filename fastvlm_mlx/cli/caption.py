@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fastvlm_mlx.cli.captioning import NAMED, Run, folder_of, found_folder, identity, note_exports, run
-from fastvlm_mlx.cli.finding import find, plan_line
+from fastvlm_mlx.cli.finding import find, part_choice, plan_line
 from fastvlm_mlx.cli.inputs import read_schema
 from fastvlm_mlx.cli.options import (
     CHECK_FAILED,
@@ -17,12 +17,14 @@ from fastvlm_mlx.cli.options import (
     DEFAULT_PROMPT,
     Background,
     Detail,
+    Frames,
     LoadDType,
     Model,
     Resolution,
     Revision,
     Warm,
     choices,
+    parse_seconds,
     refuse,
     user_path,
     with_detail,
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
     from fastvlm_mlx.jobs.shards import Shard
 
 _FIELD = re.compile(r"[A-Za-z_]\w{0,63}")
-_RESERVED = frozenset("file text width height finish_reason error answers".split())
+_RESERVED = frozenset("file text time page width height finish_reason error answers".split())
 
 
 class XMPName(str, Enum):
@@ -50,7 +52,9 @@ class XMPName(str, Enum):
 def caption(
     paths: Annotated[
         list[str] | None,
-        typer.Argument(metavar="PATH", help="Pictures, folders, patterns such as '2024/**/*.jpg'; - reads names."),
+        typer.Argument(
+            metavar="PATH", help="Pictures, folders, patterns such as '2024/**/*.jpg'; films, PDFs; - reads names."
+        ),
     ] = None,
     filelist: Annotated[
         Path | None, typer.Option(metavar="FILE", parser=user_path, help="Names of pictures, one on each line.")
@@ -96,6 +100,14 @@ def caption(
     keep_openings: Annotated[
         bool, typer.Option("--keep-openings", help="Keep phrases such as “The image shows”.")
     ] = False,
+    frames: Frames = None,
+    every: Annotated[
+        float | None,
+        typer.Option(metavar="TIME", parser=parse_seconds, help="A frame of each film for each 2s, 1m and so on."),
+    ] = None,
+    pages: Annotated[
+        str | None, typer.Option(metavar="PAGES", help="Pages of each PDF: 1, 1-3, or all. [default: all]")
+    ] = None,
     resolution: Resolution = None,
     detail: Detail = None,
     background: Background = None,
@@ -151,12 +163,16 @@ def caption(
 
     The same command goes on where an earlier one stopped: what has a line in --output is not asked about again, unless
     the picture has changed. A picture that cannot be read gets a line with the error, and makes the exit code 3.
+
+    Each frame of a film and each page of a PDF has a line of its own, called film.mp4#t=2.5 or paper.pdf#3. In folders,
+    films are left out without --frames or --every, and PDFs without --pages.
     """
     from fastvlm_mlx import __version__
     from fastvlm_mlx.engine.options import GenerationConfig
     from fastvlm_mlx.jobs.caption import CaptionJob, Plan
     from fastvlm_mlx.jobs.exports import Exporter, Exports
     from fastvlm_mlx.jobs.journal import Journal
+    from fastvlm_mlx.jobs.parts import PartReader
     from fastvlm_mlx.jobs.shards import Names, journal_of
     from fastvlm_mlx.jobs.task import Task
     from fastvlm_mlx.warm.client import Holding, find_warm
@@ -209,7 +225,8 @@ def caption(
         if shard is None and output is not None:
             output = journal_of(output, part)
     _check_outputs(output, exports)
-    found = find(paths or [], filelist, include or [], exclude or [])
+    choice = part_choice(frames, every, pages, resolution)
+    found = find(paths or [], filelist, include or [], exclude or [], choice)
     exporter = Exporter(exports, found.found, fields=list(questions), generator=f"fastvlm-mlx {__version__}, {model}")
     if not dry_run:
         exporter.check()
@@ -220,7 +237,7 @@ def caption(
     elif (folder := found_folder(model, revision) if dry_run else folder_of(model, revision)) is not None:
         known = identity(folder, dtype)
     config = GenerationConfig(max_tokens=max_tokens)
-    with ExitStack() as stack:
+    with ExitStack() as stack, PartReader(choice, note) as parts:
         task = journal = None
         if known is not None:
             task = Task(
@@ -239,7 +256,7 @@ def caption(
             )
             if output is not None and not (dry_run and not output.exists()):
                 journal = stack.enter_context(Journal(output, read_only=dry_run, notify=note))
-        job = CaptionJob(task, journal, mixed=force) if task else None
+        job = CaptionJob(task, journal, mixed=force, parts=parts) if task else None
         record_names = Names(found.found)
         mine = found.found if part is None else [each for each in found.found if part.holds(record_names.of(each))]
         plan = Plan(mine, 0, 0)

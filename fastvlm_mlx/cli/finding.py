@@ -5,22 +5,48 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import typer
+
 from fastvlm_mlx.cli.captioning import NAMED
 from fastvlm_mlx.cli.terminal import LiveLine, note
 from fastvlm_mlx.errors import ConfigError
 from fastvlm_mlx.formatting import printable
 
 if TYPE_CHECKING:
+    from fastvlm_mlx.inputs.resolution import Resolution
+    from fastvlm_mlx.inputs.views import Choice
     from fastvlm_mlx.jobs.caption import Plan
     from fastvlm_mlx.jobs.pictures import Pictures
 
 
-def find(paths: list[str], filelist: Path | None, include: list[str], exclude: list[str]) -> "Pictures":
-    """The pictures that the command line, a list and stdin name.
+def part_choice(frames: int | None, every: float | None, pages: str | None, resolution: "Resolution") -> "Choice":
+    """Which frames and pages are looked at.
+
+    Raises:
+        typer.BadParameter: If pages are no pages, or there are both frames and a time between them.
+    """
+    from fastvlm_mlx.inputs.named import page_ranges
+    from fastvlm_mlx.inputs.views import Choice
+
+    if frames is not None and every is not None:
+        raise typer.BadParameter("cannot be with --frames", param_hint="--every")
+    ranges = page_ranges(pages) if pages is not None else ()
+    if pages is not None and not ranges:
+        raise typer.BadParameter(f"{printable(pages, 40)!r} is not like 2, 1-3 or all", param_hint="--pages")
+    side = resolution if isinstance(resolution, int) else None
+    return Choice(frames=frames, every=every, pages=ranges or None, whole=True, resolution=side)
+
+
+def find(
+    paths: list[str], filelist: Path | None, include: list[str], exclude: list[str], choice: "Choice | None" = None
+) -> "Pictures":
+    """The pictures that the command line, a list and stdin name, and the parts of films and PDFs.
 
     Raises:
         ConfigError: If there are none.
     """
+    from fastvlm_mlx.inputs.named import ANIMATION, FILM, PDF
+    from fastvlm_mlx.jobs.parts import with_parts
     from fastvlm_mlx.jobs.pictures import find_pictures, read_names
 
     names: list[str] = []
@@ -35,7 +61,9 @@ def find(paths: list[str], filelist: Path | None, include: list[str], exclude: l
         names += read_names(listed, str(filelist))
     with LiveLine() as line:
         line.wait_for("looking for pictures")
-        found = find_pictures(names, include=include, exclude=exclude)
+        choice = choice or part_choice(None, None, None, None)
+        kinds = [*((FILM, ANIMATION) if choice.moves else ()), *((PDF,) if choice.pages else ())]
+        found = with_parts(find_pictures(names, include=include, exclude=exclude, kinds=kinds), choice, note)
     if not found.found:
         for missing in found.unreadable[:NAMED]:
             note(f"{missing.path}: {missing.reason}")

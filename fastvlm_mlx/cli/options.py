@@ -13,6 +13,7 @@ import typer
 from fastvlm_mlx.cli.usage import CHECK_FAILED as CHECK_FAILED
 from fastvlm_mlx.cli.usage import is_given, usage_errors
 from fastvlm_mlx.errors import FastVLMError
+from fastvlm_mlx.formatting import printable
 from fastvlm_mlx.machine import cache_folder
 
 if TYPE_CHECKING:
@@ -127,6 +128,25 @@ Resolution = Annotated[
         help="Pixels per side, a multiple of 64, or auto: as few as keep the details. [default: the model's own]",
     ),
 ]
+
+
+def parse_seconds(text: str) -> float:
+    """The seconds in a time such as `2`, `2s`, `500ms` or `1m`.
+
+    Raises:
+        typer.BadParameter: If it is none, or not above 0.
+    """
+    units = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0}
+    unit = next((unit for unit in units if text.endswith(unit) and text[: -len(unit)].strip()[-1:].isdigit()), "")
+    try:
+        seconds = float(text.removesuffix(unit)) * units.get(unit, 1.0)
+    except ValueError:
+        seconds = 0.0
+    if not 0.001 <= seconds <= 1e6:
+        raise typer.BadParameter(f"{printable(text, 40)!r} is not a time such as 2s, 500ms or 1m")
+    return seconds
+
+
 Frames = Annotated[
     int | None,
     typer.Option(

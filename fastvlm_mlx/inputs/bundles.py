@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fastvlm_mlx.errors import ImageError
 from fastvlm_mlx.formatting import counted, printable
 from fastvlm_mlx.inputs.animation import Animation
-from fastvlm_mlx.inputs.named import ANIMATION, FILM, MOST_PARTS, PDF, Fragment, moment, spread
+from fastvlm_mlx.inputs.named import ANIMATION, FILM, MOST_PARTS, PDF, Fragment, Part, moment, spread
 from fastvlm_mlx.inputs.pdf import Document
 from fastvlm_mlx.inputs.sources import Encoded
 from fastvlm_mlx.inputs.video import open_film
@@ -22,20 +22,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class Part(NamedTuple):
-    """One picture of a bundle.
-
-    Attributes:
-        fragment: What names it behind the name of the file: `#t=12.5`, `#3`.
-        time: Seconds of a film.
-        page: Of a document, from 1.
-    """
-
-    fragment: str
-    time: float | None = None
-    page: int | None = None
-
-
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
     """Which pictures of a bundle are wanted, where its name does not say.
@@ -44,13 +30,11 @@ class Wanted:
         frames: So many of a film or animation, evenly spaced.
         every: One of a film at each so many seconds, instead of `frames`.
         pages: Ranges of a document's pages.
-        side: The pixels of a page's longer side.
     """
 
     frames: int = 1
     every: float | None = None
     pages: tuple[tuple[int, int | None], ...] = ((1, 1),)
-    side: int = 2048
 
 
 class Bundle(Protocol):
@@ -85,20 +69,23 @@ class Bundle(Protocol):
     ) -> None: ...
 
 
-def open_bundle(source: str | bytes, kind: str, name: str, *, notify: Callable[[str], None] | None = None) -> Bundle:
+def open_bundle(
+    source: str | bytes, kind: str, name: str, *, side: int = 2048, notify: Callable[[str], None] | None = None
+) -> Bundle:
     """Opens a file with several pictures.
 
     Args:
         source: Its path or its content.
         kind: What `named.kind_of` says it is.
         name: In messages.
+        side: The pixels of a page's longer side.
         notify: Called once if it is damaged, but can be read in part.
 
     Raises:
         ImageError: If it cannot be read, or what reads it is not installed.
     """
     if kind == PDF:
-        return PDFBundle(source, name)
+        return PDFBundle(source, name, side)
     if kind == ANIMATION:
         return AnimationBundle(source, name)
     assert kind == FILM, kind
@@ -167,15 +154,14 @@ class AnimationBundle(_Closing):
 class PDFBundle(_Closing):
     """The pages of a PDF."""
 
-    def __init__(self, source: str | bytes, name: str) -> None:
+    def __init__(self, source: str | bytes, name: str, side: int) -> None:
         self.name = name
         self._open = Document(source, name)
         self.extent = counted(self._open.pages, "page")
-        self._side = Wanted.side
+        self._side = side
 
     def parts(self, wanted: Wanted, fragment: Fragment | None = None) -> list[Part]:
         """The pages that are wanted, or those that a fragment names, each once."""
-        self._side = wanted.side
         if fragment is not None and not fragment.pages:
             raise ImageError(f"{self.name}{fragment.text}: a PDF has pages, not times; name one as #2")
         count = self._open.pages

@@ -74,6 +74,20 @@ class Fragment(NamedTuple):
         return cls(f"#{text}", (), start, end) if end is None or end > start else None
 
 
+class Part(NamedTuple):
+    """One picture of a bundle.
+
+    Attributes:
+        fragment: What names it behind the name of the file: `#t=12.5`, `#3`.
+        time: Seconds of a film.
+        page: Of a document, from 1.
+    """
+
+    fragment: str
+    time: float | None = None
+    page: int | None = None
+
+
 def _seconds(text: str) -> float:
     """The seconds in `12.5`, `1:30` or `1:02:03`."""
     seconds = 0.0

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastvlm_mlx.errors import ImageError
 from fastvlm_mlx.formatting import printable
-from fastvlm_mlx.inputs.bundles import Part, Wanted, as_encoded, open_bundle
+from fastvlm_mlx.inputs.bundles import Wanted, as_encoded, open_bundle
 from fastvlm_mlx.inputs.clipboard import CLIPBOARD, paste
 from fastvlm_mlx.inputs.named import (
     ANIMATION,
@@ -17,6 +17,7 @@ from fastvlm_mlx.inputs.named import (
     HEAD_BYTES,
     PDF,
     Fragment,
+    Part,
     is_live,
     is_web,
     kind_of,
@@ -77,8 +78,12 @@ class Choice:
             frames=self.frames or USUAL_FRAMES,
             every=self.every,
             pages=self.pages or pages,
-            side=SHARPNESS * (self.resolution or USUAL_RESOLUTION),
         )
+
+    @property
+    def side(self) -> int:
+        """The pixels of a page's longer side."""
+        return SHARPNESS * (self.resolution or USUAL_RESOLUTION)
 
     @property
     def moves(self) -> bool:
@@ -144,7 +149,7 @@ def _of_bundle(
     choice: Choice,
     notify: Callable[[str], None] | None,
 ) -> Iterator[View]:
-    with open_bundle(source, kind, name, notify=notify) as bundle:
+    with open_bundle(source, kind, name, side=choice.side, notify=notify) as bundle:
         parts = bundle.parts(choice.wanted, fragment)
         if notify is not None and fragment is None and (said := _chosen(bundle.extent, parts, kind, choice)):
             notify(f"{name}: {said}")

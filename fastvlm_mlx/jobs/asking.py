@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -139,11 +139,19 @@ class Asking:
         queue.popleft()
         return {FINGERPRINT: work.key, **record}
 
-    def look(self, name: str, source: str | Encoded) -> Work:
-        """Reads a picture, without asking about it; what is wrong with it is the `error` of the result."""
+    def look(self, name: str, source: str | Encoded, load: Callable[[], Encoded] | None = None) -> Work:
+        """Reads a picture, without asking about it; what is wrong with it is the `error` of the result.
+
+        Args:
+            name: In its record.
+            source: Its path or http(s) URL, or its bytes.
+            load: Reads it from the file at `source`, if that holds more than this picture.
+        """
         work = Work(name=name, source=source, stat=() if isinstance(source, Encoded) else stat_of(source))
         try:
-            encoded = read(source)
+            encoded = read(source) if load is None else load()
+            if load is not None:
+                work.source = encoded
             work.sha256 = hashlib.sha256(encoded.data).hexdigest()
             work.size = size_of(encoded)
             work.values = self._values(work, encoded)

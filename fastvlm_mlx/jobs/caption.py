@@ -3,14 +3,17 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 from fastvlm_mlx.errors import ConfigError, FastVLMError
 from fastvlm_mlx.formatting import names, printable
+from fastvlm_mlx.inputs.named import Part
 from fastvlm_mlx.jobs.asking import PARSED, Answers, Asking, Record, Work
 from fastvlm_mlx.jobs.files import stat_of
 from fastvlm_mlx.jobs.fingerprints import fingerprint
 from fastvlm_mlx.jobs.journal import FINGERPRINT, Journal
+from fastvlm_mlx.jobs.parts import PartReader
 from fastvlm_mlx.jobs.pictures import Picture
 from fastvlm_mlx.jobs.shards import Names, Shard
 from fastvlm_mlx.jobs.task import CAPTION, Task, essence
@@ -41,6 +44,7 @@ class CaptionJob:
     Args:
         task: What is asked.
         journal: Where records are kept, and those of earlier runs are; None keeps none.
+        parts: Reads the parts of films and PDFs.
 
     Raises:
         SchemaError: If captions cannot be made to follow the task's schema.
@@ -48,10 +52,13 @@ class CaptionJob:
             these, the others are none of this job's business.
     """
 
-    def __init__(self, task: Task, journal: Journal | None = None, *, mixed: bool = False) -> None:
+    def __init__(
+        self, task: Task, journal: Journal | None = None, *, mixed: bool = False, parts: PartReader | None = None
+    ) -> None:
         self._asking = Asking(task)
         self._essence = self._asking.essence
         self._journal = journal
+        self._parts = parts
         self._shares = not self._asking.fields
         self._known: dict[str, _Known] = {}
         self._seen: dict[str, str] = {}
@@ -200,7 +207,8 @@ class CaptionJob:
 
     def _begin(self, engine: Answers, picture: Picture) -> "_Work":
         """Looks at a picture, and asks about it unless its content has an answer."""
-        looked = self._asking.look(self._names.of(picture), picture.path)
+        load = partial(self._parts.read, picture) if picture.kind and self._parts else None
+        looked = self._asking.look(self._names.of(picture), picture.path, load)
         work = _Work(picture=picture, looked=looked)
         if looked.sha256 is None:
             return work
@@ -223,7 +231,7 @@ class CaptionJob:
         work = queue[0]
         looked = work.looked
         outcome = self._outcome(engine, work)
-        record = self._asking.record(looked, outcome)
+        record = self._asking.record(looked, {**_which(work.picture.part), **outcome})
         embedded = self._embed(work.picture, record) if self._embed is not None else None
         if embedded is not None:
             looked.stat = stat_of(work.picture.path)
@@ -259,10 +267,16 @@ class CaptionJob:
         known = self._kept(key)
         if known is None:
             raise ConfigError("a picture with the same content has no record; run the command again")
-        left_out = (FINGERPRINT, "file", "sha256", EMBEDDED, "stat", "settings", "seconds", "duplicate_of")
-        outcome = {field: value for field, value in known.items() if field not in left_out}
+        own = (FINGERPRINT, "file", "time", "page", "sha256", EMBEDDED, "stat", "settings", "seconds", "duplicate_of")
+        outcome = {field: value for field, value in known.items() if field not in own}
         first = known.get("duplicate_of", known["file"])
         return outcome if first == name else {**outcome, "duplicate_of": first}
+
+
+def _which(part: Part | None) -> Record:
+    """The fields that say which part of a film or PDF a record is about."""
+    fields = {} if part is None else {"time": part.time, "page": part.page}
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 class _Known(NamedTuple):

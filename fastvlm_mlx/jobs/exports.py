@@ -16,6 +16,7 @@ from fastvlm_mlx.jobs.sidecars import Habit, Outcome, shared_names, write_text, 
 from fastvlm_mlx.jobs.task import CAPTION
 
 READ_ONLY = "in a Photos library or on the web"
+PART = "of the parts of a film or PDF"
 SHARED = "of two pictures with one name"
 KEPT = "where somebody else's text is; --overwrite replaces it"
 
@@ -76,7 +77,8 @@ class Exporter:
         self.pictures = pictures
         self._columns = columns(fields)
         self._generator = generator
-        self._shared = shared_names(picture.path for picture in pictures) if exports.txt or exports.xmp else set()
+        files = [picture.path for picture in pictures if picture.part is None]
+        self._shared = shared_names(files) if exports.txt or exports.xmp else set()
         self.left_out: Counter[str] = Counter()
         self.failures: list[str] = []
 
@@ -101,6 +103,9 @@ class Exporter:
         """
         if "error" in record or not (self.exports.txt or self.exports.xmp):
             return
+        if picture.part is not None:
+            self.left_out[PART] += 1
+            return
         if picture.read_only:
             self.left_out[READ_ONLY] += 1
             return
@@ -123,6 +128,9 @@ class Exporter:
         The job goes on if it cannot be written.
         """
         if "error" in record or not self.exports.embed:
+            return None
+        if picture.part is not None:
+            self.left_out[PART] += 1
             return None
         if picture.read_only:
             self.left_out[READ_ONLY] += 1
@@ -164,7 +172,9 @@ class Exporter:
             for picture, record in self._records(record_of):
                 if "error" in record:
                     continue
-                if _has_place(picture):
+                if picture.part is not None:
+                    self.left_out[PART] += 1
+                elif _has_place(picture):
                     rows[picture.root].append({"file_name": picture.name, **_answers(record)})
                 else:
                     self.left_out[READ_ONLY] += 1
@@ -176,6 +186,9 @@ class Exporter:
             with WebDataset(self.exports.webdataset) as dataset:
                 for picture, record in self._records(record_of):
                     if "error" in record:
+                        continue
+                    if picture.part is not None:
+                        self.left_out[PART] += 1
                         continue
                     try:
                         dataset.add(picture.path, {"file": picture.name, **_answers(record)})

@@ -2,12 +2,13 @@
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from fastvlm_mlx.errors import ConfigError
+from fastvlm_mlx.errors import ConfigError, ImageError
 from fastvlm_mlx.formatting import printable
+from fastvlm_mlx.inputs.named import ANIMATION, FILM, PDF, Fragment, Part, is_live, kind_of_file, split_name
 from fastvlm_mlx.jobs.patterns import Matcher, any_of, expand, is_pattern, split_recursive
 
 PICTURES = frozenset(
@@ -30,6 +31,10 @@ _MAGIC = re.compile(
     rb"|\0\0\0\x0cjP  |\xff\x4f\xff\x51|....ftyp(?:avi[fs]|hei[cxms]|hev[cx]|mif1|msf1)",
     re.DOTALL,
 )
+_MOVING = frozenset(("gif", "webp", "png", "apng"))
+_NOT_TAKEN = {FILM: "a film, without --frames or --every", PDF: "a PDF, without --pages"}
+LIVE = "live"
+"""The kind of a picture that a device shows when it is looked at."""
 _DIGITS = re.compile(r"([0-9]+)")
 
 
@@ -40,16 +45,32 @@ class Picture(NamedTuple):
         path: Its name on this machine, or an http(s) URL; bytes that are not UTF-8 are half surrogates.
         root: The folder that was named and holds it; of a picture that was named itself, its own folder.
         read_only: Whether nothing may be written beside it, as in the library of Apple's Photos and on the web.
+        kind: What its file holds if that is several pictures, see `inputs.named.kind_of`; `LIVE` for a device.
+        fragment: Which of them were named; None if that was not said.
+        part: Which of them it is; None until that is looked at.
     """
 
     path: str
     root: str
     read_only: bool = False
+    kind: str = ""
+    fragment: Fragment | None = None
+    part: Part | None = None
 
     @property
     def name(self) -> str:
-        """Its path below `root`."""
-        return self.path if self.path.startswith(_URLS) else os.path.relpath(self.path, self.root)
+        """Its path below `root`; that of a part says which one it is."""
+        whole = self.kind == LIVE or self.path.startswith(_URLS)
+        return (self.path if whole else os.path.relpath(self.path, self.root)) + self._suffix
+
+    @property
+    def place(self) -> str:
+        """Its path; that of a part says which one it is."""
+        return self.path + self._suffix
+
+    @property
+    def _suffix(self) -> str:
+        return self.part.fragment if self.part else ""
 
 
 class Skipped(NamedTuple):
@@ -77,7 +98,13 @@ class Pictures:
 _URLS = ("http://", "https://")
 
 
-def find_pictures(names: Iterable[str], *, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> Pictures:
+def find_pictures(
+    names: Iterable[str],
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    kinds: Collection[str] = (),
+) -> Pictures:
     """Finds the pictures that `names` stand for; reads at most the first bytes of a file.
 
     Folders are searched with all that is in them, in natural order (2 before 10). Hidden files and folders in them
@@ -89,8 +116,10 @@ def find_pictures(names: Iterable[str], *, include: Sequence[str] = (), exclude:
             pattern is that file.
         include: Patterns such as `*.jpg`; only files count whose name, or path below the folder, matches one.
         exclude: Patterns; files and folders that match one are left out.
+        kinds: Of files with several pictures (`FILM`, `PDF`, `ANIMATION`) that are taken from folders, too. Films and
+            PDFs that are named themselves always are. Which pictures they hold, `jobs.parts` finds out.
     """
-    search = _Search(include, exclude)
+    search = _Search(include, exclude, kinds)
     for name in names:
         search.add(name)
     return search.pictures
@@ -134,8 +163,9 @@ class _Entry(NamedTuple):
 class _Search:
     """Collects pictures, each file once."""
 
-    def __init__(self, include: Sequence[str], exclude: Sequence[str]) -> None:
+    def __init__(self, include: Sequence[str], exclude: Sequence[str], kinds: Collection[str]) -> None:
         self.pictures = Pictures()
+        self._kinds = kinds
         self._include = any_of(include) if include else None
         self._exclude = any_of(exclude) if exclude else None
         self._known: set[str] = set()
@@ -148,10 +178,18 @@ class _Search:
                 self._known.add(name)
                 self.pictures.found.append(Picture(name, "", read_only=True))
             return
+        if is_live(name):
+            self.pictures.found.append(Picture(name, "", read_only=True, kind=LIVE))
+            return
         if name.startswith("~") and not os.path.lexists(name):
             name = os.path.expanduser(name)
-        if os.path.lexists(name):
-            self._add_path(name)
+        try:
+            path, fragment = split_name(name)
+        except ImageError as err:
+            self._cannot_read(name, str(err).removeprefix(f"{printable(name)}: "))
+            return
+        if os.path.lexists(path):
+            self._add_path(path, fragment)
         elif not is_pattern(name):
             self._cannot_read(name, "no such file")
         elif not self._add_matches(name):
@@ -169,11 +207,18 @@ class _Search:
         roots = sorted(expand(base), key=natural_key) if is_pattern(base) else [base]
         return any([self._walk(root, matches_below) for root in roots if os.path.isdir(root)])
 
-    def _add_path(self, path: str) -> None:
+    def _add_path(self, path: str, fragment: Fragment | None = None) -> None:
         if os.path.isdir(path):
             self._walk(path)
             return
         folder, name = os.path.split(path)
+        kind = kind_of_file(path)
+        if kind in (FILM, PDF) or (kind and (fragment or kind in self._kinds)):
+            self._add_bundle(Picture(path, folder, in_library(path), kind, fragment))
+            return
+        if fragment is not None:
+            self._cannot_read(f"{path}{fragment.text}", "is neither a film nor a PDF, so it has no such part")
+            return
         stem, extension = os.path.splitext(path)
         beside = (f"{stem}.{other}" for other in _LIVE for other in (other, other.upper()))
         live = next(filter(os.path.exists, beside), "") if extension[1:].lower() in _FILMS else ""
@@ -253,12 +298,25 @@ class _Search:
             self._skip(entry.path, "a camera's raw file; develop it to JPEG first")
         else:
             try:
-                if extension in PICTURES or _is_picture(entry.path):
-                    self.pictures.found.append(Picture(entry.path, root, read_only=_LIBRARY in place.lower()))
+                known = extension in PICTURES
+                is_sought = not known or (ANIMATION in self._kinds and extension in _MOVING)
+                kind = kind_of_file(entry.path) if is_sought else ""
+                picture = Picture(entry.path, root, read_only=_LIBRARY in place.lower())
+                if kind and kind in self._kinds:
+                    self.pictures.found.append(picture._replace(kind=kind))
+                elif known or _is_picture(entry.path):
+                    self.pictures.found.append(picture)
                 else:
-                    self._skip(entry.path, "not a picture")
+                    self._skip(entry.path, _NOT_TAKEN.get(kind, "not a picture"))
             except OSError as err:
                 self._cannot_read(entry.path, err.strerror or str(err))
+
+    def _add_bundle(self, picture: Picture) -> None:
+        """Adds a film or a PDF that was named itself, each part once."""
+        place = f"{os.path.realpath(picture.path)}{picture.fragment.text if picture.fragment else ''}"
+        if place not in self._known:
+            self._known.add(place)
+            self.pictures.found.append(picture)
 
     def _skip(self, path: str, reason: str) -> None:
         self.pictures.skipped.append(Skipped(path, reason))

@@ -36,7 +36,7 @@ class Names:
 
     def of(self, picture: Picture) -> str:
         """The name of a picture."""
-        return picture.path if picture.name in self._shared else picture.name
+        return picture.place if picture.name in self._shared else picture.name
 
 
 class Shard(NamedTuple):

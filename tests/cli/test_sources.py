@@ -119,3 +119,66 @@ def test_the_screen_and_the_clipboard_are_seen(tmp_path: Path, monkeypatch: pyte
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         answer = generate("@screen", "@clipboard")
     assert (answer["images"], answer["visual_tokens"]) == (["@screen", "@clipboard"], 2 * 9)
+
+
+def caption(*arguments: str, code: int = 0) -> tuple[list[dict[str, Any]], str]:
+    """The records of the demo model, and what was noted."""
+    result = invoke("caption", *arguments, "--model", "demo", "--no-warm", "-n", "4")
+    assert result.exit_code == code, result.stderr
+    return [json.loads(line) for line in result.stdout.splitlines()], result.stderr
+
+
+def test_caption_keys_each_answer_by_its_time_or_page(film: str, paper: str) -> None:
+    records, _ = caption(film, paper, "--every", "500ms")
+    assert [record["file"] for record in records] == [
+        *("film.mp4#t=0", "film.mp4#t=0.5", "film.mp4#t=1", "film.mp4#t=1.5"),
+        *("paper.pdf#1", "paper.pdf#2", "paper.pdf#3"),
+    ]
+    assert [record.get("time", record.get("page")) for record in records] == [0, 0.5, 1, 1.5, 1, 2, 3]
+
+
+def test_caption_goes_on_with_the_parts_that_have_no_line(film: str, tmp_path: Path) -> None:
+    caption(f"{film}#t=0,1", "--every", "500ms", "-o", "out.jsonl")
+    _, noted = caption(film, "--every", "500ms", "-o", "out.jsonl")
+    assert "4 pictures, 2 done, 2 to do" in noted
+    written = [json.loads(line)["file"] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert written == ["film.mp4#t=0", "film.mp4#t=0.5", "film.mp4#t=1", "film.mp4#t=1.5"]
+
+
+@pytest.mark.usefixtures("film", "paper")
+def test_films_and_pdfs_of_a_folder_are_left_out_unless_requested(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    records, noted = caption(".")
+    assert [record["file"] for record in records] == ["a.png"]
+    assert "1 skipped (a film, without --frames or --every), 1 skipped (a PDF, without --pages)" in noted
+    records, _ = caption(".", "--frames", "1", "--pages", "2")
+    assert [record["file"] for record in records] == ["a.png", "film.mp4#t=0.97", "paper.pdf#2"]
+
+
+def test_nothing_is_written_beside_a_part(film: str, tmp_path: Path) -> None:
+    _, noted = caption(film, "--frames", "1", "--txt", "--xmp", "--embed", "--hf")
+    assert "not written: of the parts of a film or PDF" in noted
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["film.mp4"]
+
+
+def test_what_cannot_be_read_of_several_files_is_named_and_the_others_are_captioned(film: str, tmp_path: Path) -> None:
+    (tmp_path / "bad.pdf").write_bytes(pdfs.locked())
+    records, noted = caption(f"{film}#t=1", f"{film}#9", "bad.pdf", code=3)
+    assert [record["file"] for record in records] == ["film.mp4#t=1"]
+    assert "bad.pdf: the PDF has a password; save a copy without it\n" in noted
+    assert "film.mp4#9: it has moments, not pages; name one as #t=12.5" in noted
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--every", "0"], "'0' is not a time such as 2s, 500ms or 1m"),
+        (["--every", "nan"], "'nan' is not a time such as 2s, 500ms or 1m"),
+        (["--pages", "3-1"], "'3-1' is not like 2, 1-3 or all"),
+        (["--frames", "2", "--every", "2s"], "cannot be with --frames"),
+    ],
+)
+def test_wrong_parts_are_a_usage_error(arguments: list[str], message: str) -> None:
+    result = invoke("caption", "a.mp4", *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
