@@ -178,9 +178,8 @@ class Album:
                 break
             part, waiting = waiting[:batch], waiting[batch:]
             shown = self.index.visual_tokens(part, asker.form)
-            # One index may hold pictures of several sizes only if it was damaged; the first decides.
-            shapes = {tokens.shape for tokens in shown.values()}
-            for shape in shapes:
+            # Other shapes than one are in a damaged index only.
+            for shape in {tokens.shape for tokens in shown.values() if tokens.shape[1] == asker.hidden_size}:
                 alike = [content for content in part if content in shown and shown[content].shape == shape]
                 values = inquiry([shown[content] for content in alike])
                 known.update(zip(alike, map(float, values), strict=True))

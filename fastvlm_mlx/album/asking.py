@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastvlm_mlx.album.words import is_unspaced
+from fastvlm_mlx.arguments import valid_text
 from fastvlm_mlx.engine.image_scores import ImageScorer
 from fastvlm_mlx.errors import PromptError
 from fastvlm_mlx.formatting import printable
@@ -46,7 +47,7 @@ def check_query(query: str) -> str:
     Raises:
         PromptError: If there is nothing in it, or too much.
     """
-    query = " ".join(query.split())
+    query = " ".join(valid_text(query, "the query").split())
     if not query:
         raise PromptError("the query is empty; say what the pictures should show, such as 'a red car'")
     if len(query) > LONGEST_QUERY:
@@ -77,6 +78,9 @@ class Asker:
         template: The question, with `{}` for the query; None for a default in the query's language.
         batch: Pictures at a time; None for what suits.
 
+    Attributes:
+        hidden_size: D, of the visual tokens.
+
     Raises:
         PromptError: If the template is none.
     """
@@ -93,6 +97,7 @@ class Asker:
         self.model = model
         self.processor = processor
         self.form = form
+        self.hidden_size = model.config.text_config.hidden_size
         self.given_batch = batch
         self._template = None if template is None else check_template(template)
         self._suited: dict[tuple[str, ...], tuple[str, Spelling]] = {}

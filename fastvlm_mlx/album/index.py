@@ -141,9 +141,10 @@ class Index:
         try:
             self._check_kind()
             try:
-                self._open(folder)
+                self._open()
             except DamagedIndexError:
-                self._replace(folder)
+                self._replace()
+            self._check_folder(folder)
         except BaseException:
             self.close()
             raise
@@ -176,7 +177,16 @@ class Index:
         if header and (not header.startswith(_MAGIC) or int.from_bytes(header[68:72], "big") != _APPLICATION):
             raise ConfigError(f"{printable(self.path)}: is not the index of an album; name another file")
 
-    def _open(self, folder: str) -> None:
+    def _check_folder(self, folder: str) -> None:
+        """Notes which folder the index is of; refuses that of another one, unless that has moved."""
+        noted = self.fact("folder")
+        before = None if noted is None else os.fsdecode(bytes.fromhex(noted))
+        if before not in (None, folder) and os.path.isdir(str(before)):
+            raise ConfigError(f"{printable(self.path)}: is the index of {printable(before)}; name another file")
+        if before != folder:
+            self.note("folder", os.fsencode(folder).hex())
+
+    def _open(self) -> None:
         with _named(self.path):
             self._connection = sqlite3.connect(
                 self.path, timeout=_PATIENCE, isolation_level=None, check_same_thread=False
@@ -190,13 +200,12 @@ class Index:
                     self._all(statement)
                 self._all(f"PRAGMA application_id = {_APPLICATION}")
                 self._all(f"PRAGMA user_version = {_VERSION}")
-                self._all("INSERT INTO facts VALUES ('folder', ?)", folder.encode(errors="surrogateescape").hex())
             elif (version, application) != (_VERSION, _APPLICATION):
                 raise DamagedIndexError(f"{printable(self.path)}: is an index of another version")
             for table in ("facts", "contents", "pictures", "captions", "tokens", "words"):
                 self._all(f"SELECT 1 FROM {table} LIMIT 1")
 
-    def _replace(self, folder: str) -> None:
+    def _replace(self) -> None:
         """Makes the index anew in the place of a damaged one; a user's file is kept under another name."""
         self._connection.close()
         with _named(self.path):
@@ -204,13 +213,13 @@ class Index:
                 os.replace(self.path, f"{self.path}.damaged")
             for ending in ("", "-journal"):
                 Path(f"{self.path}{ending}").unlink(missing_ok=True)
-        self._open(folder)
+        self._open()
         self.rebuilt = True
 
     def rebuild(self) -> None:
         """Makes the index anew after a `DamagedIndexError`."""
         with self._lock:
-            self._replace("")
+            self._replace()
 
     @contextmanager
     def updating(self) -> Iterator[bool]:
@@ -260,10 +269,11 @@ class Index:
     def pictures(self) -> list[Known]:
         """All pictures, those that are gone included."""
         rows = self._all("SELECT id, path, stat, modified, content, error, gone FROM pictures ORDER BY id")
-        return [
-            Known(number, os.fsdecode(path), tuple(map(int, stat.split())), modified, content, error, gone)
-            for number, path, stat, modified, content, error, gone in rows
-        ]
+        with _named(self.path):
+            return [
+                Known(number, os.fsdecode(path), tuple(map(int, stat.split())), float(modified), content, error, gone)
+                for number, path, stat, modified, content, error, gone in rows
+            ]
 
     def content(self, sha256: str) -> int | None:
         """The number of a content; None if it is new."""
@@ -301,7 +311,7 @@ class Index:
             form,
         )
         if since is not None:
-            rows = [row for row in rows if (row[2] or day(row[3])) >= since]
+            rows = [row for row in rows if (str(row[2]) or day(row[3])) >= since]
         return [(row[0], row[1]) for row in rows]
 
     def details(self, numbers: Sequence[int]) -> dict[int, Details]:
@@ -321,10 +331,11 @@ class Index:
                 *part,
             ):
                 texts.setdefault(number, []).append(text)
-            for number, path, modified, taken, width, height, _ in rows:
-                size = (width, height) if width and height else None
-                caption = " · ".join(texts.get(number, ()))
-                found[number] = Details(os.fsdecode(path), caption, taken, modified, size)
+            with _named(self.path):
+                for number, path, modified, taken, width, height, _ in rows:
+                    size = (int(width), int(height)) if width and height else None
+                    caption = " · ".join(texts.get(number, ()))
+                    found[number] = Details(os.fsdecode(path), caption, str(taken), float(modified), size)
         return found
 
     def matching(self, expression: Expression) -> list[tuple[int, float]]:
@@ -339,8 +350,12 @@ class Index:
         ]
 
     def visual_tokens(self, contents: Sequence[int], form: str) -> dict[int, NDArray[Any]]:
-        """The visual tokens (N, D) of contents, as they were kept; those that are damaged are left out."""
-        found = {}
+        """The visual tokens (N, D) of contents, as they were kept.
+
+        Those that are damaged are left out, and removed, so that they are made again.
+        """
+        found: dict[int, NDArray[Any]] = {}
+        damaged = []
         for part in _parts(contents):
             marks = ", ".join("?" * len(part))
             for number, kind, count, crc, data in self._all(
@@ -348,8 +363,12 @@ class Index:
                 form,
                 *part,
             ):
-                if isinstance(data, bytes) and count > 0 and zlib.crc32(data) == crc and len(data) % count == 0:
+                if _is_whole(kind, count, crc, data):
                     found[int(number)] = np.frombuffer(data, np.dtype(kind)).reshape(count, -1)
+                else:
+                    damaged.append(number)
+        for number in damaged:
+            self._all("DELETE FROM tokens WHERE content = ?", number)
         return found
 
     # Changes
@@ -427,6 +446,13 @@ class Index:
                     f"DELETE FROM {table} WHERE {column} NOT IN "
                     "(SELECT content FROM pictures WHERE content IS NOT NULL)"
                 )
+
+
+def _is_whole(kind: Any, count: Any, crc: Any, data: Any) -> bool:
+    """Whether visual tokens are as they were kept."""
+    if kind not in ("float16", "float32") or not isinstance(data, bytes) or not isinstance(count, int):
+        return False
+    return zlib.crc32(data) == crc and count > 0 and len(data) % (count * np.dtype(kind).itemsize) == 0
 
 
 def day(moment: float) -> str:

@@ -2,8 +2,8 @@
 
 Words are evidence, and not only for a picture that has them: where some pictures' captions have the query's words, it
 counts against a picture that its caption lacks them. And they tell how far asking can be trusted. If the model says yes
-as surely to pictures without the words as to those with them, it does not know what the query means; its answers then
-count for less. `benchmarks/search.py` measures what comes of that.
+to most pictures, and as surely to those without the words as to those with them, it does not know what the query means;
+its answers then count for less. `benchmarks/search.py` measures what comes of that.
 """
 
 from __future__ import annotations
@@ -91,17 +91,18 @@ def rank(
                 sign = 1 if number in full else -1
                 values[number] = trust * answer + (1 - trust) * sign * _ALONE + (_HAS if number in full else _LACKS)
     order = {number: place for place, number in enumerate(found)}
-    for number in full:
-        values[number] = values.get(number, 0) + _FIRST * (1 - order[number] / len(full))
+    for number in full & values.keys():
+        values[number] += _FIRST * (1 - order[number] / len(full))
     for number, value in sorted(values.items(), key=lambda item: (-item[1], order.get(item[0], len(order)), item[0])):
         yield number, probability(value)
 
 
 def _trust(full: Collection[int], odds: Mapping[int, float]) -> float:
-    """How far asking can be trusted, from 0 to 1: whether it tells pictures with the words from those without.
+    """How far asking can be trusted, from 0 to 1.
 
-    That is the probability that it is surer of a picture with the words than of one without, from ½ to 1, stretched;
-    few pictures with the words change little.
+    It cannot be if it says yes to the pictures without the words, and does not tell those with the words from them: if
+    the probability that it is surer of one with the words than of one without is about ½. Few pictures with the words
+    change little.
     """
     numbers = list(odds)
     has = np.array([number in full for number in numbers], dtype=bool)
@@ -112,4 +113,5 @@ def _trust(full: Collection[int], odds: Mapping[int, float]) -> float:
     _, places, sizes = np.unique(values, return_inverse=True, return_counts=True)
     ranks = (np.cumsum(sizes) - (sizes - 1) / 2)[places]
     area = (ranks[has].sum() - count * (count + 1) / 2) / (count * others)
-    return float((max(0.0, 2 * area - 1) * count + _TRUST) / (count + _TRUST))
+    tells = (max(0.0, 2 * area - 1) * count + _TRUST) / (count + _TRUST)
+    return float(1 - (1 - tells) * (values[~has] > 0).mean())

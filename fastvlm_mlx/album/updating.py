@@ -7,6 +7,7 @@ soon as it is done, so whatever ends this early loses nothing.
 from __future__ import annotations
 
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -34,6 +35,7 @@ from fastvlm_mlx.jobs.pictures import Picture, Pictures, Skipped, find_pictures
 from fastvlm_mlx.jobs.task import CAPTION, Task
 from fastvlm_mlx.streams import turn
 
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 JOURNAL = "journal"
 """The source of texts that are taken from a journal of `fastvlm caption`."""
 Texts = Mapping[str, Mapping[str, str]]
@@ -116,10 +118,16 @@ def read_journals(paths: Sequence[Path]) -> dict[str, dict[str, str]]:
 def _take(record: Record, texts: dict[str, dict[str, str]]) -> None:
     answers = record.get("answers")
     given = {CAPTION: record.get(CAPTION), **(answers if isinstance(answers, dict) else {})}
-    said = {str(name): text for name, text in given.items() if isinstance(text, str) and text.strip()}
+    said = {_valid(name): _valid(text) for name, text in given.items() if isinstance(text, str) and text.strip()}
     for name in ("sha256", "embedded_sha256"):
-        if said and isinstance(record.get(name), str):
-            texts.setdefault(record[name], {}).update(said)
+        sha256 = record.get(name)
+        if said and isinstance(sha256, str) and _SHA256.fullmatch(sha256):
+            texts.setdefault(sha256, {}).update(said)
+
+
+def _valid(text: str) -> str:
+    """A text without half characters, which a journal may hold but an index cannot."""
+    return text.encode("utf-8", "replace").decode()
 
 
 class Updating:

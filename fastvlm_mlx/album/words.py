@@ -48,11 +48,6 @@ def any_of(words: list[str]) -> Expression:
     return Expression(" OR ".join(map(_quoted, words)))
 
 
-def all_of(words: list[str]) -> Expression:
-    """Finds texts with all of some terms."""
-    return Expression(" AND ".join(map(_quoted, words)))
-
-
 def phrase(words: list[str]) -> Expression:
     """Finds texts with some terms one after the other."""
     return Expression(_quoted(" ".join(words)))
