@@ -7,13 +7,13 @@ import re
 from difflib import get_close_matches
 from typing import NamedTuple
 
+from fastvlm_mlx.chat.pictures import EXTENSIONS
 from fastvlm_mlx.chat.settings import NAMES
 from fastvlm_mlx.errors import PromptError
 from fastvlm_mlx.formatting import printable
-from fastvlm_mlx.jobs.pictures import PICTURES
 
 COMMANDS = {
-    "/image": ("PATH or URL", "show a picture with the next question"),
+    "/image": ("PATH or URL", "show a picture, film or PDF with the next question; also @clipboard, @screen"),
     "/images": ("", "list the pictures of this conversation"),
     "/undo": ("", "take back the last question and its answer"),
     "/retry": ("", "ask the last question again"),
@@ -102,7 +102,7 @@ def _paths(word: str, *, everything: bool) -> list[str]:
     for entry in entries:
         if not entry.name.startswith(beginning) or (entry.name.startswith(".") and not beginning):
             continue
-        is_picture = os.path.splitext(entry.name)[1][1:].lower() in PICTURES
+        is_picture = os.path.splitext(entry.name)[1][1:].lower() in EXTENSIONS
         if entry.is_dir() or is_picture or everything:
             path = os.path.join(folder, entry.name)
             found.append(_escaped(path) + ("/" if entry.is_dir() else " "))

@@ -101,15 +101,19 @@ class Dialogue:
         self.conversation.pending[:0] = turn.pictures
         return turn.text
 
-    def add(self, name: str) -> Picture:
-        """Shows a picture with the next question.
+    def add(self, name: str, *, frames: int | None = None) -> list[Picture]:
+        """Shows a picture with the next question, or several for a film or a PDF; returns them.
+
+        Args:
+            name: As the user gives it.
+            frames: Of a film or an animation; None is the default.
 
         Raises:
             ImageError: If it cannot be read or is no image.
         """
-        picture = Picture.of(name)
-        self.conversation.pending.append(picture)
-        return picture
+        pictures = Picture.all_of(name, frames=frames, notify=self._notify)
+        self.conversation.pending += pictures
+        return pictures
 
     def ask(self, text: str, listener: Listener, show: Callable[[GenerationResult], None]) -> Reply:
         """Asks a question and shows the answer piece by piece; an interrupt stops it, and what was given is kept.

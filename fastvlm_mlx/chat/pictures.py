@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
@@ -12,6 +13,7 @@ from urllib.parse import unquote, urlsplit
 from fastvlm_mlx.errors import ImageError
 from fastvlm_mlx.formatting import printable, readable_bytes
 from fastvlm_mlx.inputs.formats import DECODER_ERRORS, open_image, quiet
+from fastvlm_mlx.inputs.named import Fragment, is_plain
 from fastvlm_mlx.inputs.sources import Encoded, read
 from fastvlm_mlx.jobs.pictures import PICTURES
 
@@ -19,7 +21,9 @@ _URLS = ("http://", "https://")
 _DATA, _FILE = "data:", "file:"
 _BLANK = re.compile(r"\s")
 _BLANKS = re.compile(r"[ \t]{2,}")
-_EXTENSION = re.compile(rf"\.(?:{'|'.join(sorted(PICTURES))})", re.IGNORECASE)
+EXTENSIONS = PICTURES | {"mp4", "mov", "m4v", "mkv", "webm", "avi", "pdf"}
+"""Of files that can be dropped into a line: pictures, films and PDFs."""
+_EXTENSION = re.compile(rf"\.(?:{'|'.join(sorted(EXTENSIONS))})", re.IGNORECASE)
 _LONGEST_PATH = 4096
 _LONGEST_LINE = 8192
 """The most characters of a line in which pictures are looked for; a longer one is a text that was pasted."""
@@ -58,6 +62,39 @@ class Picture:
                 return cls(encoded=encoded, source=name, size=image.size)
         except DECODER_ERRORS as err:
             raise ImageError(f"{encoded.name}: damaged, incomplete or of an unknown kind; export it again") from err
+
+    @classmethod
+    def all_of(
+        cls, name: str, *, frames: int | None = None, notify: Callable[[str], None] | None = None
+    ) -> list[Picture]:
+        """The pictures that a user's name stands for: several for a film or a PDF, what a device shows for `@screen`.
+
+        Args:
+            name: As for `of`, or see `fastvlm_mlx.inputs.named`.
+            frames: Of a film or an animation; None is the default.
+            notify: Is told what was chosen of a film or a PDF.
+
+        Raises:
+            ImageError: If it cannot be read or is no image.
+        """
+        if name[:5].lower() == _FILE:
+            name = file_path(name)
+        if is_plain(name, animations=frames is not None):
+            return [cls.of(name)]
+        from fastvlm_mlx.inputs.views import Choice, views
+
+        found = []
+        for view in views(name, Choice(frames=frames), notify=notify):
+            if not isinstance(view.source, Encoded):
+                found.append(cls.of(str(view.source)))
+                continue
+            with open_image(view.source) as image, io.BytesIO() as file:
+                image.convert("RGB").save(file, "PNG", compress_level=1)
+                encoded = Encoded(file.getvalue(), view.source.name, "image/png")
+                # What it was taken from may change or be a device; so the picture itself is kept.
+                source = view.name.rpartition("/")[2] if is_url(view.name) else view.name
+                found.append(cls(encoded=encoded, source=source, size=image.size))
+        return found
 
     @property
     def name(self) -> str:
@@ -135,11 +172,17 @@ def _is_picture(name: str, first: str) -> bool:
         return False
     if name.startswith(_PLACES) or (first in "'\"" and "/" in name):
         return True  # also if it is mistyped, which reading it will say
-    return os.path.isfile(name)
+    return os.path.isfile(name) or os.path.isfile(_without_fragment(name))
 
 
 def _has_extension(name: str) -> bool:
-    return os.path.splitext(name)[1][1:].lower() in PICTURES
+    return any(os.path.splitext(each)[1][1:].lower() in EXTENSIONS for each in (name, _without_fragment(name)))
+
+
+def _without_fragment(name: str) -> str:
+    """The file of which a name means a part, such as `film.mp4#t=2`."""
+    base, _, text = name.rpartition("#")
+    return base if base and Fragment.of(text) else name
 
 
 def _readings(line: str, start: int) -> Iterator[tuple[int, str]]:

@@ -13,6 +13,7 @@ from fastvlm_mlx.cli.options import (
     DEFAULT_MODEL,
     Background,
     Detail,
+    Frames,
     LoadDType,
     Model,
     Resolution,
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
 
 def chat(
     images: Annotated[
-        list[str] | None, typer.Argument(metavar="IMAGE", help="Files or URLs to show with the first question.")
+        list[str] | None,
+        typer.Argument(metavar="IMAGE", help="Files or URLs to show first; films, PDFs, @clipboard."),
     ] = None,
     model: Model = DEFAULT_MODEL,
     revision: Revision = None,
@@ -43,6 +45,7 @@ def chat(
         float,
         typer.Option("--temp", "-t", metavar="N", min=0.0, help="Sampling temperature; 0 takes the most likely token."),
     ] = 0.0,
+    frames: Frames = None,
     resolution: Resolution = None,
     detail: Detail = None,
     background: Background = None,
@@ -84,7 +87,7 @@ def chat(
         dialogue = Dialogue(answerer, settings, aside)
         watcher = Watcher(lambda: answerer.server.slow if answerer.server else slow_blas())
         keeper = None if private or not (is_terminal or go_on) else Keeper(folder, aside)
-        talk = Chat(dialogue, watcher, keeper, model=model, verbose=verbose, as_json=as_json)
+        talk = Chat(dialogue, watcher, keeper, model=model, verbose=verbose, as_json=as_json, frames=frames)
         if go_on:
             talk.load(folder / "last.json")
         if system is not None:

@@ -76,6 +76,7 @@ class Chat:
         model: The model's name.
         verbose: Whether to write statistics.
         as_json: Whether a program reads the answers as JSON.
+        frames: How many of a film or an animation are shown; None is the default.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class Chat:
         model: str,
         verbose: bool,
         as_json: bool,
+        frames: int | None = None,
     ) -> None:
         self._dialogue = dialogue
         self._watcher = watcher
@@ -94,6 +96,7 @@ class Chat:
         self._model = model
         self._verbose = verbose
         self._as_json = as_json
+        self._frames = frames
         self._has_warned = False
         self.failures = 0
 
@@ -200,7 +203,7 @@ class Chat:
         pending = self._dialogue.conversation.pending
         before = list(pending)
         try:
-            added = [self._dialogue.add(name) for name in names]
+            added = [picture for name in names for picture in self._dialogue.add(name, frames=self._frames)]
         except FastVLMError:
             pending[:] = before
             raise

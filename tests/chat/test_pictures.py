@@ -137,3 +137,14 @@ def test_a_file_whose_name_begins_with_a_tilde_is_preferred_to_home(folder: Path
     os.makedirs("~")
     shutil.copy(SAMPLE, "~/a.png")
     assert Picture.of("~/a.png").source == str(folder / "~" / "a.png")
+
+
+def test_films_pdfs_and_their_parts_can_be_dropped_into_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("film.mp4", "paper.pdf"):
+        (tmp_path / name).touch()
+    assert split_line("What happens in film.mp4#t=2.5 and paper.pdf#1-3?") == (
+        "What happens in and paper.pdf#1-3?",
+        ["film.mp4#t=2.5"],
+    )
+    assert split_line("paper.pdf#1-3 other.pdf What is it?") == ("other.pdf What is it?", ["paper.pdf#1-3"])

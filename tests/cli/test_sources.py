@@ -182,3 +182,23 @@ def test_wrong_parts_are_a_usage_error(arguments: list[str], message: str) -> No
     result = invoke("caption", "a.mp4", *arguments)
     assert result.exit_code == 2
     assert message in result.stderr
+
+
+def test_chat_shows_frames_and_pages_and_keeps_them_in_the_session(film: str, paper: str, tmp_path: Path) -> None:
+    lines = f"/image {paper}#2\nWhat is it?\n{film}#t=1 And this?\n/save talk.json\n"
+    result = invoke("chat", "--model", "demo", "--no-warm", "--json", "-n", "4", stdin=lines)
+    assert result.exit_code == 0, result.stderr
+    answers = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [answer["images"] for answer in answers] == [["paper.pdf#2"], ["film.mp4#t=1"]]
+    assert "picture: paper.pdf#2, 1448×2048" in result.stderr
+    assert (tmp_path / "talk.json").read_text().count("data:image/png;base64,") == 2
+
+
+def test_a_conversation_that_is_loaded_opens_no_device(tmp_path: Path) -> None:
+    turns = [
+        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "@screen"}}]},
+        {"role": "assistant", "content": "A desk."},
+    ]
+    (tmp_path / "talk.json").write_text(json.dumps({"messages": turns}))
+    result = invoke("chat", "--model", "demo", "--no-warm", stdin="/load talk.json\n")
+    assert "@screen: no such file" in result.stderr
