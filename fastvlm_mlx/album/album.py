@@ -18,6 +18,8 @@ from fastvlm_mlx.formatting import printable
 from fastvlm_mlx.inputs.images import load_image
 
 THRESHOLD = 0.5
+_FIRST_BATCH = 8
+"""Pictures that are asked about first, which show how the model has to be asked."""
 _EVERY = 0.25
 """Seconds after which results are worth looking at again."""
 
@@ -138,11 +140,7 @@ class Album:
         odds: dict[int, float] = {}
 
         def results(done: bool) -> Results:
-            ranked = [
-                (number, score)
-                for number, score in rank(found, odds, asked_only=asker is not None and done)
-                if score >= threshold
-            ]
+            ranked = [(number, score) for number, score in rank(found, odds) if score >= threshold]
             chosen = ranked if top is None else ranked[:top]
             details = self.index.details([number for number, _ in chosen])
             return Results(
@@ -172,7 +170,7 @@ class Album:
         holders: dict[int, list[int]] = {}
         for number in order:
             holders.setdefault(askable[number], []).append(number)
-        batch = 8
+        batch = _FIRST_BATCH
         while waiting:
             if seconds is not None and time.monotonic() - began >= seconds:
                 break

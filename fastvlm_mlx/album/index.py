@@ -384,7 +384,8 @@ class Index:
 
     def keep_tokens(self, content: int, form: str, visual_tokens: NDArray[np.floating[Any]]) -> None:
         """Keeps visual tokens (N, D), in place of those of another form: as float16, or float32 if one is too large."""
-        halves = visual_tokens.astype(np.float16)
+        with np.errstate(over="ignore"):
+            halves = visual_tokens.astype(np.float16)
         kept = halves if np.isfinite(halves).all() else visual_tokens.astype(np.float32)
         data = kept.tobytes()
         self._all(

@@ -63,22 +63,19 @@ def matches(index: Index, query: str) -> dict[int, Match]:
     return dict(sorted(found.items(), key=lambda item: (-_WORDS_ONLY[item[1].level], -item[1].share)))
 
 
-def rank(
-    found: Mapping[int, Match], odds: Mapping[int, float], *, asked_only: bool = False
-) -> Iterator[tuple[int, float]]:
+def rank(found: Mapping[int, Match], odds: Mapping[int, float]) -> Iterator[tuple[int, float]]:
     """The pictures with their scores, best first.
 
     Args:
         found: What words say, from `matches`.
         odds: What asking says: the logarithm of the odds of yes against no.
-        asked_only: Whether to leave out those that were not asked about.
     """
     having = {number for number, match in found.items() if match.level == "phrase"}
     complete = {number for number, match in found.items() if match.level == "all"}
     full, partial = (having, complete) if having else (complete, set())
     trust = _trust(full, odds)
     values = {}
-    for number in odds if asked_only else {**odds, **found}:
+    for number in {**odds, **found}:
         if number not in odds:
             values[number] = _WORDS_ONLY[found[number].level]
         elif not full:

@@ -7,12 +7,12 @@ from fastvlm_mlx.album.ranking import Match, rank
 PHRASE, ALL, SOME = Match(1.0, "phrase"), Match(1.0, "all"), Match(0.5, "some")
 
 
-def order(found, odds, **options):
-    return [number for number, _ in rank(found, odds, **options)]
+def order(found, odds):
+    return [number for number, _ in rank(found, odds)]
 
 
 def shown(found, odds):
-    return {number for number, score in rank(found, odds, asked_only=True) if score >= 0.5}
+    return {number for number, score in rank(found, odds) if score >= 0.5}
 
 
 def test_without_words_the_score_is_the_probability():
@@ -44,8 +44,3 @@ def test_answers_that_do_not_depend_on_the_picture_are_not_believed():
 def test_answers_that_agree_with_the_words_are_believed_for_other_pictures():
     odds = dict.fromkeys(range(100), -8.0) | dict.fromkeys((1, 2, 3, 4, 50), 8.0)
     assert shown(dict.fromkeys((1, 2, 3, 4), ALL), odds) == {1, 2, 3, 4, 50}
-
-
-def test_pictures_that_were_not_asked_about_can_be_left_out():
-    assert order({1: PHRASE}, {2: 1.0}, asked_only=True) == [2]
-    assert order({1: PHRASE}, {2: 1.0}) == [1, 2]
