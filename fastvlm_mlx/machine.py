@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastvlm_mlx.errors import CheckpointError
+from fastvlm_mlx.errors import CheckpointError, ConfigError
 
 CACHE_VARIABLE = "FASTVLM_CACHE"
+THREADS_VARIABLE = "FASTVLM_THREADS"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +56,17 @@ def cache_folder() -> Path:
 
 
 def cpu_threads() -> int:
-    """Number of CPU threads to use: the cores of this process, up to four.
+    """Number of CPU threads to use: `$FASTVLM_THREADS`, else the cores of this process, up to four.
 
     MLX's CPU streams and the resizing of images share their work among as many.
+
+    Raises:
+        ConfigError: If the variable is no number from 1 to 64.
     """
+    if chosen := os.environ.get(THREADS_VARIABLE):
+        if not chosen.isdecimal() or not 1 <= int(chosen) <= 64:
+            raise ConfigError(f"{THREADS_VARIABLE}={chosen}: expected a number of threads from 1 to 64")
+        return int(chosen)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, 4)
 

@@ -20,7 +20,7 @@ LAYERS: tuple[tuple[str | tuple[str, ...], ...], ...] = (
     ("checkpoint",),
     ("convert", "engine", "structured"),
     (("cache", "resolve"), "generation"),
-    ("jobs", "warm"),
+    (("jobs", "cluster"), "warm"),
     (("bench", "doctor"), ("album", "server"), "chat", "watch"),
     (("cli", "__main__"),),
 )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fastvlm_mlx.cli.captioning import NAMED, Run, folder_of, found_folder, identity, note_exports, run
+from fastvlm_mlx.cli.clustering import Cluster
 from fastvlm_mlx.cli.finding import find, part_choice, plan_line
 from fastvlm_mlx.cli.inputs import read_schema
 from fastvlm_mlx.cli.options import (
@@ -158,6 +159,18 @@ def caption(
         bool, typer.Option("--overwrite", help="Replace descriptions that people have written, too.")
     ] = False,
     warm: Warm = True,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Have the machines of a Ray cluster answer: HOST:PORT of its head, auto for the one that this machine "
+            "is part of, local for one of this machine alone.",
+        ),
+    ] = None,
+    ray_cores: Annotated[
+        int | None,
+        typer.Option("--ray-cores", metavar="N", min=1, max=64, help="Cores of a worker on a CPU. [default: up to 4]"),
+    ] = None,
 ) -> None:
     """Caption many pictures: a line of JSON for each, on stdout or in a file that a later run continues.
 
@@ -184,6 +197,8 @@ def caption(
             [name for name, given in {"--retry-errors": retry_errors, "--force": force}.items() if given],
             "without --output",
         )
+    if ray is None:
+        refuse(["--ray-cores"] if ray_cores else [], "without --ray")
     if not xmp:
         refuse(["--xmp-name"] if xmp_name else [], "without --xmp")
     prefix = _prefix(prefix, max_words)
@@ -232,7 +247,7 @@ def caption(
         exporter.check()
     holding = Holding(model=model, revision=revision, dtype=dtype.value if dtype else None)
     folder, known = None, None
-    if (server := find_warm(holding) if warm else None) is not None:
+    if (server := find_warm(holding) if warm and ray is None else None) is not None:
         known = {"weights": server.weights, "dtype": server.dtype}
     elif (folder := found_folder(model, revision) if dry_run else folder_of(model, revision)) is not None:
         known = identity(folder, dtype)
@@ -269,7 +284,10 @@ def caption(
             note(f"{unreadable.path}: {unreadable.reason}")
         if dry_run or job is None or known is None:
             return
-        options = Run(model, revision, folder, dtype, known, server, followed, batch, force, output, json_progress)
+        cluster = None if ray is None else Cluster(ray, ray_cores)
+        options = Run(
+            model, revision, folder, dtype, known, server, cluster, followed, batch, force, output, json_progress
+        )
         failed = plan.failed + run(job, plan, exporter, options)
         exporter.write_data_sets(job.record)
     note_exports(exporter)

@@ -5,7 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import CancelledError
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,6 +15,7 @@ from fastvlm_mlx.errors import CheckpointError
 from fastvlm_mlx.formatting import printable
 
 if TYPE_CHECKING:
+    from fastvlm_mlx.cli.clustering import Cluster
     from fastvlm_mlx.generation.engine import Engine
     from fastvlm_mlx.jobs.asking import Answers, Record
     from fastvlm_mlx.jobs.caption import CaptionJob, Plan
@@ -41,6 +42,7 @@ class Run(NamedTuple):
         folder: Of the model; None if it was not looked for, since a server holds the model.
         identity: What the answers depend on, from `identity`.
         server: The background server that holds the model; None if there is none.
+        cluster: Whose workers answer; None for this process or `server`.
     """
 
     model: str
@@ -49,6 +51,7 @@ class Run(NamedTuple):
     dtype: DType | None
     identity: Mapping[str, str]
     server: "Warm | None"
+    cluster: "Cluster | None"
     schema: Any
     batch: int | None
     force: bool
@@ -152,7 +155,7 @@ def run(job: "CaptionJob", plan: "Plan", exporter: "Exporter", options: Run) -> 
         _Report(LiveLine(), 0, as_json=options.json_progress).end(counts)
         return 0
     with LiveLine() as line, ExitStack() as stack:
-        engine = stack.enter_context(_warm(options.server, options) if options.server else _loaded(line, options))
+        engine = stack.enter_context(_opened(line, options))
         report = _Report(line, len(plan.todo), as_json=options.json_progress)
         answers = stack.enter_context(closing(_answers(job, engine, plan.todo, exporter, line, options)))
         try:
@@ -175,6 +178,17 @@ def run(job: "CaptionJob", plan: "Plan", exporter: "Exporter", options: Run) -> 
     report.end(counts)
     note(_summary(counts, report.seconds))
     return counts["failed"]
+
+
+def _opened(line: LiveLine, options: Run) -> "AbstractContextManager[Answers]":
+    """Who answers: a cluster, the background server, or this process."""
+    if options.cluster is not None:
+        from fastvlm_mlx.cli.clustering import clustered
+        from fastvlm_mlx.cluster.identity import Model
+
+        model = Model(options.model, options.revision, options.dtype.value if options.dtype else None)
+        return clustered(options.cluster, model, options.identity, options.batch, line)
+    return _warm(options.server, options) if options.server else _loaded(line, options)
 
 
 @contextmanager

@@ -1,0 +1,75 @@
+import importlib.util
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+needs_ray = pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None, reason="Ray is not installed: pip install 'fastvlm-mlx[ray]'"
+)
+ROOT = Path(__file__).parent.parent.parent
+ENVIRONMENT = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "FASTVLM_WARM": "0"}
+
+
+class TwoNodes:
+    """A cluster of two raylets with a core each; `address` is what --ray takes."""
+
+    def __init__(self) -> None:
+        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        from ray.cluster_utils import Cluster
+
+        head = {"num_cpus": 1, "object_store_memory": 100 << 20, "include_dashboard": False}
+        self._cluster: Any = Cluster(initialize_head=True, head_node_args=head)
+        self.address: str = self._cluster.address
+        self.second: Any = None
+        self.add()
+
+    def add(self, **options: Any) -> Any:
+        self.second = self._cluster.add_node(num_cpus=1, object_store_memory=100 << 20, **options)
+        return self.second
+
+    def remove(self) -> None:
+        """Ends the second node as a power cut would."""
+        self._cluster.remove_node(self.second, allow_graceful=False)
+
+    def close(self) -> None:
+        self._cluster.shutdown()
+
+
+@pytest.fixture(scope="session")
+def two_nodes() -> Iterator[TwoNodes]:
+    cluster = TwoNodes()
+    yield cluster
+    cluster.close()
+
+
+def start(*arguments: str | Path, **options: Any) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "fastvlm_mlx", "caption", *map(str, arguments), "--model", "demo"]
+    return subprocess.Popen(
+        command, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
+    )
+
+
+def run(*arguments: str | Path, **options: Any) -> "subprocess.CompletedProcess[str]":
+    process = start(*arguments, **options)
+    out, err = process.communicate(timeout=60)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def workers() -> list[int]:
+    """The processes that hold a model for a cluster."""
+    listed = subprocess.run(["ps", "-eo", "pid=,command="], capture_output=True, text=True, check=True).stdout
+    lines = (line.split(None, 1) for line in listed.splitlines())
+    return [int(pid) for pid, command in lines if command.startswith("ray::Worker")]
+
+
+def wait_until(is_so: Callable[[], bool], seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.02)
