@@ -13,16 +13,21 @@ from urllib.parse import unquote, unquote_to_bytes, urlsplit
 from fastvlm_mlx.errors import ImageError
 from fastvlm_mlx.formatting import printable, readable_bytes
 from fastvlm_mlx.inputs.formats import open_image
+from fastvlm_mlx.inputs.named import HEAD_BYTES, PDF, kind_of
+from fastvlm_mlx.inputs.pages import draw_pages
 from fastvlm_mlx.inputs.sources import Allow, Encoded, read
 from fastvlm_mlx.server.api import ApiError
 from fastvlm_mlx.server.settings import Settings
 
-ACCEPTED = "JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, HEIC"
 FETCH_SECONDS = 10.0
 MOST_FETCHES = 4
 """Images that are fetched at the same time; each holds a thread for as long as a foreign server likes."""
 
+MOST_DRAWINGS = 2
+"""PDFs that are drawn at the same time; each is a process."""
+
 _PUBLIC = Allow(urls=True)
+_drawing = threading.BoundedSemaphore(MOST_DRAWINGS)
 _fetching = threading.BoundedSemaphore(MOST_FETCHES)
 
 
@@ -40,8 +45,8 @@ class Images:
         self._count = 0
         self._bytes = 0
 
-    def read(self, url: str, where: str) -> Encoded:
-        """The bytes of an image.
+    def read(self, url: str, where: str) -> list[Encoded]:
+        """The bytes of an image, or of each page of a PDF as one.
 
         Args:
             url: A `data:`, http or https URL, a `file:` URL or a path.
@@ -60,13 +65,13 @@ class Images:
             return self._checked(self._fetch(url, where), where)
         return self._checked(self._open(url, where), where)
 
-    def _checked(self, data: bytes, where: str) -> Encoded:
-        """An image of a known kind, and not too large."""
+    def _checked(self, data: bytes, where: str) -> list[Encoded]:
+        """An image of a known kind, and not too large; the pages of a PDF."""
         self._bytes += len(data)
         if self._bytes > (most := self._settings.max_body_bytes):
             raise _refusal(where, f"the images of a request can have at most {readable_bytes(most)}", "image_too_large")
-        if data[:5] == b"%PDF-":
-            raise _refusal(where, f"PDF documents cannot be read; send an image ({ACCEPTED})", "unsupported_image")
+        if kind_of(data[:HEAD_BYTES]) == PDF:
+            return self._pages(data, where)
         encoded = Encoded(data, where)
         try:
             width, height = open_image(encoded).size
@@ -75,7 +80,22 @@ class Images:
         if width * height > (pixels := self._settings.max_pixels):
             found = f"has {width}×{height} pixels, more than {pixels:,}"
             raise _refusal(where, f"{found}, the most that is read; reduce it", "image_too_large")
-        return encoded
+        return [encoded]
+
+    def _pages(self, data: bytes, where: str) -> list[Encoded]:
+        """The pages of a PDF, each of which counts as an image."""
+        most = self._settings.max_images - self._count + 1
+        if not _drawing.acquire(blocking=False):
+            reason = f"{where}: {MOST_DRAWINGS} PDFs are being drawn already; ask again"
+            raise ApiError(429, reason, kind="rate_limit_error", param=where, code="too_many_documents", retry_after=1)
+        try:
+            pages = draw_pages(data, where, most=most)
+        except ImageError as err:
+            raise ApiError(400, str(err), param=where, code="unsupported_image") from err
+        finally:
+            _drawing.release()
+        self._count += len(pages) - 1
+        return pages
 
     def _fetch(self, url: str, where: str) -> bytes:
         if not self._settings.allow_image_urls:
@@ -143,9 +163,7 @@ def _decode(url: str, where: str) -> bytes:
     header, comma, payload = url.partition(",")
     if not comma:
         raise _refusal(where, "a data: URL has the form data:image/png;base64,…")
-    media_type, *parameters = header[5:].lower().split(";")
-    if media_type.strip() == "application/pdf":
-        raise _refusal(where, f"PDF documents cannot be read; send an image ({ACCEPTED})", "unsupported_image")
+    _, *parameters = header[5:].lower().split(";")
     try:
         data = unquote_to_bytes(payload) if "%" in payload else payload.encode()
     except UnicodeEncodeError as err:

@@ -131,7 +131,8 @@ class _Reader:
         if isinstance(content, str):
             parts: list[dict[str, Any]] = [{"type": "text", "text": content}]
         elif isinstance(content, list):
-            parts = [self._part(part, f"{where}.content[{number}]") for number, part in enumerate(content)]
+            each = [self._parts(part, f"{where}.content[{number}]") for number, part in enumerate(content)]
+            parts = [part for several in each for part in several]
         else:
             raise fields.wrong("content", "a text or a list of parts")
         self.warnings += fields.unknown()
@@ -142,7 +143,8 @@ class _Reader:
             parts = [*images, {"type": "text", "text": DEFAULT_PROMPT}]
         return {"role": ROLES[role], "content": parts}
 
-    def _part(self, value: object, where: str) -> dict[str, Any]:
+    def _parts(self, value: object, where: str) -> list[dict[str, Any]]:
+        """A text or an image; a document is an image for each page."""
         if not isinstance(value, Mapping):
             raise ApiError(400, f"{where} must be an object, not {shown(value)}", param=where)
         fields = Fields(value, f"{where}.")
@@ -152,9 +154,9 @@ class _Reader:
             text = fields.text("text")
             if text is None:
                 raise fields.wrong("text", "a text")
-            part: dict[str, Any] = {"type": "text", "text": text}
+            parts: list[dict[str, Any]] = [{"type": "text", "text": text}]
         elif kind in ("image_url", "input_image"):
-            part = {"type": "image", "image": self._image(fields, where)}
+            parts = [{"type": "image", "image": image} for image in self._images_of(fields, where)]
         else:
             raise ApiError(
                 400,
@@ -163,9 +165,9 @@ class _Reader:
                 code="unsupported_content",
             )
         self.warnings += fields.unknown()
-        return part
+        return parts
 
-    def _image(self, fields: Fields, where: str) -> Any:
+    def _images_of(self, fields: Fields, where: str) -> list[Any]:
         value = fields.value("image_url")
         detail = fields.text("detail", "auto", among=DETAILS)
         if isinstance(value, Mapping):
@@ -179,5 +181,6 @@ class _Reader:
             raise ApiError(
                 400, f"{where} must be a data: URL, not {shown(value)}", param=where, code="invalid_parameter"
             )
-        self.details.append(detail or "auto")
-        return self._images.read(value, where)
+        images = self._images.read(value, where)
+        self.details += [detail or "auto"] * len(images)
+        return list(images)

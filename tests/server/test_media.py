@@ -10,16 +10,18 @@ import struct
 import threading
 import time
 import zlib
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from fastvlm_mlx.inputs import network
+from fastvlm_mlx.inputs import network, pages
 from fastvlm_mlx.inputs.images import load_image
 from fastvlm_mlx.server import media
 from fastvlm_mlx.server.api import ApiError
 from fastvlm_mlx.server.media import Images
 from fastvlm_mlx.server.settings import Settings
+from tests import pdfs
 from tests.server.conftest import run
 
 WHERE = "messages[2].content[1]"
@@ -71,7 +73,7 @@ def refused(url, **settings):
     ids=["plain", "without a type", "with parameters", "with line ends", "percent", "mistyped", "webp as png"],
 )
 def test_a_data_url_is_read_whatever_is_closed(url):
-    encoded = Images(Settings()).read(url, WHERE)
+    (encoded,) = Images(Settings()).read(url, WHERE)
     assert load_image(encoded).size == (40, 30)
     assert encoded.name == WHERE
 
@@ -89,8 +91,7 @@ def test_a_data_url_is_read_whatever_is_closed(url):
         (as_url(b"\x89"), "not an image in a known format"),
         (as_url(PICTURE[:20]), "export it again"),
         (as_url(b"<svg xmlns='http://www.w3.org/2000/svg'/>"), "it is an SVG drawing; save it as PNG"),
-        (as_url(b"%PDF-1.7\n"), "PDF documents cannot be read; send an image (JPEG, PNG, WebP"),
-        ("data:application/pdf;base64,AAAA", "PDF documents cannot be read; send an image (JPEG, PNG, WebP"),
+        ("data:application/pdf;base64,AAAA", "not an image in a known format"),
         (as_url(header_only(30_000, 30_000)), "more than 178,956,970 pixels"),
         (as_url(header_only(12_000, 10_000)), "has 12000×10000 pixels, more than 100,000,000, the most that is read"),
     ],
@@ -153,7 +154,7 @@ def folder(tmp_path):
     ],
 )
 def test_a_file_below_the_media_folder_is_read(folder, name):
-    encoded = Images(Settings(media_root=folder)).read(name.format(root=folder), WHERE)
+    (encoded,) = Images(Settings(media_root=folder)).read(name.format(root=folder), WHERE)
     assert encoded.data == PICTURE
 
 
@@ -261,7 +262,7 @@ def internet(site, monkeypatch):
 
 
 def test_a_public_address_is_fetched_when_that_is_allowed(internet):
-    encoded = Images(Settings(allow_image_urls=True)).read("http://public.example/a.png", WHERE)
+    (encoded,) = Images(Settings(allow_image_urls=True)).read("http://public.example/a.png", WHERE)
     assert (encoded.data, encoded.name) == (PICTURE, WHERE)
     assert internet == ["93.184.216.34"]
 
@@ -330,3 +331,50 @@ def test_a_resolution_beyond_what_the_server_allows_is_refused(serving, path, bo
     answer = run(ask())
     assert answer.status == 400
     assert b"resolution must be at most 576 here, not 640; --max-resolution of the server" in answer.body
+
+
+def test_each_page_of_a_pdf_is_an_image():
+    pytest.importorskip("pypdfium2", reason="the extra pdf is not installed")
+    images = Images(Settings()).read(as_url(pdfs.pdf([(1, 0, 0), (0, 0, 1)]), "application/pdf"), WHERE)
+    assert [load_image(image).getpixel((700, 1000)) for image in images] == [(255, 0, 0), (0, 0, 255)]
+    assert [load_image(image).size for image in images] == [(1448, 2048)] * 2
+
+
+def test_pages_count_as_images():
+    pytest.importorskip("pypdfium2", reason="the extra pdf is not installed")
+    images = Images(Settings(max_images=3))
+    images.read(DATA_URL, WHERE)
+    with pytest.raises(ApiError, match="the PDF: has 3 pages, more than 2, the most images here"):
+        images.read(as_url(pdfs.pdf([(1, 0, 0)] * 3)), WHERE)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"%PDF-1.7\n", "the PDF: not a PDF that can be read; it is damaged, incomplete or without pages"),
+        (pdfs.locked(), "the PDF: the PDF has a password; save a copy without it"),
+    ],
+    ids=["damaged", "locked"],
+)
+def test_a_pdf_that_cannot_be_read_says_why(data, message):
+    pytest.importorskip("pypdfium2", reason="the extra pdf is not installed")
+    assert message in str(refused(as_url(data, "application/pdf")))
+
+
+def test_a_pdf_without_the_extra_names_it(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "reading PDFs needs pypdfium2; install it with: pip install 'fastvlm-mlx[pdf]'" in str(
+        refused(as_url(b"%PDF-1.7\n", "application/pdf"))
+    )
+
+
+def test_a_pdf_that_takes_too_long_is_given_up(monkeypatch):
+    pytest.importorskip("pypdfium2", reason="the extra pdf is not installed")
+    monkeypatch.setitem(pages.draw_pages.__kwdefaults__, "seconds", 0.01)
+    assert "the PDF was not drawn within 0.01 s" in str(refused(as_url(pdfs.pdf([(1, 0, 0)]))))
+
+
+@pytest.mark.parametrize("url", ["@screen", "@clipboard", "@camera", "@test", "lavfi:testsrc2", "rtsp://camera/1"])
+def test_no_device_is_opened_for_a_stranger(url):
+    assert "files are not read here" in str(refused(url))
+    assert "no such file below the media folder" in str(refused(url, media_root=Path(__file__).parent))
