@@ -1,8 +1,9 @@
 """`fastvlm search`: finds the pictures of a folder that show something."""
 
+import os
 import re
 import sys
-from contextlib import ExitStack
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,7 +21,9 @@ from fastvlm_mlx.cli.options import (
     refuse,
     user_path,
 )
+from fastvlm_mlx.cli.terminal import note
 from fastvlm_mlx.cli.usage import usage_errors
+from fastvlm_mlx.formatting import printable
 
 if TYPE_CHECKING:
     pass
@@ -128,6 +131,7 @@ def search(
     """
     from fastvlm_mlx.album.album import Album
     from fastvlm_mlx.album.asking import check_query, check_template
+    from fastvlm_mlx.album.index import DamagedIndexError
     from fastvlm_mlx.album.page import write_page
     from fastvlm_mlx.cli.searching import Show, Wanted, bring_up_to_date, find, prepare
 
@@ -169,24 +173,50 @@ def search(
         batch=batch,
         retry_errors=retry_errors,
     )
-    failed = 0
-    with ExitStack() as stack:
-        album: Album = stack.enter_context(Album(folder, index))
-        needs_model = update or not words
-        prepared = stack.enter_context(prepare(album, wanted)) if needs_model else None
-        if prepared is not None and update:
-            failed = bring_up_to_date(album, prepared)
-        if query is not None:
-            show = Show(folder, as_json=as_json, end=b"\0" if print0 else b"\n")
-            asker = None if prepared is None or words else prepared.asker(question)
-            results = find(album, query, asker, show, top=top, threshold=threshold, since=since, seconds=seconds)
-            if page is not None:
-                write_page(page, album, query, results.hits, found=results.found)
-            if open_best:
-                best = results.hits if top is not None else results.hits[:1]
-                show.open([page] if page is not None else [Path(show.path(hit)) for hit in best])
+
+    def run(album: "Album") -> int:
+        """Does what the command line says; returns how many pictures failed."""
+        failed = 0
+        if album.index.rebuilt:
+            kept = "" if index is None else f"; the damaged one is now {printable(index.name)}.damaged"
+            note(f"{printable(album.index.path)}: the index was damaged, and is made anew{kept}")
+        with prepare(album, wanted) if update or not words else nullcontext() as prepared:
+            if prepared is not None and update:
+                failed = bring_up_to_date(album, prepared)
+            if query is not None:
+                show = Show(folder, as_json=as_json, end=b"\0" if print0 else b"\n")
+                asker = None if prepared is None or words else prepared.asker(question)
+                results = find(album, query, asker, show, top=top, threshold=threshold, since=since, seconds=seconds)
+                if page is not None:
+                    write_page(page, album, query, results.hits, found=results.found)
+                if open_best:
+                    best = results.hits if top is not None else results.hits[:1]
+                    show.open([page] if page is not None else [Path(show.path(hit)) for hit in best])
+        return failed
+
+    _check_folder(folder, index)
+    with Album(folder, index) as album:
+        try:
+            failed = run(album)
+        except DamagedIndexError:
+            album.index.rebuild()
+            failed = run(album)
     if failed:
         raise typer.Exit(CHECK_FAILED)
+
+
+def _check_folder(folder: Path, index: Path | None) -> None:
+    """Checks that there is a folder, or an index of what it held.
+
+    Raises:
+        typer.BadParameter: If there is neither.
+    """
+    from fastvlm_mlx.album.index import index_path
+
+    if folder.is_dir() or (not os.path.lexists(folder) and (index or index_path(folder)).exists()):
+        return
+    reason = "is not a folder" if os.path.lexists(folder) else "no such folder"
+    raise typer.BadParameter(f"{printable(folder)}: {reason}", param_hint="FOLDER")
 
 
 def _questions(ask: list[str], *, no_captions: bool) -> dict[str, str] | None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+from unicodedata import combining, east_asian_width
 
 from fastvlm_mlx.cli.captioning import NAMED, folder_of, identity, progress_text
 from fastvlm_mlx.cli.options import DEFAULT_PROMPT, DType
@@ -106,8 +107,6 @@ def prepare(album: "Album", wanted: Wanted) -> Iterator[Prepared]:
     from fastvlm_mlx.engine.options import GenerationConfig
     from fastvlm_mlx.jobs.task import CAPTION, Task
 
-    if album.index.rebuilt:
-        note(f"{printable(album.index.path)}: the index was damaged; it is made anew")
     texts = read_journals(wanted.journals)
     folder = folder_of(wanted.model, wanted.revision)
     settings, known = known_settings(album.index), identity(folder, wanted.dtype)
@@ -275,7 +274,7 @@ class Show:
         score = f"{hit.score:.2f}" if hit.probability is not None else "word"
         line = f"{score}  {printable(self.path(hit))}"
         room = width - len(line) - 2
-        return f"{line}  {printable(hit.caption, room)}" if room >= 20 and hit.caption else line[:width]
+        return _fitting(f"{line}  {printable(hit.caption)}" if room >= 20 and hit.caption else line, width)
 
     def _record(self, hit: "Hit") -> dict[str, Any]:
         width, height = hit.size or (None, None)
@@ -301,6 +300,15 @@ class Show:
             raise ConfigError("there is no program that opens pictures (xdg-open); print their names instead")
         for path in paths:
             subprocess.run([program, os.path.abspath(path)], check=False, stdout=subprocess.DEVNULL)
+
+
+def _fitting(text: str, columns: int) -> str:
+    """The beginning of a text that fits into so many columns; ideographs take two."""
+    for place, char in enumerate(text):
+        columns -= 2 if east_asian_width(char) in "FW" else 0 if combining(char) else 1
+        if columns < 0:
+            return text[:place]
+    return text
 
 
 def find(
