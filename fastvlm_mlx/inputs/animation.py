@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL.Image import DecompressionBombError
 
 from fastvlm_mlx.errors import ImageError
 from fastvlm_mlx.formatting import printable
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 
 MOST_FRAMES = 20_000
 """Frames of an animation beyond which it is not looked at."""
+_ERRORS = (*DECODER_ERRORS, DecompressionBombError)
+_LONGEST = 1e7
 _USUAL = 0.1
 """Seconds that a frame is shown without a duration of its own, as browsers have it."""
 
@@ -37,19 +41,15 @@ class Animation:
         self._image: Any = open_image(Encoded(data, name))
         self._begins: list[float] = []
         self.length = 0.0
-        with quiet:
-            count = min(getattr(self._image, "n_frames", 1), MOST_FRAMES)
-            for number in range(count):
-                try:
-                    self._image.seek(number)
-                    if self._image.format == "WEBP":
-                        self._image.load()  # only then, its duration is known
-                    seconds = float(self._image.info.get("duration", 0)) / 1000
-                except DECODER_ERRORS:
-                    break  # what can be read is used
+        with quiet, contextlib.suppress(*_ERRORS):  # up to where it is damaged, it can be used
+            for number in range(min(getattr(self._image, "n_frames", 1), MOST_FRAMES)):
+                self._image.seek(number)
+                if self._image.format == "WEBP":
+                    self._image.load()  # only then, its duration is known
+                seconds = float(self._image.info.get("duration", 0)) / 1000
                 self._begins.append(self.length)
                 self.length += seconds if seconds > 0.01 else _USUAL
-        if len(self._begins) < 2:
+        if len(self._begins) < 2 or not self.length < _LONGEST:
             self.length = 0.0
         self._image = open_image(Encoded(data, name))
 
@@ -64,7 +64,7 @@ class Animation:
             with quiet:
                 self._image.seek(number)
                 frame = self._image.copy()
-        except DECODER_ERRORS as err:
+        except _ERRORS as err:
             raise ImageError(f"{self._name}: damaged ({printable(err)}); export it again") from err
         return np.asarray(to_turned(frame, self._name).upright())
 

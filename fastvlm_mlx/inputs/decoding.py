@@ -141,8 +141,11 @@ class Decoder:
         tracks = [each for each in self._container.streams.video if not each.disposition & attached]
         if not tracks:
             raise ImageError(f"{self._place.name}: has no video track")
+        known = [each for each in tracks if each.codec_context is not None]
+        if not known:
+            raise ImageError(f"{self._place.name}: its video is of a kind that cannot be decoded")
         best = self._container.streams.best("video")
-        track = best if best in tracks else tracks[0]
+        track = best if best in known else known[0]
         self._check_size(track.codec_context.width or 0, track.codec_context.height or 0)
         return track
 

@@ -15,6 +15,7 @@ from tests.fuzz import (
     questions,
     schemas,
     servers,
+    several,
     sources,
 )
 from tests.fuzz.room import Room
@@ -27,6 +28,7 @@ CLASSES: dict[str, Case] = {
     for case in (
         *(checkpoints.upstream, checkpoints.converted, checkpoints.cache, checkpoints.archive),
         *(pictures.picture, headers.header, sources.array, sources.source, servers.server),
+        *(several.film, several.document, several.name),
         *(prompts.prompt, prompts.messages, prompts.ids),
         *(questions.questions, questions.journal, captions.captions, embedding.embedding),
         *(arguments.python, commands.command_line, schemas.schema),

@@ -32,6 +32,7 @@ ROOT = Path(__file__).parents[2]
 SHARES = {
     **{"upstream": 28, "converted": 40, "cache": 3, "archive": 18},
     **{"picture": 360, "header": 150, "array": 40, "source": 80, "server": 12},
+    **{"film": 40, "document": 40, "name": 30},
     **{"prompt": 110, "messages": 80, "ids": 20},
     **{"questions": 16, "journal": 4, "captions": 5, "embedding": 60},
     **{"python": 110, "command_line": 14, "schema": 60},
