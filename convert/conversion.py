@@ -26,7 +26,8 @@ from fastvlm_mlx.convert.source.weights import Weight
 from fastvlm_mlx.convert.write.card import card
 from fastvlm_mlx.convert.write.destination import partial_folder, vacant
 from fastvlm_mlx.convert.write.files import INDEX_FILE, copy_licences, licences, write_json
-from fastvlm_mlx.convert.write.shards import ShardWriter, Stored, index, shards
+from fastvlm_mlx.convert.write.shards import ShardWriter, index, shards
+from fastvlm_mlx.convert.write.units import Stored, fused
 from fastvlm_mlx.errors import CheckpointError, ConversionError
 from fastvlm_mlx.formatting import names
 from fastvlm_mlx.inputs.processor import FastVLMProcessor
@@ -285,7 +286,7 @@ class Conversion:
             config=config,
             source_bytes=sum(checkpoint.source.nbytes for checkpoint in self._checkpoints),
             output_bytes=sum(tensor.nbytes for tensor in tensors.values()),
-            shards=tuple(shards(tensors)),
+            shards=tuple(shards(fused(tensors))),
             parameters=by_part({name: int(np.prod(shape)) for name, shape in shapes.items()}),
             dropped=tuple(self._dropped()),
             kept_quantized=len(self._kept),

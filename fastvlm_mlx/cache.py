@@ -15,9 +15,9 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastvlm_mlx.checkpoint.folder import format_version
+from fastvlm_mlx.checkpoint.folder import format_version, is_complete, is_converted
 from fastvlm_mlx.checkpoint.released import ALIASES, DEMO, Location, is_repository, parse_name
-from fastvlm_mlx.config import FORMAT_VERSION, ModelConfig
+from fastvlm_mlx.config import FORMAT_VERSION, READABLE_FORMATS, ModelConfig
 from fastvlm_mlx.errors import ConversionError, FastVLMError
 from fastvlm_mlx.machine import cache_folder
 
@@ -34,8 +34,17 @@ _used: dict[Path, int] = {}
 """Descriptors of the marks on which this process holds a lock, by the models that it uses."""
 
 
-def entry(location: Location, revision: str | None) -> Path:
-    """The folder in the cache for the conversion of a checkpoint.
+def kept(location: Location, revision: str | None) -> Path:
+    """The folder in the cache with the conversion of a checkpoint, or `entry` if there is none.
+
+    A conversion in an earlier version of the format is as good, and spares its owner another download.
+    """
+    folders = [entry(location, revision, version) for version in reversed(READABLE_FORMATS)]
+    return next((folder for folder in folders if is_complete(folder)), folders[0])
+
+
+def entry(location: Location, revision: str | None, version: int | None = None) -> Path:
+    """The folder in the cache for the conversion of a checkpoint, in this version of the format or an earlier one.
 
     Its name ends with a hash of the version of the format and of what tells one source from another: of a repository
     its name and revision; of a folder or an archive its path and the names, sizes and times of its files; of the
@@ -48,7 +57,8 @@ def entry(location: Location, revision: str | None) -> Path:
     else:
         path = location.path.resolve()
         name, identity = path.name, repr((str(path), _state(path)))
-    digest = hashlib.sha256(repr((FORMAT_VERSION, name, identity)).encode(errors="surrogateescape")).hexdigest()
+    key = repr((version or FORMAT_VERSION, name, identity))
+    digest = hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()
     readable = re.sub(r"[^\w.@-]", "_", name.replace("/", "--"))[:55]  # with its mark within 255 bytes in any script
     return cache_folder() / f"{readable}-{digest[:12]}"
 
@@ -183,7 +193,7 @@ def _is_own_model(path: Path) -> bool:
     """Whether the cache made a folder, also if it is damaged; a link is what somebody else put there."""
     if path.name.startswith(".") or path.is_symlink() or not path.is_dir():
         return False
-    return _mark(path).exists() or (_OWN_NAME.fullmatch(path.name) is not None and format_version(path) is not None)
+    return _mark(path).exists() or (_OWN_NAME.fullmatch(path.name) is not None and is_converted(path))
 
 
 def _item(path: Path, folder: Path, kind: str) -> Item:
@@ -207,8 +217,8 @@ def _provenance(path: Path) -> tuple[str, str]:
     source, version = "", format_version(path)
     with suppress(OSError):
         source = os.fsdecode(_mark(path).read_bytes())
-    if version is None or version != FORMAT_VERSION:
-        return source, "damaged" if version is None else "format of another version"
+    if version not in READABLE_FORMATS:
+        return source, "format of another version" if is_converted(path) else "damaged"
     try:
         made = ModelConfig.from_path(path).source
     except FastVLMError:
@@ -220,10 +230,12 @@ def _provenance(path: Path) -> tuple[str, str]:
     if source != DEMO and not os.path.exists(source):
         return source, "source is gone"
     try:
-        current = entry(parse_name(source if source == DEMO else Path(source)), None)
+        current = entry(parse_name(source if source == DEMO else Path(source)), None, version)
     except (FastVLMError, OSError):
         return source, "source cannot be read"
-    return source, "" if current == path else "source has changed"
+    if current != path:
+        return source, "source has changed"
+    return source, "" if version == FORMAT_VERSION else f"format {version}, which loads more slowly"
 
 
 def _album(path: Path) -> tuple[str, str]:

@@ -12,7 +12,12 @@ from fastvlm_mlx.formatting import printable
 from fastvlm_mlx.projections import part_paths
 from fastvlm_mlx.schema import array, boolean, integer, mapping, number, read_object, shown
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Of the checkpoints that are written: in version 1, each projection of the decoder is a tensor of its own."""
+READABLE_FORMATS = (1, 2)
+_UPGRADE = "pip install -U fastvlm-mlx"
+_FORMAT_ENTRY = f"{FORMAT_VERSION}; {_UPGRADE}"
+"""What config.json says of the version: a reader of version 1 shows it in its error."""
 IMAGE_TOKEN = -200
 """The id that stands for an image in `input_ids`; LLaVA's, outside every vocabulary."""
 
@@ -38,6 +43,14 @@ _LARGEST_SCALE = 2.0**64
 """The largest activation scale: an epsilon divided by its square is still a number."""
 
 _T = TypeVar("_T")
+
+
+def format_number(entry: Any) -> int | None:
+    """The version that a `fastvlm_format` names, as a number or as a text that begins with one; None if it has none."""
+    if isinstance(entry, str):
+        number = entry.partition(";")[0]
+        return int(number) if number.isdecimal() and len(number) < 10 else None
+    return entry if type(entry) is int else None
 
 
 def _known(cls: type[_T], values: Mapping[str, Any]) -> _T:
@@ -421,9 +434,11 @@ class ModelConfig:
         version = values.get("fastvlm_format")
         if version is None:
             raise ConfigError("not a converted FastVLM checkpoint: config.json has no fastvlm_format")
-        if type(version) is not int or version != FORMAT_VERSION:
+        if format_number(version) not in READABLE_FORMATS:
+            readable = " and ".join(map(str, READABLE_FORMATS))
             raise ConfigError(
-                f"fastvlm_format {shown(version)} was written by another version; this one reads {FORMAT_VERSION}"
+                f"fastvlm_format {shown(version)} was written by another version of fastvlm-mlx; this one reads "
+                f"{readable}: {_UPGRADE}, or convert the checkpoint again"
             )
         entry = values.get("quantization") or None
         try:
@@ -442,7 +457,7 @@ class ModelConfig:
         values = {
             "model_type": "fastvlm",
             "architectures": ["FastVLM"],
-            "fastvlm_format": FORMAT_VERSION,
+            "fastvlm_format": _FORMAT_ENTRY,
             "image_token_index": IMAGE_TOKEN,
             "mm_projector_type": "mlp2x_gelu",
             **asdict(self),

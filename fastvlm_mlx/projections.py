@@ -12,6 +12,9 @@ PARTS: Mapping[str, tuple[str, ...]] = {
 }
 """The parts of each fused projection, in the order of their rows."""
 
+LEAVES = ("weight", "scales", "biases", "bias")
+"""The tensors that a projection may have; those of a quantized one are the first three."""
+
 _WHOLE = {part: fused for fused, parts in PARTS.items() for part in parts}
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fastvlm_mlx.arguments import StrPath, check_callable, check_kind, flag
 from fastvlm_mlx.backend import device, mx
-from fastvlm_mlx.cache import entry, origin, use
+from fastvlm_mlx.cache import entry, kept, origin, use
 from fastvlm_mlx.checkpoint.folder import all_finite, is_complete, is_converted
 from fastvlm_mlx.checkpoint.load import dtype_name, load_model, read_parameters
 from fastvlm_mlx.checkpoint.released import Location, parse_name
@@ -54,7 +54,7 @@ def find(name: StrPath, *, revision: str | None = None) -> Path | None:
         return None
     if location.path is not None and location.path.is_dir() and is_converted(location.path):
         return location.path
-    folder = entry(location, revision)
+    folder = kept(location, revision)
     return folder if is_complete(folder) else None
 
 
@@ -109,7 +109,7 @@ def resolve(
     if location.path is not None and location.path.is_dir() and is_converted(location.path):
         use(location.path)
         return location.path
-    folder, tell = entry(location, revision), notify or (lambda _: None)
+    folder, tell = kept(location, revision), notify or (lambda _: None)
     complete = is_complete(folder)
     if complete:
         use(folder, origin(location, revision))
@@ -123,9 +123,11 @@ def resolve(
         def is_done(folder: Path) -> bool:
             return is_complete(folder) and _commit(folder) == commit
 
+        fresh = entry(location, revision)
         moved = f"{location.name}: {revision or 'main'} has moved to {commit[:12]} on the Hub; converting it again"
         try:
-            _convert_once(location, revision, folder, tell, progress, reason=moved, is_done=is_done)
+            _convert_once(location, revision, fresh, tell, progress, reason=moved, is_done=is_done)
+            folder = fresh
         except FastVLMError as err:
             tell(f"{err}; using the conversion of {str(_commit(folder))[:12]}")
     return folder
@@ -145,7 +147,7 @@ def remake(
         FastVLMError: `error`, if it is about a folder of the user's own, which is never written to.
     """
     location = parse_name(name)
-    folder = entry(location, revision)
+    folder = kept(location, revision)
     if (location.path is not None and is_converted(location.path)) or not folder.exists():
         raise error
     unusable = folder.stat().st_ino

@@ -10,6 +10,9 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import load_file, save_file
 
+from fastvlm_mlx.config import ModelConfig
+from fastvlm_mlx.projections import part_paths
+
 TESTS = Path(__file__).parent
 GOLDEN = TESTS / "golden"
 APPLE = GOLDEN / "apple"
@@ -32,8 +35,24 @@ SOURCES = {
 
 
 def tensors(folder: Path) -> Tensors:
-    """Every tensor of a folder with one safetensors file."""
-    return dict(load_file(folder / "model.safetensors"))
+    """Every tensor of a folder with one safetensors file, the projections of a converted one by upstream's names."""
+    values = dict(load_file(folder / "model.safetensors"))
+    config = json.loads((folder / "config.json").read_text())
+    if "fastvlm_format" not in config:
+        return values
+    sizes = ModelConfig.from_dict(config).text_config.part_rows
+    for name in list(values):
+        path, _, leaf = name.rpartition(".")
+        rows = sizes.get(path.rpartition(".")[2])
+        if rows is not None:
+            parts = np.split(values.pop(name), np.cumsum(rows)[:-1])
+            values |= {f"{part}.{leaf}": value for part, value in zip(part_paths(path), parts, strict=True)}
+    return values
+
+
+def in_first_format(source: Path, target: Path) -> Path:
+    """A copy of a converted checkpoint in version 1 of the format: each projection is a tensor of its own."""
+    return changed(source, target, edit=lambda _: None, config={"fastvlm_format": 1})
 
 
 def changed(
@@ -49,6 +68,7 @@ def changed(
     if edit is not None:
         values = tensors(target)
         edit(values)
+        values = {name: np.ascontiguousarray(value) for name, value in values.items()}
         save_file(values, target / "model.safetensors")
     if config is not None:
         path = target / "config.json"

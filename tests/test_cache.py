@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from fastvlm_mlx.cache import Item, _used, cache_folder, entry, items, remove
+from fastvlm_mlx.cache import Item, _used, cache_folder, entry, items, remove, use
 from fastvlm_mlx.checkpoint.released import Location, parse_name
 from fastvlm_mlx.convert import scratch
 from fastvlm_mlx.errors import ConversionError
-from fastvlm_mlx.resolve import resolve
-from tests.checkpoints import SOURCES
+from fastvlm_mlx.resolve import find, resolve
+from tests.checkpoints import SOURCES, in_first_format
 from tests.conftest import Converted
 
 APPLE = SOURCES["apple"]
@@ -59,6 +59,22 @@ def test_another_version_of_the_format_has_folders_of_its_own(monkeypatch: pytes
     first = entry(parse_name("demo"), None)
     monkeypatch.setattr("fastvlm_mlx.cache.FORMAT_VERSION", 99)
     assert entry(parse_name("demo"), None) != first
+
+
+def test_a_conversion_in_version_1_of_the_format_is_used_and_said_to_be_one(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(APPLE, source)
+    second = resolve(source)
+    first = in_first_format(second, entry(parse_name(source), None, 1))
+    shutil.rmtree(second)
+    use(first, str(source))
+    lines: list[str] = []
+    assert resolve(source, notify=lines.append) == find(source) == first
+    assert not lines
+    (remark,) = {item.remark for item in items() if item.path == first}
+    assert remark == "format 1, which loads more slowly"
+    (first / "model.safetensors").unlink()
+    assert resolve(source) == second
 
 
 @pytest.mark.parametrize("name", ["猫" * 80, "x" * 255, "with spaces; and $signs", "é-\udcff"])

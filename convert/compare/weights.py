@@ -8,6 +8,7 @@ import numpy as np
 
 from fastvlm_mlx.backend import mx
 from fastvlm_mlx.checkpoint.folder import read_weights
+from fastvlm_mlx.checkpoint.fusing import in_parts
 from fastvlm_mlx.config import ModelConfig
 from fastvlm_mlx.convert.arrays import dequantize
 from fastvlm_mlx.convert.compare.layerwise import Segment
@@ -84,7 +85,7 @@ class ConvertedWeights:
 
     def __init__(self, folder: Path) -> None:
         self._config = ModelConfig.from_path(folder)
-        self._stored = read_weights(folder)
+        self._stored = in_parts(read_weights(folder), self._config.text_config)
         self._factors = factors(Scaling.of(self._config.vision_config.scales))
         self.names = sorted(
             (name for name in self._stored if not name.endswith((".scales", ".biases"))),

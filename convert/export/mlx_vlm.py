@@ -40,7 +40,8 @@ from fastvlm_mlx.convert.write.files import (
     licences,
     write_json,
 )
-from fastvlm_mlx.convert.write.shards import Shard, ShardWriter, Stored, index, shards
+from fastvlm_mlx.convert.write.shards import Shard, ShardWriter, index, shards
+from fastvlm_mlx.convert.write.units import Stored, single
 from fastvlm_mlx.errors import CheckpointError
 from fastvlm_mlx.inputs.tokenizer import Tokenizer
 from fastvlm_mlx.schema import read_object
@@ -91,11 +92,12 @@ def export_mlx_vlm(
     folder, target = Path(os.path.expanduser(source)), vacant(destination)
     config = ModelConfig.from_path(folder)
     check_converted(folder)
-    with open_source(folder) as opened:
+    with open_source(folder) as source_files:
+        opened = source_files.in_parts(config.text_config)
         check_exportable([name.removesuffix(".scales") for name in opened.tensors if name.endswith(".scales")])
         with partial_folder(target, opened.nbytes) as out:
             meter = Meter(opened.nbytes, progress)
-            files = shards(_stored(opened.tensors, config))
+            files = shards(single(_stored(opened.tensors, config)))
             with ShardWriter(out, files) as writer:
                 for key, values in _tensors(opened.tensors, config):
                     writer.write(key, [values], lambda count: meter.advance(count, "exporting"))

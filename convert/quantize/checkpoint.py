@@ -38,7 +38,8 @@ from fastvlm_mlx.convert.write.files import (
     licences,
     write_json,
 )
-from fastvlm_mlx.convert.write.shards import ShardWriter, Stored, index, shards
+from fastvlm_mlx.convert.write.shards import ShardWriter, index, shards
+from fastvlm_mlx.convert.write.units import Stored, fused
 from fastvlm_mlx.errors import CheckpointError, ConversionError
 from fastvlm_mlx.inputs.processor import FastVLMProcessor
 from fastvlm_mlx.streams import free_unused_memory, own_stream
@@ -91,7 +92,7 @@ def quantize_checkpoint(
     allocation = quantization.allocate(config)
     check_converted(folder)
     with ExitStack() as stack:
-        opened = stack.enter_context(open_source(folder))
+        opened = stack.enter_context(open_source(folder)).in_parts(config.text_config)
         needed = sum(stored.nbytes for _, stored in _stored(opened, config.dtype, allocation))
         out = stack.enter_context(partial_folder(target, needed))
         meter = Meter(opened.nbytes, progress)
@@ -115,7 +116,8 @@ def quantize_checkpoint(
         copy_small_files(folder, out)
         write_json(out / "config.json", quantized.to_dict())
         meter.notify("comparing with the source")
-        with open_source(out) as result:
+        with open_source(out) as written:
+            result = written.in_parts(config.text_config)
             parts = part_reports(opened, result, errors)
             layers = layers_report(opened, result, errors, allocation.layers.keys())
         report = QuantizationReport(
@@ -178,7 +180,7 @@ def write_weights(
         compensated: The layers that are quantized already; others are rounded.
         meter: Counts the bytes read.
     """
-    files = shards(dict(_stored(source, dtype, allocation)))
+    files = shards(fused(dict(_stored(source, dtype, allocation))))
     errors: dict[str, WeightError] = {}
     with ShardWriter(folder, files) as out:
         for name, tensor in source.tensors.items():

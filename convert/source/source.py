@@ -15,9 +15,11 @@ from typing import Any
 from fastvlm_mlx.checkpoint.index import INDEX_FILE, weight_map
 from fastvlm_mlx.checkpoint.released import parse_name
 from fastvlm_mlx.checkpoint.safetensors import Tensor, TensorFile, read_header
+from fastvlm_mlx.config import TextConfig
 from fastvlm_mlx.convert.progress import Notify, Progress
 from fastvlm_mlx.convert.scratch import scratch_folder
 from fastvlm_mlx.convert.source.archive import open_archive
+from fastvlm_mlx.convert.source.fused import in_parts
 from fastvlm_mlx.convert.source.hub import PICKLES, SMALL_FILES, download
 from fastvlm_mlx.convert.source.remote import open_headers
 from fastvlm_mlx.errors import CheckpointError
@@ -64,6 +66,17 @@ class Source:
             CheckpointError: If it is not JSON or not an object.
         """
         return read_object(self.folder / name, f"{self.label}: {name}")
+
+    def in_parts(self, text: TextConfig) -> "Source":
+        """The same checkpoint, if it is in this project's format, with every projection by upstream's name.
+
+        Args:
+            text: The architecture of its decoder.
+
+        Raises:
+            CheckpointError: If a fused projection does not have the rows of its parts.
+        """
+        return replace(self, tensors=in_parts(self.tensors, text))
 
     def sha256(self, advance: Callable[[int], None]) -> str:
         """The SHA-256 of the one safetensors file; of several, that of the lines that `sha256sum` prints for them.

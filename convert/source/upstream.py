@@ -59,7 +59,7 @@ class UpstreamCheckpoint:
         if config is None:
             raise CheckpointError(f"{source.label}: has no config.json")
         if "fastvlm_format" in config:
-            ModelConfig.from_dict(config)
+            source = source.in_parts(ModelConfig.from_dict(config).text_config)
             layout = OURS
         else:
             layout = recognise(source.tensors, source.name)

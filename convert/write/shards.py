@@ -1,17 +1,16 @@
 """Writes safetensors shards as a stream: headers are known in advance, so memory holds a few rows at a time."""
 
 import json
-import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fastvlm_mlx.checkpoint.safetensors import ITEM_BYTES
-from fastvlm_mlx.convert.arrays import DTYPES, Array, Shape
+from fastvlm_mlx.convert.arrays import DTYPES, Array
+from fastvlm_mlx.convert.write.units import Stored, Unit
 from fastvlm_mlx.errors import RangeError
 
 SHARD_BYTES = 5 * 10**9
@@ -21,51 +20,50 @@ _OVERFLOW = {"F16": (2 - 2**-11) * 2.0**15, "BF16": (2 - 2**-8) * 2.0**127, "F32
 """The smallest values that round to infinity."""
 
 
-class Stored(NamedTuple):
-    """The dtype, by safetensors' name, and the shape of a tensor in a file."""
-
-    dtype: str
-    shape: Shape
-
-    @property
-    def nbytes(self) -> int:
-        """Its size in bytes."""
-        size: int = ITEM_BYTES[self.dtype] * math.prod(self.shape)
-        return size
-
-
 @dataclass(frozen=True)
 class Shard:
     """One output file.
 
     Attributes:
         file: Its name.
-        tensors: Its tensors, in the order in which they are written.
+        tensors: Its tensors, in the order of their bytes.
+        entries: The same bytes as its header names them, where tensors may be parts of one.
     """
 
     file: str
     tensors: Mapping[str, Stored]
+    entries: Mapping[str, Stored]
+
+    @classmethod
+    def of(cls, file: str, units: Iterable["Unit"]) -> "Shard":
+        """A file of these units."""
+        tensors: dict[str, Stored] = {}
+        entries: dict[str, Stored] = {}
+        for unit in units:
+            tensors |= unit.tensors
+            entries |= unit.entries
+        return cls(file, tensors, entries)
 
 
-def shards(tensors: Mapping[str, Stored], limit: int = SHARD_BYTES) -> list[Shard]:
-    """Splits tensors, in their order, into files of at most `limit` bytes (or of one tensor, if that is larger)."""
-    groups: list[dict[str, Stored]] = [{}]
+def shards(units: Iterable[Unit], limit: int = SHARD_BYTES) -> list[Shard]:
+    """Divides units, in their order, among files of at most `limit` bytes (or of one unit, if that is larger)."""
+    groups: list[list[Unit]] = [[]]
     used = 0
-    for name, stored in tensors.items():
-        if groups[-1] and used + stored.nbytes > limit:
-            groups.append({})
+    for unit in units:
+        if groups[-1] and used + unit.nbytes > limit:
+            groups.append([])
             used = 0
-        groups[-1][name] = stored
-        used += stored.nbytes
+        groups[-1].append(unit)
+        used += unit.nbytes
     if len(groups) == 1:
-        return [Shard("model.safetensors", groups[0])]
+        return [Shard.of("model.safetensors", groups[0])]
     return [
-        Shard(f"model-{number:05}-of-{len(groups):05}.safetensors", group) for number, group in enumerate(groups, 1)
+        Shard.of(f"model-{number:05}-of-{len(groups):05}.safetensors", group) for number, group in enumerate(groups, 1)
     ]
 
 
 class ShardWriter:
-    """Writes tensors in the order of `shards`; a context manager.
+    """Writes tensors to the places that their files' headers give them, in any order; a context manager.
 
     Args:
         folder: The folder for the files.
@@ -74,65 +72,58 @@ class ShardWriter:
 
     def __init__(self, folder: Path, files: Iterable[Shard]) -> None:
         self._folder = folder
-        self._pending = list(files)
-        self._file: IO[bytes] | None = None
-        self._left: dict[str, Stored] = {}
+        self._shards = list(files)
+        self._files: list[IO[bytes]] = []
+        self._places: dict[str, tuple[IO[bytes], int, str]] = {}
 
     def __enter__(self) -> "ShardWriter":
+        for shard in self._shards:
+            file = (self._folder / shard.file).open("wb")
+            self._files.append(file)
+            begin = file.write(header(shard.entries))
+            for name, stored in shard.tensors.items():
+                self._places[name] = file, begin, stored.dtype
+                begin += stored.nbytes
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._file:
-            self._file.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for file in self._files:
+            file.close()
+        assert kind is not None or not self._places, f"{next(iter(self._places))} was not written"
 
     def write(self, name: str, rows: Iterable[npt.NDArray[Any]], advance: Callable[[int], None]) -> None:
-        """Appends a tensor.
+        """Writes a tensor.
 
         Args:
-            name: The next tensor of the shards.
+            name: One of the tensors of the shards, which has not been written yet.
             rows: Its values in chunks of rows: float32 is cast to the tensor's dtype, others are written as they are.
             advance: Called with the bytes of each chunk.
 
         Raises:
             RangeError: If a value does not fit the dtype.
         """
-        file, dtype = self._next(name)
+        file, begin, dtype = self._places.pop(name)
+        file.seek(begin)
         for chunk in rows:
             values = cast(chunk, dtype, name) if chunk.dtype == np.float32 else chunk
             advance(file.write(np.ascontiguousarray(values).data))
 
-    def _next(self, name: str) -> tuple[IO[bytes], str]:
-        """The file and the dtype of the next tensor, which must be `name`."""
-        if not self._left:
-            self._next_file()
-        assert self._file is not None
-        assert next(iter(self._left)) == name, f"{name} is written out of turn"
-        return self._file, self._left.pop(name).dtype
 
-    def _next_file(self) -> None:
-        if self._file:
-            self._file.close()
-        shard = self._pending.pop(0)
-        self._file = (self._folder / shard.file).open("wb")
-        self._file.write(header(shard.tensors))
-        self._left = dict(shard.tensors)
-
-
-def header(tensors: Mapping[str, Stored]) -> bytes:
+def header(entries: Mapping[str, Stored]) -> bytes:
     """The beginning of a safetensors file: the length of the JSON, and the JSON padded to eight bytes."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
+    described: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
     end = 0
-    for name, stored in tensors.items():
+    for name, stored in entries.items():
         begin, end = end, end + stored.nbytes
-        entries[name] = {"dtype": stored.dtype, "shape": list(stored.shape), "data_offsets": [begin, end]}
-    text = json.dumps(entries, separators=(",", ":")).encode()
+        described[name] = {"dtype": stored.dtype, "shape": list(stored.shape), "data_offsets": [begin, end]}
+    text = json.dumps(described, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
 def index(files: Collection[Shard]) -> dict[str, Any]:
     """The contents of `model.safetensors.index.json`."""
-    placement = {name: shard.file for shard in files for name in shard.tensors}
+    placement = {name: shard.file for shard in files for name in shard.entries}
     return {
         "metadata": {
             "total_size": sum(stored.nbytes for shard in files for stored in shard.tensors.values()),

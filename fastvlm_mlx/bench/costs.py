@@ -10,6 +10,7 @@ from mlx.utils import tree_map
 
 from fastvlm_mlx.backend import mx
 from fastvlm_mlx.bench.graph import Function, Kernel, count_launches, kernels
+from fastvlm_mlx.checkpoint.fusing import fused_names, stored_in_parts
 from fastvlm_mlx.config import ModelConfig
 from fastvlm_mlx.model.fastvlm import FastVLM
 from fastvlm_mlx.model.kv_cache import KVCache
@@ -87,7 +88,9 @@ def costs(config: ModelConfig, resolutions: Sequence[int], tensor_names: Iterabl
     """
     model = FastVLM(config)
     if config.quantization:
-        quantize_layers(model, config.quantization, list(tensor_names))
+        names = fused_names(list(tensor_names), config.quantization)
+        model.language_model.split(path.removeprefix("language_model.") for path in stored_in_parts(names))
+        quantize_layers(model, config.quantization, names)
     dtype = getattr(mx, config.dtype)
 
     def blank(array: mx.array) -> mx.array:

@@ -8,7 +8,7 @@ from typing import Any
 from fastvlm_mlx.backend import mx
 from fastvlm_mlx.checkpoint.index import INDEX_FILE, weight_map
 from fastvlm_mlx.checkpoint.safetensors import TensorFile, check, file_version
-from fastvlm_mlx.config import FORMAT_VERSION, ModelConfig
+from fastvlm_mlx.config import READABLE_FORMATS, ModelConfig, format_number
 from fastvlm_mlx.errors import CheckpointError, FastVLMError
 from fastvlm_mlx.formatting import names, printable
 from fastvlm_mlx.machine import descriptor_zero_taken
@@ -16,22 +16,26 @@ from fastvlm_mlx.schema import read_object
 from fastvlm_mlx.streams import turn
 
 
-def format_version(folder: Path) -> Any:
-    """The version of this project's format that a folder is written in; None if it is no converted checkpoint."""
+def format_version(folder: Path) -> int | None:
+    """The version of this project's format that a folder is written in; None if it names none."""
+    return format_number(_format_entry(folder))
+
+
+def is_converted(folder: Path) -> bool:
+    """Whether a folder holds a checkpoint in this project's format, of whatever version."""
+    return _format_entry(folder) is not None
+
+
+def _format_entry(folder: Path) -> Any:
     try:
         return (read_object(folder / "config.json") or {}).get("fastvlm_format")
     except CheckpointError:
         return None
 
 
-def is_converted(folder: Path) -> bool:
-    """Whether a folder holds a checkpoint in this project's format."""
-    return format_version(folder) is not None
-
-
 def is_complete(folder: Path) -> bool:
-    """Whether a folder holds a checkpoint in this version's format, and no file is missing or cut off."""
-    if format_version(folder) != FORMAT_VERSION:
+    """Whether a folder holds a checkpoint in a format that this version reads, and no file is missing or cut off."""
+    if format_version(folder) not in READABLE_FORMATS:
         return False
     try:
         ModelConfig.from_path(folder)

@@ -4,8 +4,8 @@ from collections.abc import Collection, Mapping, Sequence
 from itertools import accumulate, pairwise
 
 from fastvlm_mlx.backend import mx
-from fastvlm_mlx.config import ModelConfig
-from fastvlm_mlx.projections import PARTS, fused_path, part_paths
+from fastvlm_mlx.config import ModelConfig, QuantizationConfig, TextConfig
+from fastvlm_mlx.projections import LEAVES, PARTS, fused_path, part_paths
 
 
 def fused(weights: Mapping[str, mx.array], config: ModelConfig, streams: Sequence[mx.Stream]) -> dict[str, mx.array]:
@@ -17,7 +17,8 @@ def fused(weights: Mapping[str, mx.array], config: ModelConfig, streams: Sequenc
     result = dict(weights)
     for number, path in enumerate(stored_in_parts(weights)):
         parts = [_leaves(weights, part) for part in part_paths(path)]
-        if not _are_alike(parts, path, config):
+        forms = [{leaf: (value.dtype, value.shape[1:]) for leaf, value in part.items()} for part in parts]
+        if forms.count(forms[0]) < len(forms) or not _have_equal_settings(path, config.quantization):
             continue
         for leaf in parts[0]:
             joined = mx.concatenate([part[leaf] for part in parts], stream=streams[number % len(streams)])
@@ -27,7 +28,20 @@ def fused(weights: Mapping[str, mx.array], config: ModelConfig, streams: Sequenc
     return result
 
 
-def in_parts(weights: Mapping[str, mx.array], config: ModelConfig, stream: mx.Stream) -> dict[str, mx.array]:
+def fused_names(names: Collection[str], quantization: QuantizationConfig) -> list[str]:
+    """The names that the tensors of a quantized checkpoint have after `fused`; they may be fused already."""
+    result = dict.fromkeys(names)
+    for path in stored_in_parts(names):
+        parts = [[leaf for leaf in LEAVES if f"{part}.{leaf}" in result] for part in part_paths(path)]
+        if parts.count(parts[0]) == len(parts) and _have_equal_settings(path, quantization):
+            result |= dict.fromkeys(f"{path}.{leaf}" for leaf in parts[0])
+            for part in part_paths(path):
+                for leaf in parts[0]:
+                    del result[f"{part}.{leaf}"]
+    return list(result)
+
+
+def in_parts(weights: Mapping[str, mx.array], text: TextConfig) -> dict[str, mx.array]:
     """The tensors of a checkpoint by upstream's names: the rows of each part of a fused projection. Nothing is read."""
     result: dict[str, mx.array] = {}
     for name, value in weights.items():
@@ -36,10 +50,9 @@ def in_parts(weights: Mapping[str, mx.array], config: ModelConfig, stream: mx.St
         if projection not in PARTS:
             result[name] = value
             continue
-        ends = accumulate(config.text_config.part_rows[projection], initial=0)
+        ends = accumulate(text.part_rows[projection], initial=0)
         for part, (start, end) in zip(part_paths(path), pairwise(ends), strict=True):
-            with mx.stream(stream):
-                result[f"{part}.{leaf}"] = value[start:end]
+            result[f"{part}.{leaf}"] = value[start:end]
     return result
 
 
@@ -51,13 +64,8 @@ def stored_in_parts(names: Collection[str]) -> list[str]:
 
 
 def _leaves(weights: Mapping[str, mx.array], path: str) -> dict[str, mx.array]:
-    names = ("weight", "bias", "scales", "biases")
-    return {leaf: weights[f"{path}.{leaf}"] for leaf in names if f"{path}.{leaf}" in weights}
+    return {leaf: weights[f"{path}.{leaf}"] for leaf in LEAVES if f"{path}.{leaf}" in weights}
 
 
-def _are_alike(parts: Sequence[Mapping[str, mx.array]], path: str, config: ModelConfig) -> bool:
-    """Whether parts differ in nothing but their rows."""
-    forms = [{leaf: (value.dtype, value.shape[1:]) for leaf, value in part.items()} for part in parts]
-    settings = config.quantization
-    equal = settings is None or len({settings.for_layer(part) for part in part_paths(path)}) == 1
-    return equal and all(form == forms[0] for form in forms)
+def _have_equal_settings(path: str, quantization: QuantizationConfig | None) -> bool:
+    return quantization is None or len({quantization.for_layer(part) for part in part_paths(path)}) == 1

@@ -48,7 +48,7 @@ def load_model(
         files = checked_files(folder)
         weights = _cast_on_streams([read_files(files, stream) for stream in streams], streams, target)
         _check_depths(folder, weights, config)
-        weights = fusing.in_parts(weights, config, streams[0]) if in_parts else fusing.fused(weights, config, streams)
+        weights = fusing.in_parts(weights, config.text_config) if in_parts else fusing.fused(weights, config, streams)
         model = FastVLM(config)
         model.language_model.split(path.removeprefix(_DECODER) for path in fusing.stored_in_parts(weights))
         if config.quantization:

@@ -6,7 +6,7 @@ from fastvlm_mlx.backend import device
 from fastvlm_mlx.checkpoint.describe import Part, parts, question_memory
 from fastvlm_mlx.checkpoint.released import full_size
 from fastvlm_mlx.config import LayerQuantization, ModelConfig, QuantizationConfig
-from fastvlm_mlx.convert.write.shards import Stored
+from fastvlm_mlx.convert.write.units import Stored
 
 
 def quantized(config: ModelConfig, settings: LayerQuantization) -> ModelConfig:

@@ -109,7 +109,8 @@ def test_a_complete_folder_is_one_in_this_format_with_all_its_bytes(tmp_path: Pa
     usable = json.dumps(full_size("0.5b").to_dict())
     for text, complete in (
         (usable, True),
-        (usable.replace('"fastvlm_format": 1', '"fastvlm_format": 2'), False),
+        (usable.replace('"fastvlm_format": "2;', '"fastvlm_format": "3;'), False),
+        (usable.replace('"fastvlm_format": "2; pip install -U fastvlm-mlx"', '"fastvlm_format": 1'), True),
         (usable.replace('"num_hidden_layers": 24', '"num_hidden_layers": "24"'), False),
         ("[" * 10_000, False),
     ):
