@@ -107,6 +107,10 @@ def serve(
     max_batch: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Requests at a time. [default: what suits the machine]")
     ] = None,
+    album: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", parser=user_path, help="Let people search the pictures of a folder."),
+    ] = None,
     resolution: Resolution = None,
     detail: Detail = None,
     dtype: LoadDType = None,
@@ -178,13 +182,15 @@ def serve(
 
     check_names([(model, revision)])
 
+    from fastvlm_mlx.server.album import ServedAlbum
     from fastvlm_mlx.server.app import make_app
     from fastvlm_mlx.server.loading import load_engine, names_of
     from fastvlm_mlx.server.run import serve as run
     from fastvlm_mlx.server.service import Service
 
     name, aliases = names_of(model)
-    service = Service(name, settings, aliases=(*aliases, *(alias or ())))
+    served = ServedAlbum(album) if album is not None else None
+    service = Service(name, settings, aliases=(*aliases, *(alias or ())), album=served)
 
     def load() -> "Engine":
         warn_of_slow_blas()

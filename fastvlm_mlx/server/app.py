@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastvlm_mlx import __version__
 from fastvlm_mlx.formatting import printable
-from fastvlm_mlx.server import health, models, ollama_models, openapi
+from fastvlm_mlx.server import album_routes, health, models, ollama_models, openapi
 from fastvlm_mlx.server.anthropic import CountTokens, Messages
 from fastvlm_mlx.server.api import Api, ApiError, openai_error
 from fastvlm_mlx.server.exchange import Exchange
@@ -87,6 +87,7 @@ def _routes(service: Service, settings: Settings) -> Sequence[BaseRoute]:
         *models.routes(service),
         *ollama_models.routes(service),
         *health.routes(service),
+        *album_routes.routes(service, settings),
         Route("/", page),
     ]
     return [*table, openapi.route(settings, [route.path for route in table], service.name)]

@@ -73,7 +73,7 @@ class Exchange:
 
     async def _answer(self, receive: Receive, reply: Reply, context: Context, stack: AsyncExitStack) -> None:
         self._service.check_ready()
-        body = await _body(receive)
+        body = await read_body(receive)
         question = await self._service.in_thread(self._read, body, context)
         del body
         reply.warnings = question.warnings
@@ -217,7 +217,7 @@ class Reply:
             raise Disconnected from err
 
 
-async def _body(receive: Receive) -> bytearray:
+async def read_body(receive: Receive) -> bytearray:
     """The body of a request; `guard` bounds it."""
     body = bytearray()
     while True:

@@ -36,7 +36,13 @@ def describe_model(service: Service) -> dict[str, Any]:
             "max_tokens": settings.max_tokens,
             "max_resolution": settings.max_resolution,
         },
-        "capabilities": {"vision": True, "streaming": True, "tools": False, "audio": False},
+        "capabilities": {
+            "vision": True,
+            "streaming": True,
+            "tools": False,
+            "audio": False,
+            "album": service.album is not None,
+        },
         "aliases": list(service.aliases),
     }
 

@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from fastvlm_mlx import __version__
-from fastvlm_mlx.server.openapi_schemas import PIXEL, SCHEMAS, ref
+from fastvlm_mlx.server.openapi_schemas import ALBUM_SCHEMAS, PIXEL, SCHEMAS, ref
 from fastvlm_mlx.server.settings import Settings
 
 PATH = "/openapi.json"
@@ -165,6 +165,16 @@ def _operations(model: str) -> dict[str, Operation]:
         "/api/tags": Operation(summary="List the model", tag="Ollama", answer="OllamaModels", error="OllamaError"),
         "/api/ps": Operation(summary="List the loaded model", tag="Ollama", answer="OllamaModels", error="OllamaError"),
         "/api/version": Operation(summary="Say the version", tag="Ollama", answer="Version", error="OllamaError"),
+        "/album": Operation(summary="Say what the album holds", tag="Album", answer="AlbumStatus"),
+        "/album/search": Operation(
+            summary="Find pictures of the album; each line has all that is known so far",
+            tag="Album",
+            request="AlbumSearch",
+            stream=_LINES,
+            example={"query": "a red circle", "top": 20},
+        ),
+        "/album/thumbnails/{number}": Operation(summary="Show a picture, small", tag="Album", stream="image/jpeg"),
+        "/album/pictures/{number}": Operation(summary="Show a picture", tag="Album", stream="image/jpeg"),
         "/health": Operation(summary="Say whether it lives", tag="Server", answer="Health", statuses=(503,)),
         "/ready": Operation(summary="Say whether it answers", tag="Server", answer="Ready", statuses=(503,)),
         "/metrics": Operation(summary="Count for Prometheus", tag="Server", stream="text/plain"),
@@ -198,7 +208,11 @@ def describe(settings: Settings, paths: Collection[str], model: str = "") -> dic
         **({"security": [{name: []} for name in schemes]} if settings.api_keys else {}),
         "paths": {path: _path(path, operations[path]) for path in sorted(paths)},
         "components": {
-            "schemas": {**SCHEMAS, "Description": {"type": "object", "required": ["openapi", "info", "paths"]}},
+            "schemas": {
+                **SCHEMAS,
+                **(ALBUM_SCHEMAS if "/album" in paths else {}),
+                "Description": {"type": "object", "required": ["openapi", "info", "paths"]},
+            },
             "securitySchemes": schemes,
         },
     }
@@ -212,9 +226,12 @@ def _path(path: str, operation: Operation) -> dict[str, Any]:
         "tags": [operation.tag],
         "responses": _responses(operation),
     }
-    if "{name}" in path:
-        name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
-        described["parameters"] = [name]
+    for name, schema in (
+        ("name", {"type": "string", "minLength": 1}),
+        ("number", {"type": "integer", "minimum": 0, "maximum": 2**63 - 1}),
+    ):
+        if f"{{{name}}}" in path:
+            described["parameters"] = [{"name": name, "in": "path", "required": True, "schema": schema}]
     if not operation.request:
         return {"get": described}
     body = {"schema": ref(operation.request), "example": operation.example}

@@ -292,3 +292,23 @@ SCHEMAS: dict[str, Schema] = {
     "OllamaError": _answer(error=_TEXT),
     "AnthropicError": _answer(type={"const": "error"}, error=_answer(type=_TEXT, message=_TEXT)),
 }
+
+ALBUM_SCHEMAS: dict[str, Schema] = {
+    "AlbumStatus": _answer(
+        name=_TEXT,
+        pictures=_COUNT,
+        state=_one_of("waiting", "looking", "indexing", "ready", "elsewhere", "missing", "failed"),
+        done=_COUNT,
+        total=_COUNT,
+        failed=_COUNT,
+        error=_TEXT,
+    ),
+    "AlbumSearch": _object(
+        {"query": {"type": "string", "minLength": 1, "maxLength": 1000, "pattern": r"\S"}},
+        top=_whole(1, 500, description="The most pictures of a line; 100 by default."),
+        threshold=_number(0, 1, description="The least score; 0.5 by default."),
+        since={"type": "string", "format": "date", "description": "Only pictures of this day or later."},
+        words={"type": "boolean", "description": "Look for words in captions and names; ask the model nothing."},
+    ),
+}
+"""Of a server with an album."""

@@ -68,6 +68,8 @@ def serve(
             service.state = "failed"
             raise
         stack.callback(server.end)  # before the engine is closed
+        if service.album is not None:
+            stack.callback(service.album.close)  # before that, as it asks the engine
         service.start(engine)
         notify(f"ready: {service.name}, {engine.max_batch} at a time")
         with server.signals():

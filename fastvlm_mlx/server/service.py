@@ -14,6 +14,7 @@ from fastvlm_mlx.formatting import counted, names
 from fastvlm_mlx.generation.engine import Engine
 from fastvlm_mlx.generation.request import Request
 from fastvlm_mlx.schema import shown
+from fastvlm_mlx.server.album import ServedAlbum
 from fastvlm_mlx.server.answering import Answering
 from fastvlm_mlx.server.api import ApiError
 from fastvlm_mlx.server.metrics import Metrics
@@ -41,8 +42,10 @@ class Service:
         name: The model's name, as clients see it.
         settings: What the server allows.
         aliases: Other names that clients may use.
+        album: What can be searched.
 
     Attributes:
+        album: What can be searched; None for nothing.
         name: The model's name.
         aliases: Other names that clients may use.
         settings: What the server allows.
@@ -61,8 +64,11 @@ class Service:
         metrics: What is counted.
     """
 
-    def __init__(self, name: str, settings: Settings, *, aliases: Sequence[str] = ()) -> None:
+    def __init__(
+        self, name: str, settings: Settings, *, aliases: Sequence[str] = (), album: ServedAlbum | None = None
+    ) -> None:
         self.name = name
+        self.album = album
         self.aliases = tuple(aliases)
         self.settings = settings
         self.state: State = "loading"
@@ -91,6 +97,8 @@ class Service:
         self.native_resolution = engine.processor.image_size
         if self.state == "loading":
             self.state = "ready"
+        if self.album is not None:
+            self.album.start(engine, self.name, self.weights, is_busy=lambda: self.running > 0)
 
     def _watch(self) -> None:
         """Adds to the metrics what is asked for when they are read."""

@@ -11,6 +11,7 @@ import pytest
 import fastvlm_mlx
 from fastvlm_mlx.generation.engine import Engine
 from fastvlm_mlx.resolve import load
+from fastvlm_mlx.server.album import ServedAlbum
 from fastvlm_mlx.server.app import make_app
 from fastvlm_mlx.server.service import Service
 from fastvlm_mlx.server.settings import Settings
@@ -35,13 +36,19 @@ def serving(demo) -> Callable[..., object]:
     """`with serving(max_queue=1, max_batch=1) as (client, service)`: an app with an engine of its own."""
 
     @contextmanager
-    def serve(max_batch: int = 4, model: object = demo, **options: object) -> Iterator[tuple[Client, Service]]:
+    def serve(
+        max_batch: int = 4, model: object = demo, album: ServedAlbum | None = None, **options: object
+    ) -> Iterator[tuple[Client, Service]]:
         settings = Settings(**options)
-        service = Service("demo", settings, aliases=("fastvlm-demo",))
+        service = Service("demo", settings, aliases=("fastvlm-demo",), album=album)
         with Engine(*model, max_batch=max_batch, queue_size=settings.max_queue + settings.max_choices) as engine:
             service.start(engine)
-            yield Client(make_app(service, settings)), service
-            service.stop()
+            try:
+                yield Client(make_app(service, settings)), service
+            finally:
+                service.stop()
+                if album is not None:
+                    album.close()
 
     return serve
 
