@@ -196,6 +196,9 @@ class Speaker:
                 return f"has not ended after {limit:.0f} s"
             finally:
                 _end(process)
+                if process.stdin is not None:
+                    with suppress(OSError):
+                        process.stdin.close()
         except OSError as err:
             return f"cannot be run ({err.strerror or err})"
         return f"ended with exit code {process.returncode}" if process.returncode else ""
