@@ -117,7 +117,7 @@ class Scenes:
         self._trail: deque[tuple[float, Signature]] = deque(maxlen=1000)
         self._before: Signature | None = None
         self._moved = -math.inf
-        self._abrupt = True
+        self._abrupt = self._stood = True
         self._since = 0.0
 
     def look(self, time: float, signature: Signature) -> Look:
@@ -180,14 +180,17 @@ class Scenes:
         """Takes the picture of a look as the one to compare with.
 
         Returns when the one before had gone and when this one was there: in the middle of a fade from one to the other.
+        What moves all the time is there from the look on, and holds until the next picture is there.
         """
-        trail, before = list(self._trail), self._anchor
-        self._anchor = look.signature
+        trail, before, stood = list(self._trail), self._anchor, self._stood
+        self._anchor, self._stood = look.signature, look.settled
         self._trail.clear()
         if not trail:
             return look.time, look.time
         if before is None:
             return trail[0][0], trail[0][0]
+        if not look.settled:
+            return trail[0][0] if stood else look.time, look.time
         half = _mean_change(before, look.signature) / 2
         gone = next((time for time, each in trail if _mean_change(before, each) > half), look.time)
         came = trail[0][0]
@@ -195,4 +198,4 @@ class Scenes:
             if _mean_change(look.signature, each) > half:
                 break
             came = time
-        return min(gone, came), came
+        return min(gone, came) if stood else came, came

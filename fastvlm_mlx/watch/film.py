@@ -125,7 +125,7 @@ class Film:
             is_due = not self._open or frame.time - accepted >= self._every
             if (look.ready and is_due) or (again and not look.changed):
                 self._begin(frame, look)
-                accepted = frame.time
+                accepted, last = frame.time, (frame, look._replace(changed=False))
             self._progress(frame.time)
             yield from self._ready(self._engine.max_batch * _AHEAD)
         if last is not None:

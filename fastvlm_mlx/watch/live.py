@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from fastvlm_mlx.generation.request import Handle, Request
 
 _STARVED = 8.0
-"""Seconds without a word after which an answer is told though the picture has changed again."""
+"""Seconds without a word after which it is said that scenes follow one another faster than answers come."""
+_AGAIN = 60.0
+"""Seconds after which that may be said again."""
 _TICK = 0.25
 """Seconds after which the loop looks around without being called: for the heartbeat."""
 
@@ -161,9 +163,10 @@ class Live:
         self._answer: _Answer | None = None
         self._known: list[str] = []
         self._cue: tuple[float, str] | None = None
+        self._cue_stood = True
         self._held: Arrived | None = None
         self._asked = 0.0
-        self._cancelled: float | None = None
+        self._silent: float | None = None
         self._is_paused = self._is_left = False
 
     @property
@@ -216,16 +219,20 @@ class Live:
         if not (look.changed and look.settled):
             return
         if look.cut and self._cue is not None:
-            self._end_cue(look.since)
+            self._end_cue(look.since if self._cue_stood else look.time)
             self._audience.gone()
-        if self._answer is not None and not self._answer.by_person and not self._is_starved:
-            self._cancelled = time.monotonic() if self._cancelled is None else self._cancelled
+        if self._answer is not None and not self._answer.by_person:
             self._cancel()
+            self._starve()
 
-    @property
-    def _is_starved(self) -> bool:
-        """Whether scenes follow one another faster than answers come."""
-        return self._cancelled is not None and time.monotonic() - self._cancelled > _STARVED
+    def _starve(self) -> None:
+        """Says that scenes follow one another faster than answers come, once that has been so for a while."""
+        now = time.monotonic()
+        if self._silent is None:
+            self._silent = now
+        elif now - self._silent > _STARVED:
+            self._silent = now + _AGAIN - _STARVED
+            self._audience.note("the picture changes faster than it can be described")
 
     def _end_cue(self, moment: float) -> None:
         if self._cue is not None:
@@ -293,7 +300,7 @@ class Live:
     def _is_doubtful(self, answer: _Answer) -> bool:
         """Whether the picture is changing, so that it is not known whether the answer still holds."""
         look = self._look
-        if answer.by_person or look is None or not look.changed or self._is_starved:
+        if answer.by_person or look is None or not look.changed:
             return False
         return not look.ready or look.settled
 
@@ -309,20 +316,20 @@ class Live:
         if first:
             answer.age = now - answer.arrived.moment
         answer.told.append(text)
-        self._cancelled = None
+        self._silent = None
         urgent = answer.by_person or (answer.look is not None and answer.look.settled and answer.look.cut)
         self._audience.sentence(Told(text=text, first=first, again=answer.by_person, urgent=first and urgent))
 
     def _finish(self, answer: _Answer) -> None:
         """Takes note of an answer that has been told."""
         self._answer = None
-        self._cancelled = None
         if answer.question is None and answer.all:
             self._known = answer.all
             text = " ".join(answer.all)
             if self._cue is None or self._cue[1] != text:
                 self._end_cue(self._now())
                 self._cue = self._now(), text
+            self._cue_stood = answer.look is None or answer.look.settled
         self._audience.description(
             Description(
                 time=answer.arrived.frame.time,

@@ -108,7 +108,9 @@ def _canvas(image: Image.Image) -> Pixels:
     return np.asarray(canvas)
 
 
-def make(path: Path, count: int, seed: int, answer: Callable[[Pixels], str]) -> list[Shown]:
+def make(
+    path: Path, count: int, seed: int, answer: Callable[[Pixels], str], lengths: tuple[float, float] = (1.5, 3.5)
+) -> list[Shown]:
     """Writes a film of `count` scenes; returns what it shows."""
     import av
 
@@ -163,7 +165,7 @@ def make(path: Path, count: int, seed: int, answer: Callable[[Pixels], str]) -> 
                     still=answer(pixels),
                 )
             )
-            for _ in range(int(RATE * rng.uniform(1.5, 3.5))):
+            for _ in range(int(RATE * rng.uniform(*lengths))):
                 put(pixels)
             before = new
         shown[-1] = replace(shown[-1], end=number / RATE, gone=number / RATE)
@@ -236,6 +238,8 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--scenes", type=int, default=120)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--least", type=float, default=1.5, help="seconds that a scene stands still")
+    parser.add_argument("--most", type=float, default=3.5)
     parser.add_argument("--live", action="store_true")
     parser.add_argument("--load", type=int, default=0)
     parser.add_argument("--keep", type=Path, help="a folder for the film, its truth and its subtitles")
@@ -250,6 +254,7 @@ def main() -> None:
             arguments.scenes,
             arguments.seed,
             lambda pixels: generate(network, processor, "Describe the image.", pixels, max_tokens=80).text,
+            (arguments.least, arguments.most),
         )
         log = folder / "log.jsonl"
         began = time.monotonic()
