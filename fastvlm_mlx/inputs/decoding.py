@@ -190,6 +190,8 @@ class Decoder:
                 return None
         if images:
             self._errors = 0
+            if not self.live and any(getattr(image, "is_corrupt", False) for image in images):
+                self._complain("damaged")
         elif images is None:
             self._at_end()
         elif self.live:
@@ -222,10 +224,11 @@ class Decoder:
         if self.live:
             raise ImageError(f"{self._place.name}: no more frames; the source has ended or was unplugged")
         length = self._track.duration
-        if length and self._track.time_base and self._last is not None:
-            expected = float(length * self._track.time_base)
-            if self._last + self.step < expected - max(1.0, 0.02 * expected):
-                self._complain(f"incomplete: it should last {expected:.1f} s, and ends")
+        expected = float(length * self._track.time_base) if length and self._track.time_base else 0.0
+        if not expected and len(self._container.streams) == 1:
+            expected = self.duration or 0.0
+        if self._last is not None and self._last + self.step < expected - max(1.0, 0.02 * expected):
+            self._complain(f"incomplete: it should last {expected:.1f} s, and ends")
 
     def _time(self, image: Any) -> float:
         """When a frame begins; later than the one before it, whatever the film says."""

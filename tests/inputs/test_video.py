@@ -1,13 +1,20 @@
 import time
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from fastvlm_mlx.errors import FastVLMError, ImageError
-from fastvlm_mlx.inputs.video import open_stream
+from fastvlm_mlx.inputs.decoding import Decoder
+from fastvlm_mlx.inputs.video import Frame, open_stream
 from tests import films
 
-pytest.importorskip("av", reason="the extra video is not installed")
+av = pytest.importorskip("av", reason="the extra video is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -91,3 +98,110 @@ def test_a_text_is_no_film(tmp_path: Path) -> None:
 def test_a_wrong_number_is_refused(film: Path, settings: dict[str, float]) -> None:
     with pytest.raises(FastVLMError, match="must be a number"):
         open_stream(str(film), **settings)
+
+
+def noisy(number: int) -> NDArray[np.uint8]:
+    """A frame that takes so many bytes that damage hits it."""
+    frame = films.shade(number)
+    frame[32:] = np.random.default_rng(number).integers(0, 256, (16, 64, 3))
+    return frame
+
+
+def frames_of(path: Path) -> tuple[list[Frame], list[str]]:
+    """The frames of a damaged film, and what was said of it."""
+    notes: list[str] = []
+    with open_stream(str(path), notify=notes.append) as stream:
+        return list(stream), notes
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_a_film_that_is_damaged_in_the_middle_is_used_up_to_its_end(tmp_path: Path, suffix: str) -> None:
+    film = films.write(tmp_path / f"film{suffix}", [i / 10 for i in range(24)], draw=noisy)
+    data = bytearray(film.read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 2000] = bytes(2000)
+    film.write_bytes(data)
+    frames, notes = frames_of(film)
+    assert 15 < len(frames) < 25
+    assert frames[-1].time == pytest.approx(2.3)
+    assert len(notes) == 1
+    assert "damaged after 1." in notes[0]
+    assert "; what can be read is used" in notes[0]
+
+
+def test_a_film_that_was_cut_says_where_it_ends(tmp_path: Path) -> None:
+    film = films.write(tmp_path / "film.mkv", [i / 10 for i in range(60)], draw=noisy)
+    film.write_bytes(film.read_bytes()[: film.stat().st_size // 2])
+    frames, notes = frames_of(film)
+    assert 20 < len(frames) < 40
+    assert notes == [
+        f"{film}: incomplete: it should last 5.9 s, and ends after {frames[-1].time:.1f} s; what can be read is used"
+    ]
+
+
+def test_a_film_without_a_video_track_says_so(tmp_path: Path) -> None:
+    with av.open(str(tmp_path / "song.mka"), "w") as container:
+        track: Any = container.add_stream("pcm_s16le", rate=8000, layout="mono")
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), "s16", "mono")
+        sound.sample_rate = 8000
+        container.mux(track.encode(sound))
+        container.mux(track.encode())
+    with pytest.raises(ImageError, match=r"song\.mka: has no video track$"):
+        open_stream(str(tmp_path / "song.mka"))
+
+
+def test_a_film_without_times_has_those_of_its_rate(tmp_path: Path) -> None:
+    film = films.write(tmp_path / "film.h264", [i / 10 for i in range(5)])
+    frames, _ = frames_of(film)
+    steps = np.diff([frame.time for frame in frames])
+    assert len(frames) == 5
+    np.testing.assert_allclose(steps, steps[0], atol=1e-6)  # rounded to ticks
+    assert steps[0] > 0
+
+
+def test_frames_whose_pixels_are_not_square_are_stretched() -> None:
+    with open_stream("lavfi:color=red:s=64x48:d=1,setsar=3/2") as stream:
+        assert stream.size == (96, 48)
+
+
+def test_few_frames_of_a_long_film_are_found_by_its_key_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten hours, of which a frame every two hours is decoded with little else."""
+    film = films.write(
+        tmp_path / "long.mp4", [60.0 * i for i in range(600)], draw=lambda n: films.shade(n % 24), gop=10
+    )
+    decoded: list[float] = []
+    real = Decoder.next_frame
+
+    def counted(self: Decoder) -> tuple[Any, float] | None:
+        found = real(self)
+        decoded.extend([] if found is None else [found[1]])
+        return found
+
+    monkeypatch.setattr(Decoder, "next_frame", counted)
+    with open_stream(str(film), rate=1 / 7200) as stream:
+        assert [frame.time for frame in stream] == [0, 7200, 14400, 21600, 28800]
+    assert len(decoded) < 60
+
+
+def test_a_film_on_the_web_is_a_film(film: Path) -> None:
+    handler = partial(SimpleHTTPRequestHandler, directory=str(film.parent))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        handler.log_message = lambda *_: None  # type: ignore[attr-defined]
+        Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/{film.name}"
+        with open_stream(url, rate=2) as stream:
+            numbers = [films.number_of(frame.pixels) for frame in stream]
+        with pytest.raises(ImageError, match=r"missing\.mp4: cannot be read \(Server returned 404 Not Found\)"):
+            open_stream(f"{url.rpartition('/')[0]}/missing.mp4")
+        server.shutdown()
+    assert (stream.live, numbers) == (False, [0, 5, 10, 15])
+
+
+def test_a_playlist_opens_no_other_file(tmp_path: Path, film: Path) -> None:
+    """Neither one that a file names, as a film may come from a stranger."""
+    for name, text in {
+        "list.m3u8": f"#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\n{film}\n#EXT-X-ENDLIST\n",
+        "list.mp4": f"ffconcat version 1.0\nfile '{film}'\n",
+    }.items():
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ImageError, match="not a film that can be read"):
+            open_stream(str(tmp_path / name))
