@@ -104,7 +104,7 @@ def caption(
     frames: Frames = None,
     every: Annotated[
         float | None,
-        typer.Option(metavar="TIME", parser=parse_seconds, help="A frame of each film for each 2s, 1m and so on."),
+        typer.Option(metavar="TIME", parser=parse_seconds, help="A frame of each film every so often: 2s, 500ms, 1m."),
     ] = None,
     pages: Annotated[
         str | None, typer.Option(metavar="PAGES", help="Pages of each PDF: 1, 1-3, or all. [default: all]")

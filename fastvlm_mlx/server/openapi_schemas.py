@@ -66,7 +66,8 @@ _TEXTS: Schema = {
 _LIMIT = _whole(-1, description="The most tokens of the answer; -1 for the server's own limit.")
 _IMAGE_URL: Schema = {
     "type": "string",
-    "description": "A data: URL. An http or https URL, or a file: URL or path, only where the server allows it.",
+    "description": "A data: URL of an image or a PDF, each page of which is an image. An http or https URL, or a file: "
+    "URL or path, only where the server allows it.",
     "examples": [PIXEL],
 }
 _BASE64: Schema = {"type": "string", "description": "An image in base64.", "examples": [PIXEL.partition(",")[2]]}
