@@ -58,3 +58,7 @@ class PromptError(FastVLMError):
 
 class QueueFullError(FastVLMError):
     """A request that an engine has no room for at present."""
+
+
+class ServerError(FastVLMError):
+    """A server that cannot be asked, or answers with something else than what was asked for."""

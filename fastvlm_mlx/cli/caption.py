@@ -30,8 +30,9 @@ from fastvlm_mlx.cli.options import (
     user_path,
     with_detail,
 )
+from fastvlm_mlx.cli.servers import connect, read_addresses
 from fastvlm_mlx.cli.terminal import note
-from fastvlm_mlx.cli.usage import usage_errors
+from fastvlm_mlx.cli.usage import is_given, usage_errors
 from fastvlm_mlx.errors import ConfigError
 from fastvlm_mlx.formatting import printable
 
@@ -51,6 +52,7 @@ class XMPName(str, Enum):
 
 
 def caption(
+    context: typer.Context,
     paths: Annotated[
         list[str] | None,
         typer.Argument(
@@ -128,6 +130,14 @@ def caption(
             metavar="I/N",
             help="Only part I of N of the pictures, by their names; the same everywhere. [default: mlx.launch's rank]",
         ),
+    ] = None,
+    server: Annotated[
+        list[str] | None,
+        typer.Option(metavar="URL,URL...", help="Have these `fastvlm serve` answer, instead of this machine."),
+    ] = None,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", parser=user_path, help="Has the key for --server; so may FASTVLM_API_KEY."),
     ] = None,
     retry_errors: Annotated[bool, typer.Option("--retry-errors", help="Try pictures again that failed.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Ask again about pictures that have a line.")] = False,
@@ -232,6 +242,14 @@ def caption(
         raise typer.BadParameter("--ask alone gives no caption; add --prompt", param_hint="--prefix")
     if schema is not None and "text" not in questions:
         raise typer.BadParameter("--ask alone gives no caption; add --prompt", param_hint="--schema")
+    if server:
+        given = {"--revision": revision is not None, "--dtype": dtype is not None}
+        refuse([name for name, used in given.items() if used], "with --server: servers have loaded their model")
+        if ray is not None:
+            raise typer.BadParameter("cannot be used with --server; choose one of them", param_hint="--ray")
+    else:
+        refuse(["--api-key-file"] if api_key_file else [], "without --server")
+    addresses = read_addresses(server or [])
     part = _shard(shard)
     if part is not None:
         if exports.for_all:
@@ -242,13 +260,19 @@ def caption(
     _check_outputs(output, exports)
     choice = part_choice(frames, every, pages, resolution)
     found = find(paths or [], filelist, include or [], exclude or [], choice)
+    fleet = None
+    if addresses:
+        fleet = connect(addresses, api_key_file, model if is_given(context, "model") else "", followed, batch)
+        model = fleet.holds.name
     exporter = Exporter(exports, found.found, fields=list(questions), generator=f"fastvlm-mlx {__version__}, {model}")
     if not dry_run:
         exporter.check()
     holding = Holding(model=model, revision=revision, dtype=dtype.value if dtype else None)
-    folder, known = None, None
-    if (server := find_warm(holding) if warm and ray is None else None) is not None:
-        known = {"weights": server.weights, "dtype": server.dtype}
+    folder, held, known = None, None, None
+    if fleet is not None:
+        known = {"weights": fleet.holds.weights, "dtype": fleet.holds.dtype}
+    elif (held := find_warm(holding) if warm and ray is None else None) is not None:
+        known = {"weights": held.weights, "dtype": held.dtype}
     elif (folder := found_folder(model, revision) if dry_run else folder_of(model, revision)) is not None:
         known = identity(folder, dtype)
     config = GenerationConfig(max_tokens=max_tokens)
@@ -282,11 +306,13 @@ def caption(
         note(plan_line(found, plan, retry_errors, "" if part is None else f"{len(mine)} of them in shard {part}"))
         for unreadable in found.unreadable[:NAMED]:
             note(f"{unreadable.path}: {unreadable.reason}")
-        if dry_run or job is None or known is None:
+        if dry_run or job is None or task is None or known is None:
             return
+        if fleet is not None and plan.todo:
+            fleet.start(task)
         cluster = None if ray is None else Cluster(ray, ray_cores)
         options = Run(
-            model, revision, folder, dtype, known, server, cluster, followed, batch, force, output, json_progress
+            model, revision, folder, dtype, known, held, fleet, cluster, followed, batch, force, output, json_progress
         )
         failed = plan.failed + run(job, plan, exporter, options)
         exporter.write_data_sets(job.record)

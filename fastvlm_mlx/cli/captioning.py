@@ -5,13 +5,13 @@ import time
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import CancelledError
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastvlm_mlx.cli.options import DType
 from fastvlm_mlx.cli.terminal import ByteProgress, LiveLine, is_terminal, note, show_json, slow_note, warn_of_slow_blas
-from fastvlm_mlx.errors import CheckpointError
+from fastvlm_mlx.errors import CheckpointError, ServerError
 from fastvlm_mlx.formatting import printable
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fastvlm_mlx.jobs.asking import Answers, Record
     from fastvlm_mlx.jobs.caption import CaptionJob, Plan
     from fastvlm_mlx.jobs.exports import Exporter
+    from fastvlm_mlx.jobs.fleet import Fleet
     from fastvlm_mlx.jobs.pictures import Picture
     from fastvlm_mlx.warm.client import Warm
 
@@ -42,7 +43,8 @@ class Run(NamedTuple):
         folder: Of the model; None if it was not looked for, since a server holds the model.
         identity: What the answers depend on, from `identity`.
         server: The background server that holds the model; None if there is none.
-        cluster: Whose workers answer; None for this process or `server`.
+        fleet: The servers that the user has named; None if this machine answers.
+        cluster: Whose workers answer; None for this process, `server` or `fleet`.
     """
 
     model: str
@@ -51,6 +53,7 @@ class Run(NamedTuple):
     dtype: DType | None
     identity: Mapping[str, str]
     server: "Warm | None"
+    fleet: "Fleet | None"
     cluster: "Cluster | None"
     schema: Any
     batch: int | None
@@ -177,17 +180,21 @@ def run(job: "CaptionJob", plan: "Plan", exporter: "Exporter", options: Run) -> 
             raise
     report.end(counts)
     note(_summary(counts, report.seconds))
+    if options.fleet is not None and len(options.fleet.shares) > 1:
+        note(", ".join(f"{count} by {address}" for address, count in options.fleet.shares))
     return counts["failed"]
 
 
 def _opened(line: LiveLine, options: Run) -> "AbstractContextManager[Answers]":
-    """Who answers: a cluster, the background server, or this process."""
+    """Who answers: a cluster, servers, the background server, or this process."""
     if options.cluster is not None:
         from fastvlm_mlx.cli.clustering import clustered
         from fastvlm_mlx.cluster.identity import Model
 
         model = Model(options.model, options.revision, options.dtype.value if options.dtype else None)
         return clustered(options.cluster, model, options.identity, options.batch, line)
+    if options.fleet is not None:
+        return nullcontext(options.fleet)
     return _warm(options.server, options) if options.server else _loaded(line, options)
 
 
@@ -236,8 +243,10 @@ def _answers(
         for answer in job.run(engine, todo, fresh=options.force, embed=exporter.embed):
             done += 1
             yield answer
-    except CancelledError:
+    except CancelledError as error:
         line.clear()
+        if options.fleet is not None:
+            raise options.fleet.failure or ServerError("the servers do not answer any more") from error
         note("the background server does not answer any more; this process goes on")
         with _loaded(line, options) as engine:
             yield from job.run(engine, todo[done:], embed=exporter.embed)

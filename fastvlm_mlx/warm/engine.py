@@ -16,7 +16,7 @@ from fastvlm_mlx.warm.wire import Question
 
 
 class WarmEngine:
-    """Has a background server answer requests about one picture each, which is a path.
+    """Has a background server answer requests about one picture each, which is a path or bytes.
 
     What a request fails for here and there is the error of its handle. For everything else, such as the server's end,
     the handle ends as if it were cancelled: somebody else may be able to answer it.
@@ -85,9 +85,9 @@ class WarmEngine:
         return whole(pieces)
 
     def _question(self, request: Request) -> Question:
-        path: Any = request.image
+        image: Any = request.image
         return Question(
-            images=[read(path)],
+            images=[read(image[0] if isinstance(image, list) else image)],
             prompt=request.prompt,
             system=request.system,
             resolution=request.resolution,
