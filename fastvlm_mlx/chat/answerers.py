@@ -11,10 +11,9 @@ from fastvlm_mlx.warm.client import Holding, Listener, Silent, Warm, WarmLostErr
 from fastvlm_mlx.warm.wire import Question, Size
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from fastvlm_mlx.generation.engine import Engine
     from fastvlm_mlx.inputs.sources import Encoded
+    from fastvlm_mlx.inputs.turned import TurnedImage
 
 
 class Answerer(Protocol):
@@ -46,7 +45,7 @@ class Here:
     def __init__(self, load: Callable[[], Engine]) -> None:
         self._load = load
         self._engine: Engine | None = None
-        self._images: dict[tuple[int, str | None], tuple[Encoded, Image]] = {}
+        self._images: dict[tuple[int, str | None], tuple[Encoded, TurnedImage]] = {}
 
     def start(self) -> Engine:
         """The engine, loaded now if it was not."""
@@ -90,13 +89,13 @@ class Here:
 
     def _opened(self, question: Question, listener: Listener) -> list[Any]:
         """The images of a question, each decoded once."""
-        from fastvlm_mlx.inputs.images import load_image
+        from fastvlm_mlx.inputs.images import load_turned
 
         opened = {}
         for encoded in question.images:
             key = id(encoded), question.background
             if key not in self._images:
-                image = load_image(encoded, background=question.background, notify=listener.transparent)
+                image = load_turned(encoded, background=question.background, notify=listener.transparent)
                 self._images[key] = encoded, image
             opened[key] = self._images[key]
         self._images = opened

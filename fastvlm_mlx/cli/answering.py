@@ -102,11 +102,11 @@ def _answer_here(asked: Asked, holding: "Holding", showing: "Showing") -> None:
 
     from fastvlm_mlx import choose, load, stream_generate
     from fastvlm_mlx.backend import mx
-    from fastvlm_mlx.inputs.images import load_image
+    from fastvlm_mlx.inputs.images import load_turned
     from fastvlm_mlx.resolve import find, is_damaged, remake
 
     question, model, revision = asked.question, holding.model, holding.revision
-    read = partial(load_image, background=question.background, notify=showing.transparent)
+    read = partial(load_turned, background=question.background, notify=showing.transparent)
     with ThreadPoolExecutor() as pool:  # images are decoded while weights are read
         loading = [pool.submit(load_named, read, source, has_prompt=asked.has_prompt) for source in asked.sources]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -60,23 +60,39 @@ def load_image(
 
 
 def load_turned(
-    source: ImageSource | Encoded,
+    source: ImageSource | Encoded | TurnedImage,
     *,
     background: str | None = None,
     allow: Allow = Allow.ALL,
     timeout: float = DOWNLOAD_TIMEOUT,
     notify: Callable[[str], None] | None = None,
 ) -> TurnedImage:
-    """Loads an image as `load_image` does, but does not turn it, nor copy a PIL image that is RGB."""
+    """Loads an image as `load_image` does, but does not turn it, nor copy a PIL image that is RGB.
+
+    What it has loaded before is returned itself.
+    """
+    opened = open_source(source, allow=allow, timeout=timeout)
+    if isinstance(opened, TurnedImage):
+        return opened
+    if isinstance(opened, Encoded):
+        return to_turned(open_image(opened), opened.name, background=background, notify=notify)
+    if hasattr(opened, "__array__"):  # NumPy's or MLX's
+        return to_turned(array_image(opened), "array", background=background, notify=notify)
+    name = printable(getattr(opened, "filename", "") or "PIL image")
+    return to_turned(opened, name, background=background, notify=notify)
+
+
+def open_source(source: Any, *, allow: Allow = Allow.ALL, timeout: float = DOWNLOAD_TIMEOUT) -> Any:
+    """What `source` stands for, not decoded: a `TurnedImage`, a PIL image, an array, or an `Encoded`, read if need be.
+
+    Raises:
+        ImageError: If it is not allowed or cannot be read.
+    """
     from PIL import Image
 
-    if isinstance(source, Image.Image):
-        name = printable(getattr(source, "filename", "") or "PIL image")
-        return to_turned(source, name, background=background, notify=notify)
-    if hasattr(source, "__array__"):  # NumPy's or MLX's
-        return to_turned(array_image(source), "array", background=background, notify=notify)
-    encoded = read(source, allow=allow, timeout=timeout)
-    return to_turned(open_image(encoded), encoded.name, background=background, notify=notify)
+    if isinstance(source, (TurnedImage, Image.Image)) or hasattr(source, "__array__"):
+        return source
+    return read(source, allow=allow, timeout=timeout)
 
 
 def preprocess(image: Image | TurnedImage, resolution: int) -> NDArray[np.uint8]:
@@ -85,9 +101,11 @@ def preprocess(image: Image | TurnedImage, resolution: int) -> NDArray[np.uint8]
     Bit-equal to padding first and resizing then (`expand2square` and CLIPImageProcessor in apple/ml-fastvlm). Pillow
     filters rows first, columns second, and rounds to 8 bits in between. Here each pass runs by itself, in parts. So
     threads share the work, and the padded square is never made; for an image of 20000×10 it would take 1.6 GB.
-    A PIL image is taken for upright.
+    A PIL image is taken for upright. Of a `TurnedImage` the latest results are kept.
     """
-    return resize(image if isinstance(image, TurnedImage) else TurnedImage(image), resolution)
+    picture = image if isinstance(image, TurnedImage) else TurnedImage(image)
+    pixels: NDArray[np.uint8] = picture.resized.get(resolution, lambda: resize(picture, resolution))
+    return pixels
 
 
 def choose_resolution(images: Sequence[Image | TurnedImage], resolution: Resolution, native: int) -> int:

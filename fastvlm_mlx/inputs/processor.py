@@ -15,10 +15,11 @@ from fastvlm_mlx.arguments import StrPath, check_kind, checked_ids, elements, fi
 from fastvlm_mlx.config import IMAGE_TOKEN, ModelConfig
 from fastvlm_mlx.errors import PromptError
 from fastvlm_mlx.formatting import counted, readable_bytes
-from fastvlm_mlx.inputs.images import choose_resolution, load_turned, preprocess
+from fastvlm_mlx.inputs.images import choose_resolution, load_turned, open_source, preprocess
 from fastvlm_mlx.inputs.prompts import CHAT_TEMPLATE, ImageReference, Mark, Prompt, Turn, conversation, render
+from fastvlm_mlx.inputs.recent import Recent
 from fastvlm_mlx.inputs.resolution import Resolution
-from fastvlm_mlx.inputs.sources import Allow, ImageSource
+from fastvlm_mlx.inputs.sources import Allow, Encoded, ImageSource
 from fastvlm_mlx.inputs.tokenizer import StreamingDetokenizer, Tokenizer
 from fastvlm_mlx.inputs.tokenizer_files import END_OF_TEXT, IM_END, IM_START
 
@@ -26,9 +27,15 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL.Image import Image
 
+    from fastvlm_mlx.inputs.turned import TurnedImage
+
 
 _LONG = 8
 """Characters for each position of the context from which on a text is suspected to be too long."""
+
+
+_KEPT, _KEPT_BYTES = 4, 32_000_000
+"""How many questions' images are kept as the model sees them, and the most encoded bytes of those of one question."""
 
 
 class _TokenIds(TypedDict):
@@ -59,6 +66,7 @@ class FastVLMProcessor:
         self.context_length = config.context_length
         self.vocab_size = config.text_config.vocab_size
         self.eos_token_ids = config.eos_token_id
+        self._recent: Recent[object, NDArray[np.uint8]] = Recent(_KEPT)
 
     @classmethod
     def from_pretrained(cls, name: StrPath, *, revision: str | None = None) -> FastVLMProcessor:
@@ -150,7 +158,12 @@ class FastVLMProcessor:
         return Inputs(processor=self, turns=turns, pixel_values=pixel_values, prefix=prefix)
 
     def measure(
-        self, images: Sequence[Image], prompt: Prompt, *, resolution: Resolution = None, system: str | None = None
+        self,
+        images: Sequence[Image | TurnedImage],
+        prompt: Prompt,
+        *,
+        resolution: Resolution = None,
+        system: str | None = None,
     ) -> tuple[int, int]:
         """The positions that a prompt takes, and how many of them are visual, without preparing its images.
 
@@ -158,7 +171,7 @@ class FastVLMProcessor:
             PromptError: If the prompt is empty or malformed, or its text far too long.
             ConfigError: If the model cannot run at `resolution`.
         """
-        input_ids = self.encode_turns(conversation(prompt, images, system))
+        input_ids = self.encode_turns(conversation(prompt, [b""] * len(images), system))
         side = choose_resolution(images, resolution, self.image_size)
         return self.positions(input_ids, side), input_ids.count(IMAGE_TOKEN) * self.num_visual_tokens(side)
 
@@ -183,11 +196,19 @@ class FastVLMProcessor:
     def _preprocess(
         self, references: Sequence[ImageReference], resolution: Resolution, background: str | None
     ) -> NDArray[np.uint8]:
-        pictures = [load_turned(image.source, background=background, allow=image.allow) for image in references]
-        side = choose_resolution(pictures, resolution, self.image_size)
-        if not pictures:
-            return np.zeros((0, side, side, 3), dtype=np.uint8)
-        return np.stack([preprocess(picture, side) for picture in pictures])
+        opened = [open_source(image.source, allow=image.allow) for image in references]
+        data = tuple(source.data for source in opened if isinstance(source, Encoded))
+
+        def make() -> NDArray[np.uint8]:
+            pictures = [load_turned(source, background=background) for source in opened]
+            side = choose_resolution(pictures, resolution, self.image_size)
+            if not pictures:
+                return np.zeros((0, side, side, 3), dtype=np.uint8)
+            return np.stack([preprocess(picture, side) for picture in pictures])
+
+        if not data or len(data) < len(opened) or sum(map(len, data)) > _KEPT_BYTES:
+            return make()
+        return self._recent.get((data, resolution, background), make)
 
     def encode(self, prompt: Prompt, n_images: int = 0, system: str | None = None) -> list[int]:
         """Token ids of a prompt with `n_images` images, each one `IMAGE_TOKEN`.

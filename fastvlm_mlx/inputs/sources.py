@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL.Image import Image
 
+    from fastvlm_mlx.inputs.turned import TurnedImage
+
 
 class SupportsArray(Protocol):
     """What NumPy can make an array of: its own arrays, MLX's and others."""
@@ -28,9 +30,9 @@ class SupportsArray(Protocol):
 
 
 ImageSource: TypeAlias = Union[
-    str, "os.PathLike[str]", bytes, bytearray, memoryview, "IO[bytes]", "Image", SupportsArray
+    str, "os.PathLike[str]", bytes, bytearray, memoryview, "IO[bytes]", "Image", SupportsArray, "TurnedImage"
 ]
-"""A path, an http(s) or `data:` URL, encoded bytes, an open binary file, a PIL image or an array.
+"""A path, an http(s) or `data:` URL, encoded bytes, an open binary file, a PIL image or an array; or what was loaded.
 
 Arrays, MLX's too, are uint8 or floats in [0, 1] of shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4).
 """

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from fastvlm_mlx.errors import ImageError
+from fastvlm_mlx.inputs.recent import Recent
 
 if TYPE_CHECKING:
     from PIL.Image import Image, Transpose
@@ -19,11 +20,13 @@ class TurnedImage:
         stored: As the file holds it.
         turn: What makes it upright, if it is not.
         name: In messages.
+        resized: What the model saw of it, by resolution: more questions may follow.
     """
 
     stored: Image
     turn: Transpose | None = None
     name: str = "image"
+    resized: Recent[int, Any] = field(default_factory=lambda: Recent(2), compare=False, repr=False)
 
     @property
     def sideways(self) -> bool:

@@ -9,8 +9,9 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import CancelledError
 from contextlib import aclosing, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -20,8 +21,11 @@ from fastvlm_mlx.config import ModelConfig
 from fastvlm_mlx.errors import FastVLMError
 from fastvlm_mlx.generation.choose import choose
 from fastvlm_mlx.generation.request import Request
-from fastvlm_mlx.inputs.images import load_image
+from fastvlm_mlx.inputs.images import load_turned
 from fastvlm_mlx.inputs.processor import FastVLMProcessor
+from fastvlm_mlx.inputs.recent import Recent
+from fastvlm_mlx.inputs.sources import Encoded
+from fastvlm_mlx.inputs.turned import TurnedImage
 from fastvlm_mlx.jobs.captions import opening_length
 from fastvlm_mlx.jobs.fingerprints import checkpoint_files, checkpoint_fingerprint, versions
 from fastvlm_mlx.machine import cache_folder
@@ -43,11 +47,10 @@ from fastvlm_mlx.warm.wire import (
     piece_record,
 )
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
 MEDIA_TYPE = b"application/x-ndjson"
 _MOST_BYTES = 2 << 30
+_opened: Recent[object, tuple[TurnedImage, list[str]]] = Recent(2)
+"""Images of the latest questions: the next one is often about the same."""
 """Of a question; a file of an image may have half of that."""
 
 
@@ -233,14 +236,14 @@ class WarmDoor:
             await write(error_record(error))
         await send({"type": "http.response.body", "body": b""})
 
-    def _measure(self, question: Question, images: list[Image]) -> dict[str, Any]:
+    def _measure(self, question: Question, images: list[TurnedImage]) -> dict[str, Any]:
         processor = self._processor
         tokens, visual = processor.measure(
             images, question.prompt, resolution=question.resolution, system=question.system
         )
         return {"size": {"prompt_tokens": tokens, "visual_tokens": visual, "context_length": processor.context_length}}
 
-    def _choose(self, question: Question, images: list[Image]) -> dict[str, Any]:
+    def _choose(self, question: Question, images: list[TurnedImage]) -> dict[str, Any]:
         engine = self._service.engine
         assert engine is not None
         choices = choose(
@@ -262,7 +265,7 @@ class WarmDoor:
     async def _stream(
         self,
         question: Question,
-        images: list[Image],
+        images: list[TurnedImage],
         receive: Receive,
         write: Callable[[Mapping[str, Any]], Awaitable[None]],
     ) -> None:
@@ -293,9 +296,19 @@ class WarmDoor:
             self._service.leave(answering)
 
 
-def _open(question: Question, transparent: list[str]) -> list[Image]:
+def _open(question: Question, transparent: list[str]) -> list[TurnedImage]:
     """The images of a question; adds the names of those that show what is stored in transparent pixels."""
-    return [load_image(image, background=question.background, notify=transparent.append) for image in question.images]
+
+    def opened(image: Encoded) -> tuple[TurnedImage, list[str]]:
+        names: list[str] = []
+        return load_turned(image, background=question.background, notify=names.append), names
+
+    images = []
+    for encoded in question.images:
+        image, names = _opened.get((encoded.data, question.background), partial(opened, encoded))
+        images.append(image)
+        transparent += names  # also if the next one is none
+    return images
 
 
 async def _cancel_when_gone(receive: Receive, answering: Answering) -> None:

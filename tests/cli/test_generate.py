@@ -23,7 +23,7 @@ from fastvlm_mlx.engine.options import GenerationConfig
 from fastvlm_mlx.errors import ImageError
 from fastvlm_mlx.generation.result import GenerationResult, Timings
 from fastvlm_mlx.inputs import images
-from fastvlm_mlx.inputs.images import load_image
+from fastvlm_mlx.inputs.images import load_turned
 from tests.checkpoints import APPLE, GOLDEN, changed
 from tests.pictures import stored_with
 
@@ -86,7 +86,7 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> FakeRuntime:
     fake = FakeRuntime()
     monkeypatch.setattr(fastvlm_mlx, "load", fake.load)
     monkeypatch.setattr(fastvlm_mlx, "stream_generate", fake.stream_generate)
-    monkeypatch.setattr(images, "load_image", lambda source, **_: source)
+    monkeypatch.setattr(images, "load_turned", lambda source, **_: source)
     return fake
 
 
@@ -108,20 +108,20 @@ def logo(tmp_path: Path) -> str:
 
 
 def test_a_transparent_image_is_noted_in_one_line(runtime: FakeRuntime, logo: str, monkeypatch: Any) -> None:
-    monkeypatch.setattr(images, "load_image", load_image)
+    monkeypatch.setattr(images, "load_turned", load_turned)
     result = invoke("generate", logo)
     assert (result.exit_code, result.stdout) == (0, "A grey square.\n")
     assert result.stderr == (
         f"{logo}: shows the colours stored in its transparent pixels; --background white shows white there\n"
     )
-    assert np.asarray(runtime.asked["image"][0]).max() == 0
+    assert np.asarray(runtime.asked["image"][0].stored).max() == 0
 
 
 def test_a_background_shows_through_transparent_pixels(runtime: FakeRuntime, logo: str, monkeypatch: Any) -> None:
-    monkeypatch.setattr(images, "load_image", load_image)
+    monkeypatch.setattr(images, "load_turned", load_turned)
     result = invoke("generate", logo, "--background", "#ff8000")
     assert (result.exit_code, result.stderr) == (0, "")
-    image = runtime.asked["image"][0]
+    image = runtime.asked["image"][0].stored
     assert (image.getpixel((0, 0)), image.getpixel((9, 5))) == ((255, 128, 0), (0, 0, 0))
 
 

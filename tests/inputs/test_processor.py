@@ -12,7 +12,9 @@ from safetensors.numpy import load_file
 
 from fastvlm_mlx.config import IMAGE_TOKEN, ActivationScales, ModelConfig, TextConfig, VisionConfig
 from fastvlm_mlx.errors import CheckpointError, ConfigError, ImageError, PromptError
-from fastvlm_mlx.inputs.images import load_image, preprocess
+from fastvlm_mlx.inputs import images as images_module
+from fastvlm_mlx.inputs import processor as processor_module
+from fastvlm_mlx.inputs.images import load_image, load_turned, preprocess
 from fastvlm_mlx.inputs.processor import FastVLMProcessor
 from fastvlm_mlx.inputs.sources import Allow
 from fastvlm_mlx.inputs.tokenizer import Tokenizer
@@ -169,6 +171,45 @@ def test_arrays_and_pictures_are_single_images(processor):
     expected = processor(PHOTOS[0], "Hi")["pixel_values"]
     for source in (picture, np.asarray(picture)):
         np.testing.assert_array_equal(processor(source, "Hi")["pixel_values"], expected)
+
+
+def test_an_image_that_was_shown_before_is_not_decoded_again(processor, monkeypatch):
+    data = PHOTOS[0].read_bytes()
+    first = processor.prepare_images([data])
+    monkeypatch.setattr(processor_module, "load_turned", None)
+    np.testing.assert_array_equal(processor.prepare_images([PHOTOS[0]]), first)
+
+
+@pytest.mark.parametrize("change", ["resolution", "background", "image", "file"])
+def test_another_image_or_another_way_to_see_it_is_not_taken_for_one_shown_before(processor, change, tmp_path):
+    path = tmp_path / "picture.png"
+    Image.new("RGBA", (20, 10)).save(path)
+    first = processor.prepare_images([path])
+    options = {"resolution": {"resolution": 64}, "background": {"background": "white"}}.get(change, {})
+    if change == "file":
+        Image.new("RGB", (20, 10), "red").save(path)
+    others = [PHOTOS[0]] if change == "image" else [path]
+    assert not np.array_equal(processor.prepare_images(others, **options), first)
+
+
+def test_an_array_that_has_changed_is_seen_anew(processor):
+    pixels = np.zeros((10, 20, 3), np.uint8)
+    first = processor.prepare_images([pixels])
+    pixels[:] = 200
+    assert not np.array_equal(processor.prepare_images([pixels]), first)
+
+
+def test_a_loaded_image_is_resized_once_and_turned_as_it_is_resized(processor, monkeypatch, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    with Image.open(PHOTOS[0]) as photo:
+        photo.convert("RGB").save(tmp_path / "sideways.jpg", exif=exif)
+    loaded = load_turned(tmp_path / "sideways.jpg")
+    assert loaded.sideways
+    first = processor.prepare_images([loaded])
+    np.testing.assert_array_equal(first, processor.prepare_images([load_image(tmp_path / "sideways.jpg")]))
+    monkeypatch.setattr(images_module, "resize", None)
+    np.testing.assert_array_equal(processor.prepare_images([loaded]), first)
 
 
 def test_a_background_shows_through_every_image(processor):
