@@ -13,7 +13,8 @@ from urllib.parse import unquote, urlsplit
 from fastvlm_mlx.errors import ImageError
 from fastvlm_mlx.formatting import printable, readable_bytes
 from fastvlm_mlx.inputs.formats import DECODER_ERRORS, open_image, quiet
-from fastvlm_mlx.inputs.named import Fragment, is_plain
+from fastvlm_mlx.inputs.fragments import Fragment
+from fastvlm_mlx.inputs.named import is_plain
 from fastvlm_mlx.inputs.sources import Encoded, read
 from fastvlm_mlx.jobs.pictures import PICTURES
 

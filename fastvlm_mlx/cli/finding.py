@@ -25,7 +25,7 @@ def part_choice(frames: int | None, every: float | None, pages: str | None, reso
     Raises:
         typer.BadParameter: If pages are no pages, or there are both frames and a time between them.
     """
-    from fastvlm_mlx.inputs.named import page_ranges
+    from fastvlm_mlx.inputs.fragments import page_ranges
     from fastvlm_mlx.inputs.views import Choice
 
     if frames is not None and every is not None:

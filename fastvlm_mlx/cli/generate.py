@@ -166,7 +166,7 @@ def generate(
     )
     asked = {
         "model": model,
-        "images": [view.name for view in seen],
+        "images": [name for _, name in seen],
         "prompt": text,
     }
     with LiveLine() as line:
@@ -174,7 +174,7 @@ def generate(
             line, asked if as_json else None, verbose=verbose, max_tokens=max_tokens, is_json=schema is not None
         )
         answer(
-            Asked(sources=[view.source for view in seen], question=question, has_prompt=prompt is not None),
+            Asked(sources=[source for source, _ in seen], question=question, has_prompt=prompt is not None),
             Holding(model=model, revision=revision, dtype=dtype.value if dtype else None),
             showing,
             warm=warm,

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
@@ -17,18 +17,6 @@ ANY_OBJECT = "json"
 """Stands for a schema that any JSON object fulfils."""
 
 _Loaded = TypeVar("_Loaded")
-
-
-class View(NamedTuple):
-    """A picture that a command line names.
-
-    Attributes:
-        source: What it is read from.
-        name: What it is called; that of a film or PDF says which part it is.
-    """
-
-    source: Any
-    name: str
 
 
 def read_stdin(images: list[str], prompt: str) -> tuple[list[str | bytes], str]:
@@ -84,8 +72,10 @@ def read_schema(name: str) -> Any:
     return schema
 
 
-def expand(sources: list[Any], *, frames: int | None, resolution: "Resolution") -> "list[View]":
-    """The pictures that sources stand for: several for a film or a PDF, what a device shows now, and all others as is.
+def expand(sources: list[Any], *, frames: int | None, resolution: "Resolution") -> list[tuple[Any, str]]:
+    """The pictures that sources stand for, and their names: several for a film or a PDF, and what a device shows now.
+
+    The name of a frame or page says which one it is.
 
     Args:
         sources: Names, or the bytes of stdin.
@@ -97,17 +87,17 @@ def expand(sources: list[Any], *, frames: int | None, resolution: "Resolution") 
     """
     from fastvlm_mlx.inputs.named import is_plain
 
-    found: list[View] = []
+    found: list[tuple[Any, str]] = []
     for source in sources:
         name = "<stdin>" if isinstance(source, bytes) else shortened(source)
         if is_plain(source, animations=frames is not None):
-            found.append(View(source, name))
+            found.append((source, name))
             continue
         from fastvlm_mlx.inputs.views import Choice, views
 
         choice = Choice(frames=frames, resolution=resolution if isinstance(resolution, int) else None)
         for view in views(source, choice, notify=note, name=name):
-            found.append(View(view.source, shortened(view.name)))
+            found.append((view.source, shortened(view.name)))
     return found
 
 

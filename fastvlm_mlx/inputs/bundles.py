@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from fastvlm_mlx.errors import ImageError
 from fastvlm_mlx.formatting import counted, printable
 from fastvlm_mlx.inputs.animation import Animation
-from fastvlm_mlx.inputs.named import ANIMATION, FILM, MOST_PARTS, PDF, Fragment, Part, moment, spread
+from fastvlm_mlx.inputs.fragments import MOST_PARTS, Fragment, Part, moment, spread
+from fastvlm_mlx.inputs.named import ANIMATION, FILM, PDF
 from fastvlm_mlx.inputs.pdf import Document
 from fastvlm_mlx.inputs.sources import Encoded
 from fastvlm_mlx.inputs.video import open_film

@@ -11,19 +11,8 @@ from fastvlm_mlx.errors import ImageError
 from fastvlm_mlx.formatting import printable
 from fastvlm_mlx.inputs.bundles import Wanted, as_encoded, open_bundle
 from fastvlm_mlx.inputs.clipboard import CLIPBOARD, paste
-from fastvlm_mlx.inputs.named import (
-    ANIMATION,
-    FILM,
-    HEAD_BYTES,
-    PDF,
-    Fragment,
-    Part,
-    is_live,
-    is_web,
-    kind_of,
-    kind_of_file,
-    split_name,
-)
+from fastvlm_mlx.inputs.fragments import Fragment, Part, split_name
+from fastvlm_mlx.inputs.named import ANIMATION, FILM, HEAD_BYTES, PDF, is_live, is_web, kind_of, kind_of_file
 from fastvlm_mlx.inputs.screen import grab, is_screen, parse
 from fastvlm_mlx.inputs.sources import Encoded, read
 from fastvlm_mlx.inputs.video import open_stream

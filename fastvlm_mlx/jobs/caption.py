@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from fastvlm_mlx.errors import ConfigError, FastVLMError
 from fastvlm_mlx.formatting import names, printable
-from fastvlm_mlx.inputs.named import Part
+from fastvlm_mlx.inputs.fragments import Part
 from fastvlm_mlx.jobs.asking import PARSED, Answers, Asking, Record, Work
 from fastvlm_mlx.jobs.files import stat_of
 from fastvlm_mlx.jobs.fingerprints import fingerprint

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from fastvlm_mlx.errors import ConfigError, ImageError
 from fastvlm_mlx.formatting import printable
-from fastvlm_mlx.inputs.named import ANIMATION, FILM, PDF, Fragment, Part, is_live, kind_of_file, split_name
+from fastvlm_mlx.inputs.fragments import Fragment, Part, split_name
+from fastvlm_mlx.inputs.named import ANIMATION, FILM, PDF, is_live, kind_of_file
 from fastvlm_mlx.jobs.patterns import Matcher, any_of, expand, is_pattern, split_recursive
 
 PICTURES = frozenset(

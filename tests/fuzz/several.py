@@ -13,8 +13,9 @@ import numpy as np
 from PIL import Image
 
 from fastvlm_mlx.errors import FastVLMError
+from fastvlm_mlx.inputs.fragments import Fragment, page_ranges
 from fastvlm_mlx.inputs.images import load_image
-from fastvlm_mlx.inputs.named import Fragment, is_plain, kind_of, page_ranges
+from fastvlm_mlx.inputs.named import is_plain, kind_of
 from fastvlm_mlx.inputs.pages import draw_pages
 from fastvlm_mlx.inputs.video import open_stream
 from fastvlm_mlx.inputs.views import Choice, View, views

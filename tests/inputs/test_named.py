@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from fastvlm_mlx.errors import ImageError
-from fastvlm_mlx.inputs.named import Fragment, is_live, is_plain, kind_of, moment, page_ranges, split_name
+from fastvlm_mlx.inputs.fragments import Fragment, moment, page_ranges, split_name
+from fastvlm_mlx.inputs.named import is_live, is_plain, kind_of
 
 
 @pytest.mark.parametrize(
