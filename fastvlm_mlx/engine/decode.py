@@ -70,8 +70,8 @@ class RowDecoder:
         """The token ids of the answer, one by one, end tokens included, at most `max_tokens`.
 
         The first is computed together with everything that it depends on, as one graph, and read before anything else
-        is done. Each later step is submitted before the one before it is read; with a constraint, its logits are, and
-        the constraint finds out what is allowed while they are computed.
+        is done. Each later step is submitted before the one before it is read, unless it is computed at once; with a
+        constraint, its logits are, and the constraint finds out what is allowed while they are computed.
 
         Args:
             input_ids: (T,) of the prompt, an image's as `IMAGE_TOKEN`.
@@ -92,6 +92,9 @@ class RowDecoder:
             keep()
         is_read = True
         for _ in range(1, max_tokens):
+            if not is_read and decoder.steps_at_once:
+                yield self._read(submitted, sampler)
+                is_read = True
             with turn():
                 logits = decoder(submitted[:, None], cache)[:, -1]
                 if self._constraint is None:

@@ -112,10 +112,12 @@ class Scheduler:
                 rows, samplers, latest = list(self._rows), list(self._samplers), self._submitted
                 if latest is None:
                     return []
-                # A first token is read before anything else is submitted, since a CPU computes one thing at a time.
-                self._is_read = has_joined
+                # A first token is read before anything else is submitted, since a CPU computes one thing at a time; and
+                # so is every token of a single row whose next step would not only be submitted, but computed.
+                decoder = self._model.language_model
+                self._is_read = has_joined or (len(rows) == 1 and decoder.steps_at_once)
                 logits = None
-                if not has_joined:
+                if not self._is_read:
                     logits = self._forward(latest) if any(_wants_more(row) for row in rows) else None
                     self._submitted = None
                 if logits is not None and all(sampler.constraint is None for sampler in samplers):

@@ -6,6 +6,9 @@ Shapes: B batch, L positions of a call, S positions held.
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fastvlm_mlx.backend import mx
 
 
@@ -27,6 +30,7 @@ class KVCache:
         self.values: mx.array | None = None
         self.offset = 0
         self.left_padding = left_padding
+        self._own: tuple[mx.array, mx.array] | None = None
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """All keys and values so far, after appending those of L new positions, (B, heads, L, head_dim) each."""
@@ -43,11 +47,39 @@ class KVCache:
         if self.offset > held.shape[2]:
             if self.offset - before > 1:
                 return mx.concatenate([held[..., :before, :], new], axis=2)
-            batch, heads, _, head_dim = held.shape
-            room = mx.zeros((batch, heads, self.step, head_dim), held.dtype)
-            held = mx.concatenate([held[..., :before, :], room], axis=2)
+            held = self._with_room(held[..., :before, :])
         held[..., before : self.offset, :] = new
         return held
+
+    @property
+    def has_one_row(self) -> bool:
+        """Whether it holds positions of one row, none of them padding."""
+        return self.batch == 1 and self.left_padding is None
+
+    @property
+    def next_position(self) -> int:
+        """The position that is written next."""
+        return self.offset
+
+    def write_row(self, keys: NDArray[np.float32], values: NDArray[np.float32]) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Writes one position of the only row, (heads, head_dim) each, at once; all so far, (heads, S, head_dim) each.
+
+        Written in place, into room that no other cache shares.
+        """
+        if self._own is None or self.keys is not self._own[0] or self.offset == self._own[0].shape[2]:
+            keys_held, values_held = map(self._with_room, self.filled)
+            self.keys, self.values = self._own = keys_held, values_held
+        views = []
+        for part, new in zip(self._own, (keys, values), strict=True):
+            view = np.asarray(part)[0]
+            view[:, self.offset] = new
+            views.append(view[:, : self.offset + 1])
+        self.offset += 1
+        return views[0], views[1]
+
+    def _with_room(self, held: mx.array) -> mx.array:
+        batch, heads, _, head_dim = held.shape
+        return mx.concatenate([held, mx.zeros((batch, heads, self.step, head_dim), held.dtype)], axis=2)
 
     def make_mask(self, length: int, **_: Any) -> mx.array | str | None:
         """The mask of `length` new positions, in a form that `scaled_dot_product_attention` takes."""

@@ -6,6 +6,9 @@ Shapes: B rows, S positions of the longest row.
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from fastvlm_mlx.backend import mx
 from fastvlm_mlx.model.kv_cache import KVCache
 
@@ -109,6 +112,29 @@ class SlabLayer:
     def nbytes(self) -> int:
         """Bytes held."""
         return 0 if self.keys is None or self.values is None else self.keys.nbytes + self.values.nbytes
+
+    @property
+    def has_one_row(self) -> bool:
+        """Whether it holds one row."""
+        return len(self._rows.lengths) == 1
+
+    @property
+    def next_position(self) -> int:
+        """The position that the only row is about to write."""
+        return self._rows.lengths[0] - 1
+
+    def write_row(self, keys: NDArray[np.float32], values: NDArray[np.float32]) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Writes a position of the only row, (heads, head_dim) each, at once; all so far, (heads, S, head_dim) each."""
+        (length,) = self._rows.lengths
+        shape = mx.zeros((1, keys.shape[0], 1, keys.shape[1]))
+        self.keys = self._with_room(self.keys, shape, 1, length)
+        self.values = self._with_room(self.values, shape, 1, length)
+        views = []
+        for part, new in ((self.keys, keys), (self.values, values)):
+            view = np.asarray(part)[0]
+            view[:, length - 1] = new
+            views.append(view[:, :length])
+        return views[0], views[1]
 
     def make_mask(self, length: int, **_: Any) -> mx.array | None:
         """True (B, 1, 1, S) where a row may attend; None if all rows have one length."""

@@ -9,9 +9,12 @@ Shapes: B batch, L positions of this call, S positions of the cache, D hidden si
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
+
 from fastvlm_mlx.backend import device, mx, nn
 from fastvlm_mlx.config import TextConfig
 from fastvlm_mlx.model.activations import swiglu
+from fastvlm_mlx.model.cpu import decoding
 from fastvlm_mlx.model.cpu.attention import attention as cpu_attention
 from fastvlm_mlx.model.cpu.products import are_few, product
 from fastvlm_mlx.model.kv_cache import KVCache
@@ -188,9 +191,19 @@ class Qwen2(nn.Module):
         logits: mx.array = self.model.embed_tokens.as_linear(x)
         return logits
 
+    @property
+    def steps_at_once(self) -> bool:
+        """Whether a call with one token of one row computes its logits, and does not only submit them."""
+        return device() == "cpu" and decoding.is_plain(self)
+
+    def _steps_row(self, cache: Any) -> bool:
+        return decoding.holds_one_row(cache) and self.steps_at_once
+
     def __call__(
         self, tokens: mx.array | None, cache: Any = None, input_embeddings: mx.array | None = None
     ) -> mx.array:
+        if tokens is not None and input_embeddings is None and tokens.size == 1 and self._steps_row(cache):
+            return decoding.step(self, int(np.asarray(tokens)[0, 0]), cache)
         return self.head(self.model(tokens, cache, input_embeddings))
 
     def split(self, paths: Iterable[str] | None = None) -> None:
