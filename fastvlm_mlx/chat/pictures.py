@@ -82,10 +82,10 @@ class Picture:
             name = file_path(name)
         if is_plain(name, animations=frames is not None):
             return [cls.of(name)]
-        from fastvlm_mlx.inputs.views import Choice, views
+        from fastvlm_mlx.inputs.views import MOST_TOGETHER, Choice, views
 
         found = []
-        for view in views(name, Choice(frames=frames), notify=notify):
+        for view in views(name, Choice(frames=frames, most=MOST_TOGETHER), notify=notify):
             if not isinstance(view.source, Encoded):
                 found.append(cls.of(str(view.source)))
                 continue

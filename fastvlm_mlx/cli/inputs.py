@@ -93,9 +93,10 @@ def expand(sources: list[Any], *, frames: int | None, resolution: "Resolution") 
         if is_plain(source, animations=frames is not None):
             found.append((source, name))
             continue
-        from fastvlm_mlx.inputs.views import Choice, views
+        from fastvlm_mlx.inputs.views import MOST_TOGETHER, Choice, views
 
-        choice = Choice(frames=frames, resolution=resolution if isinstance(resolution, int) else None)
+        side = resolution if isinstance(resolution, int) else None
+        choice = Choice(frames=frames, resolution=side, most=MOST_TOGETHER)
         for view in views(source, choice, notify=note, name=name):
             found.append((view.source, shortened(view.name)))
     return found

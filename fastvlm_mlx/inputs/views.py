@@ -11,7 +11,7 @@ from fastvlm_mlx.errors import ImageError
 from fastvlm_mlx.formatting import printable
 from fastvlm_mlx.inputs.bundles import Wanted, as_encoded, open_bundle
 from fastvlm_mlx.inputs.clipboard import CLIPBOARD, paste
-from fastvlm_mlx.inputs.fragments import Fragment, Part, split_name
+from fastvlm_mlx.inputs.fragments import MOST_PARTS, Fragment, Part, split_name
 from fastvlm_mlx.inputs.named import ANIMATION, FILM, HEAD_BYTES, PDF, is_live, is_web, kind_of, kind_of_file
 from fastvlm_mlx.inputs.screen import grab, is_screen, parse
 from fastvlm_mlx.inputs.sources import Encoded, read
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 USUAL_FRAMES = 4
 """How many frames of a film are looked at, unless something else is requested."""
+MOST_TOGETHER = 64
+"""The most pictures of a film or PDF that one question is about; more would not fit into memory and context."""
 SHARPNESS = 2
 """How many pixels of a page are drawn for each that the model sees; fewer blur small print, more change nothing."""
 USUAL_RESOLUTION = 1024
@@ -51,6 +53,7 @@ class Choice:
         pages: Ranges of pages; None is the first page, or with `whole` all of them.
         whole: Whether all pages are looked at.
         resolution: At which the model looks; None if it is not known yet.
+        most: How many pictures one name may stand for.
     """
 
     frames: int | None = None
@@ -58,6 +61,7 @@ class Choice:
     pages: tuple[tuple[int, int | None], ...] | None = None
     whole: bool = False
     resolution: int | None = None
+    most: int = MOST_PARTS
 
     @property
     def wanted(self) -> Wanted:
@@ -140,6 +144,8 @@ def _of_bundle(
 ) -> Iterator[View]:
     with open_bundle(source, kind, name, side=choice.side, notify=notify) as bundle:
         parts = bundle.parts(choice.wanted, fragment)
+        if len(parts) > choice.most:
+            raise ImageError(f"{name}: {len(parts):,} pictures are more than {choice.most}, the most of one question")
         if notify is not None and fragment is None and (said := _chosen(bundle.extent, parts, kind, choice)):
             notify(f"{name}: {said}")
         for part in parts:

@@ -213,16 +213,16 @@ class _Search:
             self._walk(path)
             return
         folder, name = os.path.split(path)
-        kind = kind_of_file(path)
+        stem, extension = os.path.splitext(path)
+        beside = (f"{stem}.{other}" for other in _LIVE for other in (other, other.upper()))
+        live = next(filter(os.path.exists, beside), "") if extension[1:].lower() in _FILMS else ""
+        kind = "" if live and fragment is None else kind_of_file(path)
         if kind in (FILM, PDF) or (kind and (fragment or kind in self._kinds)):
             self._add_bundle(Picture(path, folder, in_library(path), kind, fragment))
             return
         if fragment is not None:
             self._cannot_read(f"{path}{fragment.text}", "is neither a film nor a PDF, so it has no such part")
             return
-        stem, extension = os.path.splitext(path)
-        beside = (f"{stem}.{other}" for other in _LIVE for other in (other, other.upper()))
-        live = next(filter(os.path.exists, beside), "") if extension[1:].lower() in _FILMS else ""
         self._look_at(_Entry(name, path, False, os.path.isfile(path), os.path.basename(live)), folder)
 
     def _walk(self, root: str, matches: Matcher | None = None) -> bool:
@@ -315,6 +315,9 @@ class _Search:
     def _add_bundle(self, picture: Picture) -> None:
         """Adds a film or a PDF that was named itself, each part once."""
         place = f"{os.path.realpath(picture.path)}{picture.fragment.text if picture.fragment else ''}"
+        below = os.path.basename(picture.path)
+        if (self._exclude and self._exclude(below)) or (self._include and not self._include(below)):
+            return
         if place not in self._known:
             self._known.add(place)
             self.pictures.found.append(picture)

@@ -202,3 +202,16 @@ def test_a_conversation_that_is_loaded_opens_no_device(tmp_path: Path) -> None:
     (tmp_path / "talk.json").write_text(json.dumps({"messages": turns}))
     result = invoke("chat", "--model", "demo", "--no-warm", stdin="/load talk.json\n")
     assert "@screen: no such file" in result.stderr
+
+
+def test_a_question_is_about_a_bounded_number_of_pictures(film: str) -> None:
+    result = invoke("generate", film, "--frames", "65", "--model", "demo", "--no-warm")
+    assert result.exit_code == 1
+    assert result.stderr == "error: film.mp4: 65 pictures are more than 64, the most of one question\n"
+
+
+def test_the_film_of_a_live_photo_is_no_film_of_its_own(film: str, tmp_path: Path) -> None:
+    (tmp_path / film).rename(tmp_path / "IMG_1.MOV")
+    Image.new("RGB", (8, 8)).save(tmp_path / "IMG_1.JPG")
+    records, _ = caption("IMG_1.JPG", "IMG_1.MOV", "--frames", "2")
+    assert [record["file"] for record in records] == ["IMG_1.JPG"]
