@@ -125,7 +125,7 @@ Resolution = Annotated[
         parser=parse_resolution,
         metavar="N|auto",
         envvar="FASTVLM_RESOLUTION",
-        help="Pixels per side, a multiple of 64, or auto: as few as keep the details. [default: the model's own]",
+        help="Pixels per side, a multiple of 64, or auto: as few as do not shrink it. [default: the model's own]",
     ),
 ]
 
@@ -163,7 +163,7 @@ Detail = Annotated[
         metavar="N",
         min=1,
         max=64,
-        help="With --resolution auto, pixels for a detail and the gap beside it; more keeps finer print. [default: 8]",
+        help="With --resolution auto, shrink pictures further, to N pixels for a detail and the gap beside it.",
     ),
 ]
 Background = Annotated[

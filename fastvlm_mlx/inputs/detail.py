@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastvlm_mlx.inputs.resolution import DETAIL, auto_resolutions
+from fastvlm_mlx.inputs.resolution import auto_resolutions
 from fastvlm_mlx.inputs.turned import TurnedImage
 
 if TYPE_CHECKING:
@@ -21,15 +22,15 @@ _FAINT = 60
 """Levels that are added to the contrast of a place, so that noise and faint texture do not count as details."""
 
 
-def resolution_for_details(picture: Image | TurnedImage, native: int, detail: float = DETAIL) -> int:
+def resolution_for_details(picture: Image | TurnedImage, native: int, detail: float) -> int:
     """The smallest resolution at which all details of a picture are at least `detail` pixels from one to the next.
 
-    It lies between 256 and `native`, and is not larger than the picture. The same picture gives the same result
-    whichever way it is stored. What is not visible in shades of grey does not count.
+    It lies between 256 and `native`, and is not larger than the picture; with infinite `detail` it is as large. The
+    same picture gives the same result whichever way it is stored. What is not visible in shades of grey does not count.
     """
     turned = picture if isinstance(picture, TurnedImage) else TurnedImage(picture)
     *smaller, largest = auto_resolutions(turned.size, native)
-    if not smaller:
+    if not smaller or math.isinf(detail):
         return largest
     details = Details(turned, native)
     return next((resolution for resolution in smaller if details.spacing(resolution) >= detail), largest)

@@ -109,7 +109,7 @@ def preprocess(image: Image | TurnedImage, resolution: int) -> NDArray[np.uint8]
 
 
 def choose_resolution(images: Sequence[Image | TurnedImage], resolution: Resolution, native: int) -> int:
-    """The one resolution of all `images`: `native` for None, for `auto` what the one with the finest details needs.
+    """The one resolution of all `images`: `native` for None, for `auto` what the image that needs most gets.
 
     Raises:
         ConfigError: If the tower cannot run at it.

@@ -8,17 +8,14 @@ from fastvlm_mlx.errors import ConfigError
 from fastvlm_mlx.schema import shown
 
 Resolution: TypeAlias = int | str | None
-"""A multiple of 64; `auto`, the smallest one that keeps the details; or None, the one that the weights are tuned at.
+"""A multiple of 64; `auto`, the smallest one that does not reduce an image; or None, the one that weights are tuned at.
 
-`auto:12` keeps finer details than `auto`, `auto:4` only coarse ones: see `DETAIL`.
+`auto:8` reduces an image further, as long as its finest details have 8 pixels each: see `inputs/detail.py`.
 """
 
 AUTO = "auto"
 
 MIN_AUTO_RESOLUTION = 256
-DETAIL = 8.0
-"""How many pixels `auto` gives to a detail and the gap beside it, such as a stroke of a letter; `demo/detail.py`
-shows what other values do."""
 MAX_DETAIL = 64
 MAX_RESOLUTION = 4096
 """The largest resolution in pixels: 4096 visual tokens, half of the context."""
@@ -44,16 +41,18 @@ def check_resolution(resolution: object) -> int:
 
 
 def auto_detail(resolution: object) -> float | None:
-    """The pixels that `auto` or `auto:PIXELS` gives to a detail; None if the resolution is no such text.
+    """The pixels that `auto:PIXELS` gives to a detail; infinity for `auto`; None if the resolution is no such text.
 
     Raises:
         ConfigError: If it begins like one, but its number is not one from 1 to 64.
     """
     if not isinstance(resolution, str) or not (resolution == AUTO or resolution.startswith(f"{AUTO}:")):
         return None
+    if resolution == AUTO:
+        return math.inf
     text = resolution[len(AUTO) + 1 :]
     try:
-        detail = float(text) if ":" in resolution else DETAIL
+        detail = float(text)
     except ValueError:
         detail = math.nan
     if not 1 <= detail <= MAX_DETAIL:

@@ -94,11 +94,15 @@ class ServedAlbum:
         self._thread = threading.Thread(target=self._run, args=(engine, task), name="fastvlm-album", daemon=True)
         self._thread.start()
 
-    def close(self) -> None:
-        """Ends what goes on in the background, and lets go of the index."""
+    def stop(self) -> None:
+        """Ends what goes on in the background; the engine is needed no more."""
         self._stopped.set()
         if self._thread is not None:
             self._thread.join()
+
+    def close(self) -> None:
+        """Ends what goes on in the background, and lets go of the index; nothing can be searched any more."""
+        self.stop()
         self.album.close()
 
     def status(self) -> dict[str, Any]:

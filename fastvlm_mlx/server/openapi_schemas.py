@@ -77,8 +77,8 @@ _RESOLUTION: Schema = {
         {"type": "integer", "multipleOf": 64, "minimum": 64, "maximum": MAX_RESOLUTION},
         {"type": "string", "pattern": "^auto(:([1-9]|[1-5][0-9]|6[0-4]))?$"},
     ],
-    "description": "Pixels per side that images are resized to, a multiple of 64; or auto, as few as keep the details, "
-    "or auto:PIXELS with the pixels for a detail and the gap beside it. An extension of this server.",
+    "description": "Pixels per side that images are resized to, a multiple of 64; or auto, as few as do not shrink "
+    "the images, or auto:PIXELS with the pixels for a detail and the gap beside it. An extension of this server.",
 }
 
 _PENALTIES: dict[str, Schema] = {"presence_penalty": _number(-2, 2), "frequency_penalty": _number(-2, 2)}

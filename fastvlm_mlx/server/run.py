@@ -58,6 +58,8 @@ def serve(
     allow_connections(settings.max_connections)
     own = listen(settings) if sockets is None else list(sockets)
     with ExitStack() as stack:
+        if service.album is not None:
+            stack.callback(service.album.close)
         if settings.unix_socket is not None and sockets is None:
             stack.callback(remove, settings.unix_socket)
         notify(f"listening on {address(settings, own)}")
@@ -69,7 +71,7 @@ def serve(
             raise
         stack.callback(server.end)  # before the engine is closed
         if service.album is not None:
-            stack.callback(service.album.close)  # before that, as it asks the engine
+            stack.callback(service.album.stop)  # before that, too
         service.start(engine)
         notify(f"ready: {service.name}, {engine.max_batch} at a time")
         with server.signals():

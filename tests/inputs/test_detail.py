@@ -1,4 +1,4 @@
-"""`--resolution auto` takes as few pixels as the finest details need, wherever and however these are stored."""
+"""`--resolution auto --detail 8` takes as few pixels as the finest details need, wherever and however stored."""
 
 import time
 from pathlib import Path
@@ -32,11 +32,11 @@ def stripes(period: int) -> TurnedImage:
 
 @pytest.mark.parametrize("picture", [Image.new("RGB", (SIDE, SIDE), "red"), sheet()])
 def test_large_things_need_few_pixels_however_sharp(picture: Image.Image) -> None:
-    assert resolution_for_details(picture, SIDE) == 256
+    assert resolution_for_details(picture, SIDE, 8) == 256
 
 
 def test_one_line_of_print_counts_by_its_size() -> None:
-    sizes = [resolution_for_details(sheet(size), SIDE) for size in (24, 96, 140, 280)]
+    sizes = [resolution_for_details(sheet(size), SIDE, 8) for size in (24, 96, 140, 280)]
     assert sizes == sorted(sizes, reverse=True)
     assert sizes[0] == SIDE
     assert 256 < sizes[2] < sizes[1] < SIDE
@@ -44,7 +44,7 @@ def test_one_line_of_print_counts_by_its_size() -> None:
 
 
 def test_print_counts_though_it_is_grey() -> None:
-    black, grey = (resolution_for_details(sheet(16, ink=ink), SIDE) for ink in (0, 100))
+    black, grey = (resolution_for_details(sheet(16, ink=ink), SIDE, 8) for ink in (0, 100))
     assert grey >= 0.75 * black > 512
 
 
@@ -63,7 +63,7 @@ def test_spacing_of_stripes_is_their_period(period: int) -> None:
 
 def test_faint_noise_is_no_detail() -> None:
     noise = np.random.default_rng(0).normal(128, 3, (768, SIDE, 1)).clip(0, 255).astype(np.uint8)
-    assert resolution_for_details(Image.fromarray(np.repeat(noise, 3, 2)), SIDE) == 256
+    assert resolution_for_details(Image.fromarray(np.repeat(noise, 3, 2)), SIDE, 8) == 256
 
 
 @pytest.mark.parametrize("turn", Transpose)
@@ -79,18 +79,24 @@ def test_the_way_that_a_picture_is_stored_changes_nothing(turn: Transpose, size:
 @pytest.mark.parametrize("size", [(1, 1), (1, 5000), (20000, 3), (7, 9), (4096, 4096)])
 def test_any_shape_has_a_resolution(size: tuple[int, int]) -> None:
     for colour in ("white", "black"):
-        assert resolution_for_details(Image.new("RGB", size, colour), SIDE) == 256
+        assert resolution_for_details(Image.new("RGB", size, colour), SIDE, 8) == 256
+
+
+def test_without_a_bound_nothing_is_shrunk() -> None:
+    blank = Image.new("RGB", (700, 300))
+    assert choose_resolution([blank], "auto", SIDE) == 704
+    assert choose_resolution([blank], "auto:64", SIDE) == 256
 
 
 def test_a_model_of_few_pixels_gets_its_own() -> None:
-    assert [resolution_for_details(sheet(12), native) for native in (64, 192, 256)] == [64, 192, 256]
+    assert [resolution_for_details(sheet(12), native, 8) for native in (64, 192, 256)] == [64, 192, 256]
 
 
 def test_a_file_an_array_and_a_picture_are_the_same(tmp_path: Path) -> None:
     picture = sheet(96)
     picture.save(tmp_path / "page.png")
     sources = (tmp_path / "page.png", np.asarray(picture), picture)
-    chosen = {choose_resolution([load_turned(source)], "auto", SIDE) for source in sources}
+    chosen = {choose_resolution([load_turned(source)], "auto:8", SIDE) for source in sources}
     assert len(chosen) == 1
     assert 256 < chosen.pop() < SIDE
 
@@ -98,5 +104,5 @@ def test_a_file_an_array_and_a_picture_are_the_same(tmp_path: Path) -> None:
 def test_it_is_cheap() -> None:
     picture = sheet(12).resize((2048, 1536))
     start = time.thread_time()
-    resolution_for_details(picture, SIDE)
+    resolution_for_details(picture, SIDE, 8)
     assert time.thread_time() - start < 0.5  # 20 ms where nothing else runs; a tower takes seconds

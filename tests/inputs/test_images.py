@@ -199,7 +199,7 @@ def test_auto_neither_exceeds_the_picture_nor_the_models_resolution(size, native
     assert choices[0] == min(256, native)
 
 
-@pytest.mark.parametrize(("value", "detail"), [("auto", 8), ("auto:12", 12), ("auto:1.5", 1.5), (256, None)])
+@pytest.mark.parametrize(("value", "detail"), [("auto", np.inf), ("auto:12", 12), ("auto:1.5", 1.5), (256, None)])
 def test_auto_says_how_many_pixels_a_detail_gets(value, detail):
     assert auto_detail(value) == detail
 

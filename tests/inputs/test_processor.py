@@ -233,11 +233,12 @@ def test_automatic_resolution_suits_the_picture_with_the_finest_details(qwen2):
     rows = np.arange(401)[:, None] // np.array([40, 2])
     plain, fine = (Image.fromarray(np.uint8(np.tile(255 * (row % 2), (300, 1)).T)) for row in rows.T)
     for pictures, expected in (([plain], 256), ([fine], 448), ([plain, fine], 448), ([fine, plain], 448)):
-        assert qwen2(pictures, "Hi", resolution="auto")["pixel_values"].shape[1] == expected
-        assert qwen2.prepare(pictures, "Hi", resolution="auto").resolution == expected
-        assert qwen2.prepare_images(pictures, "auto").shape[1] == expected
-        assert qwen2.measure(pictures, "Hi", resolution="auto")[1] == len(pictures) * (expected // 64) ** 2
+        assert qwen2(pictures, "Hi", resolution="auto:8")["pixel_values"].shape[1] == expected
+        assert qwen2.prepare(pictures, "Hi", resolution="auto:8").resolution == expected
+        assert qwen2.prepare_images(pictures, "auto:8").shape[1] == expected
+        assert qwen2.measure(pictures, "Hi", resolution="auto:8")[1] == len(pictures) * (expected // 64) ** 2
     assert qwen2([fine], "Hi", resolution="auto:3")["pixel_values"].shape[1] == 256
+    assert qwen2([plain], "Hi", resolution="auto")["pixel_values"].shape[1] == 448
 
 
 def test_context_counts_images_by_their_positions(qwen2):

@@ -20,6 +20,7 @@ from PIL import Image
 from fastvlm_mlx.engine.row import Row
 from fastvlm_mlx.engine.scheduler import Scheduler
 from fastvlm_mlx.generation.engine import Engine
+from fastvlm_mlx.server.album import ServedAlbum
 from fastvlm_mlx.server.app import make_app
 from fastvlm_mlx.server.run import Running
 from fastvlm_mlx.server.service import Service
@@ -77,8 +78,8 @@ class Site:
         delay: Seconds that each token takes longer.
     """
 
-    def __init__(self, engine: Engine, settings: Settings) -> None:
-        self.service = Service("demo", settings)
+    def __init__(self, engine: Engine, settings: Settings, album: ServedAlbum | None = None) -> None:
+        self.service = Service("demo", settings, album=album)
         self.engine = engine
         self.delay = 0.0
         sockets = listen(settings)
@@ -88,10 +89,10 @@ class Site:
 
 @pytest.fixture(scope="module")
 def serve(demo) -> Callable[..., Any]:
-    """`with serve(api_keys=(…,)) as site`: a server; `is_loaded=False` leaves its model out."""
+    """`with serve(api_keys=(…,)) as site`: a server; `is_loaded=False` leaves its model out; `album` is searched."""
 
     @contextmanager
-    def serve(*, is_loaded: bool = True, **options: Any) -> Iterator[Site]:
+    def serve(*, is_loaded: bool = True, album: ServedAlbum | None = None, **options: Any) -> Iterator[Site]:
         step = Scheduler.step
 
         def step_later(scheduler: Scheduler) -> list[Row]:
@@ -99,12 +100,16 @@ def serve(demo) -> Callable[..., Any]:
             return step(scheduler)
 
         with Engine(*demo, max_batch=2) as engine, pytest.MonkeyPatch.context() as patch:
-            site = Site(engine, Settings(port=0, **options))
+            site = Site(engine, Settings(port=0, **options), album)
             patch.setattr(Scheduler, "step", step_later)
-            with site.running:
-                if is_loaded:
-                    site.service.start(engine)
-                yield site
+            try:
+                with site.running:
+                    if is_loaded:
+                        site.service.start(engine)
+                    yield site
+            finally:
+                if album is not None:
+                    album.close()
 
     return serve
 
