@@ -27,7 +27,6 @@ from scenes import KINDS, ask, render
 
 from fastvlm_mlx import load
 from fastvlm_mlx.inputs.detail import Details
-from fastvlm_mlx.inputs.resolution import DETAIL
 from fastvlm_mlx.inputs.turned import TurnedImage
 from fastvlm_mlx.jobs.evaluate import evaluate
 from fastvlm_mlx.jobs.questions import read_questions
@@ -36,6 +35,7 @@ WORLDS = {"own": (1.0, 1.0), "further": (0.6, 1.0), "near and far": (0.6, 1.6)}
 """The smallest and the largest zoom; its logarithm is spread evenly between them."""
 FIXED = (128, 192, 256, 320)
 TRAINED = (192, 256)
+DETAIL = 8.0
 DETAILS = (5.0, 6.0, 7.0, DETAIL, 9.0, 10.0, 12.0)
 
 Row = dict[str, Any]
