@@ -127,6 +127,8 @@ class Decoder:
     def _reason(self, err: BaseException) -> str:
         if (explained := self._place.explain(err)) is not None:
             return explained
+        if isinstance(err, self._av.error.ExitError) and self._place.timeout is not None:
+            return f"nothing has come for {self._place.timeout:g} s"
         if isinstance(err, self._av.error.InvalidDataError) or getattr(err, "errno", None) == EINVAL:
             return "not a film that can be read; it is damaged, incomplete or something else"
         return f"cannot be read ({printable(getattr(err, 'strerror', None) or err)})"
@@ -204,6 +206,8 @@ class Decoder:
         Raises:
             ImageError: If a live source fails.
         """
+        if self._closed:  # which is why it failed, or no longer of interest
+            return None
         damaged = isinstance(err, (self._av.error.InvalidDataError, ValueError))
         if self.live and not damaged:
             raise ImageError(f"{self._place.name}: no more frames; {self._reason(err)}") from err

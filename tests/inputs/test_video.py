@@ -1,15 +1,19 @@
+import io
 import time
+from collections.abc import Iterator
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread, Timer
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 
 from fastvlm_mlx.errors import FastVLMError, ImageError
+from fastvlm_mlx.inputs import video
 from fastvlm_mlx.inputs.decoding import Decoder
 from fastvlm_mlx.inputs.video import Frame, open_stream
 from tests import films
@@ -205,3 +209,47 @@ def test_a_playlist_opens_no_other_file(tmp_path: Path, film: Path) -> None:
         (tmp_path / name).write_text(text)
         with pytest.raises(ImageError, match="not a film that can be read"):
             open_stream(str(tmp_path / name))
+
+
+class _Camera(BaseHTTPRequestHandler):
+    """A camera on the network that sends pictures, and then keeps still."""
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        picture = io.BytesIO()
+        Image.new("RGB", (64, 48), "red").save(picture, "JPEG")
+        self.send_response(200)
+        self.send_header("Content-Type", "multipart/x-mixed-replace; boundary=frame")
+        self.end_headers()
+        part = b"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: %d\r\n\r\n" % len(picture.getvalue())
+        self.wfile.write((part + picture.getvalue() + b"\r\n") * 30)
+        self.server.quiet.wait(10)  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def camera() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Camera) as server:
+        server.quiet = Event()  # type: ignore[attr-defined]
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.quiet.set()  # type: ignore[attr-defined]
+        server.shutdown()
+
+
+def test_a_stream_on_the_web_that_keeps_still_is_given_up(camera: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(video, "NETWORK_TIMEOUT", 0.4)
+    with open_stream(camera) as stream:
+        assert (stream.live, stream.duration, stream.size) == (True, None, (64, 48))
+        with pytest.raises(ImageError, match=r"/: no more frames; nothing has come for 0\.4 s$"):
+            list(stream)
+
+
+def test_a_stream_that_is_closed_while_it_waits_ends_without_an_error(
+    camera: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(video, "NETWORK_TIMEOUT", 0.6)
+    stream = open_stream(camera)
+    Timer(0.2, stream.close).start()
+    assert all(frame.pixels.shape == (48, 64, 3) for frame in stream)
