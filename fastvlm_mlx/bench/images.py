@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,9 +13,11 @@ from fastvlm_mlx.inputs.images import load_image
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SIZE = (1280, 960)
+MEGAPIXELS = 1.2
 _MARK = 32
 """Side in pixels of the square that makes each copy different."""
+_GRID = 64
+"""The width of a synthetic image is a multiple of as many pixels."""
 
 
 class Images:
@@ -24,12 +27,19 @@ class Images:
         source: The encoded image to copy, None for synthetic ones; JPEG, PNG and WebP keep their format, others
             become PNG.
         name: The name of `source` in messages.
+        megapixels: Of synthetic images; 1.2 are 1280×960, 12 are 4032×3024.
+
+    Attributes:
+        megapixels: The same; None for copies.
 
     Raises:
         ImageError: If `source` is not an image.
     """
 
-    def __init__(self, source: bytes | None = None, name: str = "image") -> None:
+    def __init__(self, source: bytes | None = None, name: str = "image", megapixels: float = MEGAPIXELS) -> None:
+        self.megapixels = megapixels if source is None else None
+        width = math.ceil(math.sqrt(megapixels * 1e6 * 4 / 3) / _GRID) * _GRID
+        self._size = width, width * 3 // 4
         self.sha256 = None if source is None else hashlib.sha256(source).hexdigest()
         self._original: Image | None = None
         self._format = "JPEG"
@@ -46,18 +56,17 @@ class Images:
     def __call__(self, number: int) -> bytes:
         """Returns the encoded bytes of image `number`."""
         random = np.random.default_rng(number)
-        image = _synthetic(random) if self._original is None else self._original.copy()
+        image = _synthetic(random, *self._size) if self._original is None else self._original.copy()
         image.paste(tuple(random.integers(0, 256, 3).tolist()), (0, 0, _MARK, _MARK))
         encoded = io.BytesIO()
         image.save(encoded, self._format, quality=90)
         return encoded.getvalue()
 
 
-def _synthetic(random: np.random.Generator) -> "Image":
+def _synthetic(random: np.random.Generator, width: int, height: int) -> "Image":
     """Draws clouds of colour under fine grain, which take a JPEG decoder about as long as a photograph."""
     from PIL import Image
 
-    width, height = SIZE
-    clouds = Image.fromarray(random.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(SIZE)
+    clouds = Image.fromarray(random.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((width, height))
     grain = random.normal(0, 6, (height, width, 1))
     return Image.fromarray((np.asarray(clouds) + grain).clip(0, 255).astype(np.uint8))

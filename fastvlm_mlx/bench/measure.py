@@ -208,6 +208,7 @@ def measure(
             active_bytes=mx.get_active_memory(),
             process_peak_bytes=peak_resident_bytes(),
         ),
+        megapixels=images.megapixels,
         metrics={
             name: Metric(unit="tokens/s" if name == "decode_rate" else "s", samples=tuple(values))
             for name, values in samples.items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastvlm_mlx.errors import ConfigError
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def record(kind: type[_T], values: Mapping[str, Any], **converted: Any) -> _T:
-    """Builds a dataclass from a JSON object; keys that are not fields of it are ignored.
+    """Builds a dataclass from a JSON object; keys that are not fields of it are ignored, absent ones have defaults.
 
     Args:
         kind: The dataclass.
@@ -23,9 +23,10 @@ def record(kind: type[_T], values: Mapping[str, Any], **converted: Any) -> _T:
         converted: Fields whose JSON values are not the field's type, already converted.
 
     Raises:
-        ConfigError: If a field is missing.
+        ConfigError: If a field without a default is missing.
     """
-    missing = [field.name for field in fields(kind) if field.name not in values and field.name not in converted]
+    known = {field.name: values[field.name] for field in fields(kind) if field.name in values} | converted
+    missing = [field.name for field in fields(kind) if field.name not in known and field.default is MISSING]
     if missing:
         raise ConfigError(f"the report is damaged: {kind.__name__.lower()} without {', '.join(missing)}")
-    return kind(**{field.name: values.get(field.name) for field in fields(kind)} | converted)
+    return kind(**known)

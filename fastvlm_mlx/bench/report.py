@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvlm_mlx.bench.conditions import Conditions
+from fastvlm_mlx.bench.images import MEGAPIXELS
 from fastvlm_mlx.bench.records import record
 from fastvlm_mlx.bench.statistics import Metric, change_interval
 from fastvlm_mlx.errors import ConfigError
@@ -77,6 +78,7 @@ class Row:
         tokens: Of the last run.
         memory: After the last run.
         metrics: By name.
+        megapixels: Of the synthetic images; None for copies of a given one.
     """
 
     model: str
@@ -89,6 +91,7 @@ class Row:
     tokens: Tokens
     memory: Memory
     metrics: Mapping[str, Metric] = field(repr=False)
+    megapixels: float | None = MEGAPIXELS
 
     def median(self, metric: str) -> float | None:
         """Returns the median of a metric; None if the row does not have it."""
@@ -100,9 +103,10 @@ class Row:
         return f"{self.resolution}: {self.pixels}" if str(self.resolution).startswith("auto") else str(self.pixels)
 
     @property
-    def setup(self) -> tuple[str, str, str]:
-        """What is measured apart from the model: the decoder's precision, the requested resolution and the pixels."""
-        return self.precision["language_model"], str(self.resolution), str(self.pixels)
+    def setup(self) -> tuple[str, str, str, str]:
+        """What is measured apart from the model: the decoder's precision, the resolution, its pixels, large images."""
+        size = "" if self.megapixels in (None, MEGAPIXELS) else f", images of {self.megapixels:g} megapixels"
+        return self.precision["language_model"], str(self.resolution), str(self.pixels), size
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a JSON object."""
@@ -220,8 +224,8 @@ def read_report(path: Path) -> Report:
 def compare_reports(before: Report, after: Report) -> list[Change]:
     """Returns the changes of every metric of `COMPARED` that both reports have, row by row.
 
-    Rows are the same if model, precision and resolution are. If each report is about one model, the models' names may
-    differ; `different_conditions` then names them.
+    Rows are the same if model, precision, resolution and the size of the images are. If each report is about one model,
+    the models' names may differ; `different_conditions` then names them.
 
     Raises:
         ConfigError: If the reports have no row in common.
@@ -236,10 +240,12 @@ def compare_reports(before: Report, after: Report) -> list[Change]:
         old_row, new_row = first[key], second[key]
         for metric in COMPARED:
             if metric in old_row.metrics and metric in new_row.metrics:
-                row = f"{old_row.model}, {old_row.precision['language_model']}, {old_row.size} px"
+                row = f"{old_row.model}, {old_row.precision['language_model']}, {old_row.size} px{key[-1]}"
                 changes.append(_change(row, metric, old_row.metrics[metric], new_row.metrics[metric]))
     if not changes:
-        raise ConfigError("the two reports have no row in common: model, precision and resolution all have to agree")
+        raise ConfigError(
+            "the two reports have no row in common: model, precision, resolution and size of the images have to agree"
+        )
     return changes
 
 

@@ -36,9 +36,11 @@ def _blocks(rows: Sequence[Row], width: int) -> str:
 
 
 def _table(rows: Sequence[Row]) -> list[list[str]]:
-    head = ["model", "precision", "px", "visual", "prompt", "wall TTFT", "p90", "cold TTFT", "paper TTFT"]
+    head = ["model", "precision", "px", "megapixels", "visual", "prompt", "wall TTFT", "p90", "cold TTFT", "paper TTFT"]
     head += [*_TITLES, "tokens/s", "peak GB"]
     lines = [_line(row) for row in rows]
+    if len({row.megapixels for row in rows}) == 1:
+        lines = [[*line[:3], "", *line[4:]] for line in lines]
     filled = [column for column in range(len(head)) if any(line[column] for line in lines)]
     return [[line[column] for column in filled] for line in (head, *lines)]
 
@@ -53,6 +55,7 @@ def _line(row: Row) -> list[str]:
         row.model,
         _precision(row),
         row.size,
+        "" if row.megapixels is None else f"{row.megapixels:g}",
         str(row.tokens.visual),
         str(row.tokens.prompt),
         _milliseconds(row, "wall_ttft"),
@@ -74,9 +77,10 @@ def as_csv(report: Report) -> str:
     """Returns CSV with one line for each sample."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["model", "precision", "resolution", "pixels", "metric", "unit", "run", "value"])
+    writer.writerow(["model", "precision", "resolution", "pixels", "megapixels", "metric", "unit", "run", "value"])
     for row in report.rows:
         for name, metric in row.metrics.items():
             for run, value in enumerate(metric.samples, start=1):
-                writer.writerow([row.model, *row.setup, name, metric.unit, run, value])
+                setup = *row.setup[:-1], "" if row.megapixels is None else row.megapixels
+                writer.writerow([row.model, *setup, name, metric.unit, run, value])
     return text.getvalue()

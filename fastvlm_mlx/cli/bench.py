@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 _UNUSED_BY_COST = {
     "--image": "image",
+    "--megapixels": "megapixels",
     "--prompt": "prompt",
     "--runs": "runs",
     "--warmup": "warmup",
@@ -88,6 +89,15 @@ def bench(
             metavar="FILE",
             parser=user_path,
             help="Instead of synthetic images: copies of this one, each with a small square of its own colour.",
+        ),
+    ] = None,
+    megapixels: Annotated[
+        list[float] | None,
+        typer.Option(
+            metavar="N",
+            min=0.01,
+            max=200,
+            help="Size of the synthetic images, such as 12 for a phone's; repeatable. [default: 1.2]",
         ),
     ] = None,
     prompt: Annotated[str, typer.Option("--prompt", "-p", metavar="TEXT", help="The question.")] = DEFAULT_PROMPT,
@@ -174,6 +184,8 @@ def bench(
         refuse(unused, "with --cost, which measures nothing")
     if cost and is_given(context, "resolutions") and any(isinstance(side, str) for side in resolutions or ()):
         raise typer.BadParameter("--cost needs pixels, not auto", param_hint="--resolution")
+    if image:
+        refuse(["--megapixels"] if megapixels else [], "with --image")
     if plot:
         from fastvlm_mlx.bench.plot import SUFFIXES
 
@@ -197,6 +209,7 @@ def bench(
     _measure(
         candidates,
         image,
+        megapixels or [],
         prompt,
         resolutions or [None],
         outputs,
@@ -268,6 +281,7 @@ class Outputs(NamedTuple):
 def _measure(
     candidates: "Iterable[Candidate]",
     image: Path | None,
+    megapixels: Sequence[float],
     prompt: str,
     resolutions: "Sequence[Resolution]",
     outputs: Outputs,
@@ -291,7 +305,8 @@ def _measure(
         check_plot(outputs.plot)
     for path in outputs.files:
         check_output(path)
-    images = Images(image.read_bytes() if image else None, str(image))
+    given = Images(image.read_bytes() if image else None, str(image))
+    sizes = [Images(megapixels=size) for size in dict.fromkeys(megapixels)] or [given]
     warn_of_slow_blas()
     before = conditions()
     with LiveLine() as line:
@@ -309,8 +324,9 @@ def _measure(
             )
             for candidate in _distinct(candidates)
             for resolution in resolutions
+            for images in sizes
         ]
-    settings = Settings(prompt=prompt, image_sha256=images.sha256, runs=runs, warmup=warmup, max_tokens=max_tokens)
+    settings = Settings(prompt=prompt, image_sha256=given.sha256, runs=runs, warmup=warmup, max_tokens=max_tokens)
     report = Report(conditions=before, settings=settings, rows=tuple(rows))
     medians = as_markdown(table(report), left=2) if outputs.markdown else text(report, _width())
     show(medians, err=outputs.stdout_taken)

@@ -153,7 +153,9 @@ def test_a_report_may_go_to_stdout_and_the_table_then_goes_to_stderr(
     result = invoke("-m", "demo", "--json", "-")
     assert json.loads(result.stdout)["rows"][0]["model"] == "0.5b"
     assert result.stderr.startswith("0.5b, float16: medians of 10 runs, times in ms\n")
-    assert invoke("-m", "demo", "--csv", "-").stdout.startswith("model,precision,resolution,pixels,metric,unit,run")
+    assert invoke("-m", "demo", "--csv", "-").stdout.startswith(
+        "model,precision,resolution,pixels,megapixels,metric,unit,run"
+    )
     assert invoke("-m", "demo", "--csv", "-", "--json", "-").exit_code == 2
     assert list(tmp_path.iterdir()) == []
 
@@ -167,6 +169,19 @@ def test_models_of_one_name_are_told_apart(monkeypatch: pytest.MonkeyPatch, tmp_
     assert invoke("-m", "a/int4", "-m", "b/int4", "--json", str(tmp_path / "x.json")).exit_code == 0
     rows = json.loads((tmp_path / "x.json").read_text())["rows"]
     assert [row["model"] for row in rows] == ["int4", "int4 (2)"]
+
+
+def test_images_of_several_sizes_have_a_row_each(measured: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "measure", lambda *_, images, **__: make_row(megapixels=images.megapixels))
+    lines = invoke("-m", "demo", "--megapixels", "1.2", "--megapixels", "12", "--markdown").stdout.splitlines()
+    assert [line.split("|")[4].strip() for line in lines if "0.5b" in line] == ["1.2", "12"]
+    assert "megapixels" not in invoke("-m", "demo").stdout
+
+
+def test_the_size_of_a_given_image_is_its_own(measured: list[str]) -> None:
+    result = invoke("-m", "demo", "--image", str(APPLE / "images" / "tiny.png"), "--megapixels", "12")
+    assert result.exit_code == 2
+    assert "--megapixels" in result.stderr
 
 
 def test_a_report_may_go_to_a_device(measured: list[str]) -> None:
