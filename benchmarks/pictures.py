@@ -13,6 +13,7 @@ import io
 import os
 import time
 from collections.abc import Iterator
+from importlib import import_module
 from importlib.util import find_spec
 from statistics import median
 from typing import Any
@@ -48,9 +49,7 @@ def pictures() -> dict[str, bytes]:
             found[f"JPEG, {megapixels:g} megapixels, sideways"] = _encoded(image, "JPEG", exif=exif)
         found[f"WebP, {megapixels:g} megapixels"] = _encoded(image, "WEBP")
         if find_spec("pillow_heif"):
-            import pillow_heif
-
-            pillow_heif.register_heif_opener()
+            import_module("pillow_heif").register_heif_opener()
             found[f"HEIC, {megapixels:g} megapixels"] = _encoded(image, "HEIF")
     return found
 

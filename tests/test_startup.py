@@ -84,6 +84,7 @@ def test_generate_imports_neither_mlx_lm_nor_transformers(tmp_path: Path, monkey
     assert json.loads(answer)["visual_tokens"] == 4
     assert "mlx" in modules
     assert not modules & {"mlx_lm", "transformers", "torch", "rich"}
+    assert "tokenizers" not in modules  # its tables lie beside the converted model
 
 
 def test_the_blas_is_loaded_before_mlx_whatever_is_imported_first() -> None:
