@@ -274,7 +274,7 @@ def _watch_live(
     )
     with Keys(watcher.order) as keys:
         width, height = stream.size
-        teller.note(f"watching {stream.name}; {width}×{height}{f'; {KEYS}' if keys.works else ''}")
+        teller.note(f"watching {stream.name}, {width}×{height}{f'; {KEYS}' if keys.works else ''}", "watching")
         try:
             watcher.run()
         finally:

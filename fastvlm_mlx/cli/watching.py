@@ -124,9 +124,9 @@ class Teller:
         if self._speaker is not None:
             self._speaker.forget()
 
-    def note(self, message: str) -> None:
-        """Says something about the watching."""
+    def note(self, message: str, spoken: str | None = None) -> None:
+        """Says something about the watching; speaks the first part of it, or what is given instead."""
         note(message)
         if self._speaker is not None:
             self._speaker.interrupt()
-            self._speaker.add(message.partition(";")[0], again=True)
+            self._speaker.add(message.partition(";")[0] if spoken is None else spoken, again=True)

@@ -2,18 +2,12 @@
 
 import json
 import os
-import pty
-import select
 import shutil
 import signal
 import stat
-import struct
-import sys
 import time
 from collections.abc import Callable
-from fcntl import ioctl
 from pathlib import Path
-from termios import TIOCSWINSZ
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -21,9 +15,10 @@ from typer.testing import CliRunner, Result
 from fastvlm_mlx import backend
 from fastvlm_mlx.chat.commands import COMMANDS, complete, help_lines
 from fastvlm_mlx.cli import app
+from tests import terminals
 from tests.checkpoints import APPLE, changed
 from tests.conftest import Converted
-from tests.warm.background import COMMAND, DEMO, background, environment
+from tests.warm.background import DEMO, background
 
 ANSWER = "A green triangle, a black cross and a green cross."
 
@@ -183,44 +178,11 @@ def test_the_last_conversation_goes_on(folder: Path, cache: Path) -> None:
     assert "Secret" not in (cache / "chat" / "history").read_text()
 
 
-class Terminal:
+class Terminal(terminals.Terminal):
     """A `fastvlm chat` at a pseudo-terminal."""
 
     def __init__(self, *arguments: str, columns: int = 80, **variables: str) -> None:
-        self.output = ""
-        self._read = 0
-        self.pid, self._descriptor = pty.fork()
-        if self.pid == 0:
-            cache = Path(os.environ["FASTVLM_CACHE"])
-            own = environment(cache, TERM="xterm", **variables)
-            own = {name: value for name, value in own.items() if name not in ("COLUMNS", "LINES")}
-            os.execve(sys.executable, [*COMMAND, "chat", *arguments], own)
-        ioctl(self._descriptor, TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-
-    def wait_for(self, text: str, seconds: float = 40.0) -> None:
-        """Reads until a text has come."""
-        deadline = time.monotonic() + seconds
-        while text not in self.output[self._read :]:
-            ready, _, _ = select.select([self._descriptor], [], [], max(deadline - time.monotonic(), 0))
-            assert ready, f"{text!r} did not come after {self.output!r}"
-            self.output += os.read(self._descriptor, 65536).decode(errors="replace")
-        self._read = self.output.index(text, self._read) + len(text)
-
-    def write(self, keys: str) -> None:
-        """Types; Python notices an interrupt that comes just before it waits for a key only with the next key."""
-        if "\x03" in keys:
-            time.sleep(0.3)
-        os.write(self._descriptor, keys.encode())
-
-    def end(self) -> int:
-        """The exit code, after reading the rest."""
-        try:
-            while data := os.read(self._descriptor, 65536):
-                self.output += data.decode(errors="replace")
-        except OSError:  # Linux says so that the other end is closed
-            pass
-        os.close(self._descriptor)
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        super().__init__("chat", *arguments, columns=columns, **variables)
 
 
 def at_terminal(*arguments: str, keys: list[str], columns: int = 80, **variables: str) -> str:
