@@ -201,7 +201,7 @@ def watch(
             refuse([] if speak is Speak.none else given, "for a film by its own time; add --live")
         speaker = _speaker(speak, voice, rate, stack) if is_live else None
         engine = stack.enter_context(_load(model, revision, dtype, rows=1 if is_live else _FILM_ROWS))
-        if resolution is None and is_live:
+        if resolution is None and is_live and task is not TaskName.read:
             resolution = min(engine.processor.image_size, _LIVE_RESOLUTION)
 
         from fastvlm_mlx.cli.watching import Teller
@@ -211,7 +211,9 @@ def watch(
         settings = {"every": every, "heartbeat": heartbeat, "least": change}
         try:
             if is_live:
-                _watch_live(stream, engine, asked, teller, resolution, settings)
+                has_ended = _watch_live(stream, engine, asked, teller, resolution, settings)
+                if has_ended and speaker is not None:
+                    speaker.wait(60)
             else:
                 _watch_film(stream, engine, asked, teller, resolution, settings)
         except FastVLMError as error:
@@ -256,8 +258,8 @@ def _load(model: str, revision: str | None, dtype: Any, *, rows: int) -> "Engine
 
 def _watch_live(
     stream: "Stream", engine: "Engine", task: "Task", teller: "Teller", resolution: Any, settings: dict[str, float]
-) -> None:
-    """Watches by the clock, with keys where there is a terminal."""
+) -> bool:
+    """Watches by the clock, with keys where there is a terminal; returns whether the stream has ended."""
     from fastvlm_mlx.cli.keys import Keys
     from fastvlm_mlx.watch.live import Live
     from fastvlm_mlx.watch.newest import Newest, paced
@@ -276,7 +278,7 @@ def _watch_live(
         width, height = stream.size
         teller.note(f"watching {stream.name}, {width}×{height}{f'; {KEYS}' if keys.works else ''}", "watching")
         try:
-            watcher.run()
+            return watcher.run()
         finally:
             stream.close()
             watcher.newest.join(2)

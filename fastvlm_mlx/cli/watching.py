@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fastvlm_mlx.cli.terminal import note, show, show_json
 
 if TYPE_CHECKING:
-    from fastvlm_mlx.watch.live import Description, Told
+    from fastvlm_mlx.watch.audience import Description, Told
     from fastvlm_mlx.watch.outputs import Cue, Hook, Log
     from fastvlm_mlx.watch.speech import Speaker
 

@@ -6,21 +6,21 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import CancelledError
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from fastvlm_mlx.generation.result import GenerationResult, whole
+from fastvlm_mlx.generation.result import whole
+from fastvlm_mlx.watch.answer import Answer
+from fastvlm_mlx.watch.audience import Audience, Description, Told
 from fastvlm_mlx.watch.changes import LEAST_CHANGE, Look, Scenes, is_dark, sign
 from fastvlm_mlx.watch.newest import Arrived, Newest
 from fastvlm_mlx.watch.outputs import Cue
-from fastvlm_mlx.watch.sentences import Sentences, same, says_nothing
+from fastvlm_mlx.watch.sentences import same, says_nothing
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from fastvlm_mlx.generation.engine import Engine
-    from fastvlm_mlx.generation.request import Handle, Request
+    from fastvlm_mlx.generation.request import Request
 
 _STARVED = 8.0
 """Seconds without a word after which it is said that scenes follow one another faster than answers come."""
@@ -30,100 +30,13 @@ _TICK = 0.25
 """Seconds after which the loop looks around without being called: for the heartbeat."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Told:
-    """A sentence that is told.
-
-    Attributes:
-        text: The sentence.
-        first: Whether it is the first one of a description.
-        again: Whether to speak it though it was spoken before, since somebody asked for it.
-        urgent: Whether what is being spoken is out of date or unwanted.
-    """
-
-    text: str
-    first: bool
-    again: bool = False
-    urgent: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Description:
-    """An answer that has ended.
-
-    Attributes:
-        time: Seconds of the stream at its frame.
-        text: What was told of it; all of it if nothing was.
-        kind: Why the model was asked: `change`, `heartbeat`, `now` or `question`.
-        question: That of a person.
-        shown: Whether anything was told: not if it says the same as the one before.
-        change: Levels by which the picture had changed.
-        age: Seconds from the frame's arrival to the first sentence.
-        result: The answer with its statistics.
-        frames: That came so far.
-        dropped: Of those, how many a newer one took the place of.
-    """
-
-    time: float
-    text: str
-    kind: str
-    question: str | None
-    shown: bool
-    change: float
-    age: float
-    result: GenerationResult
-    frames: int
-    dropped: int
-
-
-class Audience(Protocol):
-    """Who is told; called in the thread that watches."""
-
-    def sentence(self, told: Told) -> None:
-        """A sentence, as soon as it is whole."""
-
-    def description(self, description: Description) -> None:
-        """An answer that has ended."""
-
-    def cue(self, cue: Cue) -> None:
-        """What could be seen, when it is gone."""
-
-    def gone(self) -> None:
-        """What was told last cannot be seen any more."""
-
-    def note(self, message: str) -> None:
-        """Something about the watching itself."""
-
-
-@dataclass
-class _Answer:
-    """An answer on its way."""
-
-    handle: Handle
-    arrived: Arrived
-    look: Look | None
-    kind: str
-    question: str | None = None
-    sentences: Sentences = field(default_factory=Sentences)
-    pieces: list[GenerationResult] = field(default_factory=list)
-    waiting: deque[str] = field(default_factory=deque)
-    told: list[str] = field(default_factory=list)
-    all: list[str] = field(default_factory=list)
-    ended: bool = False
-    age: float = 0.0
-
-    @property
-    def by_person(self) -> bool:
-        """Whether a person asked for it, who gets it whatever it says."""
-        return self.kind in ("now", "question")
-
-
 class Live:
     """Watches a stream: only its newest frame counts.
 
     The model is asked when the picture has changed and stands still, and about a picture that moves all the time,
-    every `every` seconds. What is on its way is cancelled as soon as another scene is there, and a sentence waits while
-    the picture changes, so that nothing is told of what is gone. Only the engine's thread uses the model.
+    every `every` seconds. What is on its way is cancelled as soon as another picture is there, and a sentence waits
+    while the picture changes, so that nothing is told of what is gone. Something small that changes again and again,
+    such as a clock, does not cancel two answers in a row. Only the engine's thread uses the model.
 
     Args:
         newest: The frames.
@@ -160,13 +73,14 @@ class Live:
         self._orders: deque[tuple[str, str | None]] = deque()
         self._arrived: Arrived | None = None
         self._look: Look | None = None
-        self._answer: _Answer | None = None
+        self._answer: Answer | None = None
         self._known: list[str] = []
-        self._cue: tuple[float, str] | None = None
+        self._cue: tuple[float, list[str]] | None = None
         self._cue_stood = True
         self._held: Arrived | None = None
         self._asked = 0.0
         self._silent: float | None = None
+        self._spares = False
         self._is_paused = self._is_left = False
 
     @property
@@ -182,8 +96,8 @@ class Live:
         self._orders.append((what, question))
         self._bell.set()
 
-    def run(self) -> None:
-        """Watches until the stream ends or somebody leaves.
+    def run(self) -> bool:
+        """Watches until the stream ends or somebody leaves; returns whether it was the stream.
 
         Raises:
             FastVLMError: If the stream or an answer fails.
@@ -199,7 +113,8 @@ class Live:
                 self._tell()
                 self._begin()
                 if self._newest.ended and (self._answer is None or self._is_doubtful(self._answer)):
-                    break
+                    return True
+            return False
         finally:
             self._cancel()
             self._end_cue(self._now())
@@ -218,11 +133,13 @@ class Live:
         self._look = look = self._scenes.look(arrived.frame.time, sign(arrived.frame.pixels))
         if not (look.changed and look.settled):
             return
-        if look.cut and self._cue is not None:
+        if self._cue is not None:
             self._end_cue(look.since if self._cue_stood else look.time)
             self._audience.gone()
-        if self._answer is not None and not self._answer.by_person:
+        answer = self._answer
+        if answer is not None and not answer.by_person and (look.cut or not answer.is_spared):
             self._cancel()
+            self._spares = not look.cut
             self._starve()
 
     def _starve(self) -> None:
@@ -236,9 +153,9 @@ class Live:
 
     def _end_cue(self, moment: float) -> None:
         if self._cue is not None:
-            start, text = self._cue
+            start, sentences = self._cue
             self._cue = None
-            self._audience.cue(Cue(start, max(moment, start), text))
+            self._audience.cue(Cue(start, max(moment, start), " ".join(sentences)))
 
     # Asking
 
@@ -254,7 +171,9 @@ class Live:
         self._scenes.accept(look)
         self._look = look._replace(changed=False, ready=False)
         self._asked = time.monotonic()
-        if not is_dark(look.signature):
+        if is_dark(look.signature):
+            self._silent = None
+        else:
             self._submit("change" if look.ready else "heartbeat", look)
 
     def _submit(
@@ -264,13 +183,15 @@ class Live:
         assert arrived is not None
         request = self._request(arrived.frame.pixels, question)
         handle = self._engine.submit(request, on_change=lambda _: self._bell.set())
-        self._answer = _Answer(handle, arrived, look, kind, question)
+        self._answer = Answer(handle, arrived, look, kind, question, is_spared=self._spares)
 
     def _cancel(self) -> None:
         """Ends the answer on its way; what was told of it stays told."""
         answer, self._answer = self._answer, None
         if answer is not None:
             answer.handle.cancel()
+            if answer.told:
+                self._record(answer)
 
     # Telling
 
@@ -278,58 +199,45 @@ class Live:
         answer = self._answer
         if answer is None:
             return
-        pieces, done = answer.handle.since(len(answer.pieces))
-        for piece in pieces:
-            answer.pieces.append(piece)
-            answer.waiting += answer.sentences.add(piece.text)
-        if done and not answer.ended:
-            answer.ended = True
-            if answer.handle.error is not None:
-                self._answer = None
-                if not isinstance(answer.handle.error, CancelledError):
-                    raise answer.handle.error
-                return
-            answer.waiting += answer.sentences.finish()
+        if not answer.read():
+            self._answer = None
+            return
         if self._is_doubtful(answer):
             return
         while answer.waiting:
             self._tell_sentence(answer, answer.waiting.popleft())
-        if answer.ended:
-            self._finish(answer)
+        if answer.is_whole:
+            self._answer, self._silent, self._spares = None, None, False
+            self._record(answer)
 
-    def _is_doubtful(self, answer: _Answer) -> bool:
+    def _is_doubtful(self, answer: Answer) -> bool:
         """Whether the picture is changing, so that it is not known whether the answer still holds."""
         look = self._look
-        if answer.by_person or look is None or not look.changed:
+        if answer.by_person or look is None or not look.changed or (answer.is_spared and not look.cut):
             return False
         return not look.ready or look.settled
 
-    def _tell_sentence(self, answer: _Answer, raw: str) -> None:
+    def _tell_sentence(self, answer: Answer, raw: str) -> None:
         if says_nothing(raw):
             return
         text = raw if answer.question is not None else self._clean(raw)
         answer.all.append(text)
+        if answer.question is None and len(answer.all) == 1:
+            self._end_cue(self._now())
+            self._cue, self._cue_stood = (self._now(), answer.all), answer.stood
         if not answer.by_person and any(same(text, known) for known in self._known):
             return
-        now = time.monotonic()
         first = not answer.told
         if first:
-            answer.age = now - answer.arrived.moment
+            answer.age = time.monotonic() - answer.arrived.moment
         answer.told.append(text)
-        self._silent = None
-        urgent = answer.by_person or (answer.look is not None and answer.look.settled and answer.look.cut)
-        self._audience.sentence(Told(text=text, first=first, again=answer.by_person, urgent=first and urgent))
+        urgent = first and (answer.by_person or answer.is_of_new_scene)
+        self._audience.sentence(Told(text=text, first=first, again=answer.by_person, urgent=urgent))
 
-    def _finish(self, answer: _Answer) -> None:
+    def _record(self, answer: Answer) -> None:
         """Takes note of an answer that has been told."""
-        self._answer = None
         if answer.question is None and answer.all:
             self._known = answer.all
-            text = " ".join(answer.all)
-            if self._cue is None or self._cue[1] != text:
-                self._end_cue(self._now())
-                self._cue = self._now(), text
-            self._cue_stood = answer.look is None or answer.look.settled
         self._audience.description(
             Description(
                 time=answer.arrived.frame.time,
@@ -359,6 +267,7 @@ class Live:
             case "pause":
                 self._cancel()
                 self._is_paused = not self._is_paused
+                self._end_cue(self._now())
                 self._audience.gone()
                 self._audience.note("paused; p goes on" if self._is_paused else "watching again")
             case "hold":

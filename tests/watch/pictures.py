@@ -20,10 +20,10 @@ def scene(seed: int) -> Pixels:
     return np.kron(blocks, np.ones((8, 8, 1), np.uint8))
 
 
-def with_spot(pixels: Pixels) -> Pixels:
+def with_spot(pixels: Pixels, left: int = 20) -> Pixels:
     """The same scene with one small thing more."""
     pixels = pixels.copy()
-    pixels[20:28, 20:28] = (250, 20, 20)
+    pixels[20:28, left : left + 8] = (250, 20, 20)
     return pixels
 
 

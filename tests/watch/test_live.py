@@ -11,7 +11,8 @@ from fastvlm_mlx.errors import ImageError, PromptError
 from fastvlm_mlx.generation.request import Request
 from fastvlm_mlx.inputs.frames import Frame
 from fastvlm_mlx.watch import live as module
-from fastvlm_mlx.watch.live import Description, Live, Told
+from fastvlm_mlx.watch.audience import Description, Told
+from fastvlm_mlx.watch.live import Live
 from fastvlm_mlx.watch.newest import Arrived
 from fastvlm_mlx.watch.outputs import Cue
 from tests.watch.pictures import BLACK, FakeEngine, Pixels, scene, with_spot
@@ -41,7 +42,7 @@ class Play:
         self.live = Live(self._newest, self.engine, self._request, clean=str, audience=self, **settings)
 
     def run(self) -> "Play":
-        self.live.run()
+        self.has_ended = self.live.run()
         return self
 
     def _newest(self, bell: Callable[[], None]) -> Any:
@@ -178,6 +179,36 @@ def test_when_scenes_are_shorter_than_answers_that_is_said_and_nothing_of_what_i
 
     play = Play(script, monkeypatch).run()
     assert (play.told, play.notes) == ([], ["the picture changes faster than it can be described"])
+
+
+def test_what_was_told_of_an_answer_that_is_cancelled_is_recorded_and_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    def script(play: Play) -> Script:
+        yield from many(A)
+        play.engine.say("A red ball. It")
+        yield from many(A)
+        yield from many(B)
+        play.engine.end("A red ball. A cup.")
+        yield from many(B)
+
+    play = Play(script, monkeypatch).run()
+    assert play.told == ["A red ball.", "A cup."]
+    assert [(each.text, each.shown) for each in play.descriptions] == [("A red ball.", True), ("A cup.", True)]
+    assert [each.text for each in play.cues] == ["A red ball.", "A red ball. A cup."]
+
+
+def test_a_clock_that_ticks_faster_than_answers_come_does_not_keep_them_all_away(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def script(play: Play) -> Script:
+        for number in range(8):
+            yield from many(with_spot(A, 8 * (number % 6)), 5)
+            if number == 5:
+                play.engine.end("A desk with a clock.")
+
+    play = Play(script, monkeypatch).run()
+    assert play.told == ["A desk with a clock."]
+    assert play.engine.handles[0].cancelled
+    assert not play.engine.handles[1].cancelled
 
 
 def test_a_change_that_says_the_same_is_not_told_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -366,6 +397,7 @@ def test_leaving_ends_at_once_and_cancels_the_answer(monkeypatch: pytest.MonkeyP
 
     play = Play(script, monkeypatch).run()
     assert play.count < 10
+    assert not play.has_ended
     assert play.engine.handles[0].cancelled
 
 
