@@ -32,6 +32,7 @@ from fastvlm_mlx.inputs.processor import FastVLMProcessor
 from fastvlm_mlx.inputs.token_tables import TABLES_FILE
 from fastvlm_mlx.machine import CACHE_VARIABLE, cache_folder
 from fastvlm_mlx.model.fastvlm import FastVLM
+from fastvlm_mlx.model.sharding import check_divisible
 from fastvlm_mlx.streams import check_process, turn
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -305,6 +306,7 @@ def load(
     notify: Notify | None = None,
     progress: Progress | None = None,
     lazy: bool = False,
+    group: mx.distributed.Group | None = None,
 ) -> tuple[FastVLM, FastVLMProcessor]:
     """The model and the processor of a checkpoint.
 
@@ -320,6 +322,8 @@ def load(
         notify: Called with a one-line message before a slow step.
         progress: Called during a conversion with the bytes done, the bytes in all, and a label.
         lazy: On a CPU, read the weights when they are first used; a GPU always does.
+        group: From `mlx.core.distributed.init()`: the decoder is divided among these processes, which then all have to
+            ask the same; see `fastvlm_mlx.model.sharding`. None, or a group of one, loads all of it.
 
     Raises:
         CheckpointError: If there is no such checkpoint, or it is damaged.
@@ -329,11 +333,15 @@ def load(
     check_process()
     dtype, lazy = dtype_name(dtype), flag(lazy, "lazy")
     folder = resolve(name, revision=revision, notify=notify, progress=progress)
+    if group is not None and group.size() == 1:
+        group = None
+    elif group is not None:
+        check_divisible(ModelConfig.from_path(folder), group.size())
     try:
-        return _load(folder, dtype, lazy, notify)
+        return _load(folder, dtype, lazy, notify, group)
     except (CheckpointError, ConfigError) as err:
         folder = remake(name, err, revision=revision, notify=notify, progress=progress)
-        return _load(folder, dtype, lazy, notify)
+        return _load(folder, dtype, lazy, notify, group)
 
 
 def _mend_tables(processor: FastVLMProcessor, folder: Path, damage: str, tell: Notify) -> None:
@@ -346,8 +354,10 @@ def _mend_tables(processor: FastVLMProcessor, folder: Path, damage: str, tell: N
         processor.tokenizer.save_tables()
 
 
-def _load(folder: Path, dtype: str | None, lazy: bool, notify: Notify | None) -> tuple[FastVLM, FastVLMProcessor]:
-    model = load_model(folder, dtype=dtype, lazy=True)
+def _load(
+    folder: Path, dtype: str | None, lazy: bool, notify: Notify | None, group: mx.distributed.Group | None
+) -> tuple[FastVLM, FastVLMProcessor]:
+    model = load_model(folder, dtype=dtype, lazy=True, group=group)
     processor = FastVLMProcessor.from_folder(folder)
     if damage := processor.tokenizer.damage:
         _mend_tables(processor, folder, f"{printable(folder / TABLES_FILE)}: {damage}", notify or (lambda _: None))

@@ -10,12 +10,14 @@ from fastvlm_mlx.arguments import choice
 from fastvlm_mlx.backend import compute_dtype, device, mx
 from fastvlm_mlx.checkpoint import fusing
 from fastvlm_mlx.checkpoint.folder import checked_files, read_files
+from fastvlm_mlx.checkpoint.slices import read_slices
 from fastvlm_mlx.config import ModelConfig
 from fastvlm_mlx.errors import CheckpointError
 from fastvlm_mlx.formatting import names, printable
 from fastvlm_mlx.model.device import prepare
 from fastvlm_mlx.model.fastvlm import FastVLM
 from fastvlm_mlx.model.quantized import quantize_layers
+from fastvlm_mlx.model.sharding import connect, narrow
 from fastvlm_mlx.streams import load_stream, turn, worker_streams
 
 _READERS = 2
@@ -23,7 +25,12 @@ _DECODER = "language_model."
 
 
 def load_model(
-    folder: Path, *, dtype: str | mx.Dtype | None = None, lazy: bool = False, in_parts: bool = False
+    folder: Path,
+    *,
+    dtype: str | mx.Dtype | None = None,
+    lazy: bool = False,
+    in_parts: bool = False,
+    group: mx.distributed.Group | None = None,
 ) -> FastVLM:
     """The model in a converted folder.
 
@@ -35,6 +42,7 @@ def load_model(
         dtype: The type to compute in; see `load`.
         lazy: Whether to read the weights when they are first used on a CPU, too.
         in_parts: Whether each projection of the decoder is a layer of its own, by upstream's name, and none is fused.
+        group: The processes that each load a part of the decoder; see `fastvlm_mlx.model.sharding`.
 
     Raises:
         CheckpointError: If the weights are missing, damaged or not exactly those that the config describes.
@@ -45,18 +53,25 @@ def load_model(
     with turn():
         target = getattr(mx, name) if name else compute_dtype(config.dtype)
         streams = worker_streams(_READERS) if device() == "cpu" else [load_stream()]
-        files = checked_files(folder)
-        weights = _cast_on_streams([read_files(files, stream) for stream in streams], streams, target)
+        if group is None:
+            files = checked_files(folder)
+            weights = _cast_on_streams([read_files(files, stream) for stream in streams], streams, target)
+        else:
+            weights = read_slices(folder, config, group.rank(), group.size(), target)
         _check_depths(folder, weights, config)
         weights = fusing.in_parts(weights, config.text_config) if in_parts else fusing.fused(weights, config, streams)
         model = FastVLM(config)
         model.language_model.split(path.removeprefix(_DECODER) for path in fusing.stored_in_parts(weights))
+        if group is not None:
+            narrow(model, group.rank(), group.size())
         if config.quantization:
             quantize_layers(model, config.quantization, weights)
         _check(folder, weights, dict(_flat(model.parameters())))
         model.update(tree_unflatten(list(weights.items())))
         model.eval()
         prepare(model)
+        if group is not None:
+            connect(model, group)
         if device() == "cpu" and not lazy:
             read_parameters(model, folder)
     return model

@@ -83,13 +83,26 @@ class TensorFile:
         Raises:
             CheckpointError: If the file ends before, cannot be read or has changed since it was opened.
         """
-        buffer = bytearray(count)
+        return self.read_pieces(start, count, count, 1)
+
+    def read_pieces(self, start: int, count: int, stride: int, pieces: int) -> bytearray:
+        """`pieces` times `count` bytes, of which the first begin at `start`, and the others `stride` bytes later each.
+
+        Raises:
+            CheckpointError: As `read`.
+        """
+        buffer = bytearray(count * pieces)
         view = memoryview(buffer)
         try:
             with self.path.open("rb", buffering=0) as file:
-                file.seek(self.start + start)
-                while view and (read := file.readinto(view)):
-                    view = view[read:]
+                for number in range(pieces):
+                    file.seek(self.start + start + number * stride)
+                    piece = view[:count]
+                    while piece and (read := file.readinto(piece)):
+                        piece = piece[read:]
+                    if piece:
+                        break
+                    view = view[count:]
                 status = os.fstat(file.fileno())
         except OSError as err:
             raise CheckpointError(f"{self.label}: cannot be read: {err.strerror or err}") from err
@@ -133,6 +146,13 @@ class Tensor:
         row_bytes = self.nbytes // max(self.shape[0], 1)
         data = self.file.read(self.start + first * row_bytes, rows * row_bytes)
         return np.frombuffer(data, _NUMPY[self.dtype]).reshape(rows, *self.shape[1:])
+
+    def read_columns(self, first: int, end: int) -> npt.NDArray[Any]:
+        """The columns from `first` to `end` of a matrix, as `read` gives them; what lies between is not read."""
+        rows, columns = self.shape
+        item = ITEM_BYTES[self.dtype]
+        data = self.file.read_pieces(self.start + first * item, (end - first) * item, columns * item, rows)
+        return np.frombuffer(data, _NUMPY[self.dtype]).reshape(rows, end - first)
 
 
 def check(file: TensorFile) -> None:

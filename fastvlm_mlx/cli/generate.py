@@ -137,6 +137,7 @@ def generate(
         sampling = {"--top-p": top_p < 1, "--top-k": top_k > 0, "--min-p": min_p > 0, "--seed": seed is not None}
         refuse([option for option, given in sampling.items() if given], "at temperature 0; give --temp, too")
 
+    from fastvlm_mlx.cli.ranks import answer_together, launched
     from fastvlm_mlx.engine.options import GenerationConfig
     from fastvlm_mlx.warm.client import Holding
     from fastvlm_mlx.warm.wire import Question
@@ -152,9 +153,10 @@ def generate(
             seed=seed,
             stop=stop or (),
         )
+    first = launched()
     followed = None if schema is None else read_schema(schema)
     sources, text = read_stdin(images or [], DEFAULT_PROMPT if prompt is None else prompt)
-    seen = expand(sources, frames=frames, resolution=resolution)
+    seen = [] if first is False else expand(sources, frames=frames, resolution=resolution)
     question = Question(
         prompt=text,
         system=system,
@@ -173,11 +175,11 @@ def generate(
         showing = Showing(
             line, asked if as_json else None, verbose=verbose, max_tokens=max_tokens, is_json=schema is not None
         )
-        answer(
-            Asked(sources=[source for source, _ in seen], question=question, has_prompt=prompt is not None),
-            Holding(model=model, revision=revision, dtype=dtype.value if dtype else None),
-            showing,
-            warm=warm,
-        )
+        asking = Asked(sources=[source for source, _ in seen], question=question, has_prompt=prompt is not None)
+        holding = Holding(model=model, revision=revision, dtype=dtype.value if dtype else None)
+        if first is None:
+            answer(asking, holding, showing, warm=warm)
+        else:
+            answer_together(asking, holding, showing)
     if not showing.end():
         raise typer.Exit(CHECK_FAILED)

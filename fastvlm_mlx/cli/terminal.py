@@ -91,6 +91,12 @@ def warn_of_slow_blas() -> None:
         note(slow_note(hint))
 
 
+def silence() -> None:
+    """Sends everything that is written from now on to nowhere."""
+    _to_null(1)
+    _to_null(2)
+
+
 def drop_stdout() -> None:
     """Sends what waits to be written to stdout, and could not be written, to nowhere."""
     _to_null(1)

@@ -12,7 +12,7 @@ from fastvlm_mlx.engine.constraint import Constraint
 from fastvlm_mlx.engine.logprobs import TokenLogprob
 from fastvlm_mlx.engine.options import GenerationConfig
 from fastvlm_mlx.engine.prefix_cache import PrefixCache, PrefixKey, prefix_key
-from fastvlm_mlx.engine.sampling import Sampler, read_tokens, sample
+from fastvlm_mlx.engine.sampling import Sampler, agreed, read_tokens, sample
 from fastvlm_mlx.model.fastvlm import FastVLM
 from fastvlm_mlx.model.kv_cache import KVCache
 from fastvlm_mlx.streams import turn
@@ -50,7 +50,7 @@ class RowDecoder:
         on_submit: Callable[[], None] | None = None,
     ) -> None:
         self._model = model
-        self._config = config
+        self._config = agreed(config, model.group)
         self._constraint = constraint
         self._pixel_values = pixel_values
         self._prefix_cache = prefix_cache

@@ -3,6 +3,7 @@
 import math
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from fastvlm_mlx.engine.constraint import Constraint, masked
 from fastvlm_mlx.engine.logprobs import PendingLogprob, TokenLogprob
 from fastvlm_mlx.engine.options import GenerationConfig
 from fastvlm_mlx.errors import CheckpointError
-from fastvlm_mlx.streams import read
+from fastvlm_mlx.streams import read, turn
 
 NO_TOKEN = -1
 """Stands for the token of a row whose logits are not numbers, until the host sees it."""
@@ -166,6 +167,15 @@ class Sampler:
             floor = mx.min(mx.topk(logprobs, config.top_k, axis=-1), axis=-1, keepdims=True)
             logprobs = mx.where(logprobs < floor, -mx.inf, logprobs)
         return logprobs
+
+
+def agreed(config: GenerationConfig, group: mx.distributed.Group | None) -> GenerationConfig:
+    """The settings with a seed that all processes of a group have, where chance chooses; it is the first one's."""
+    if group is None or config.seed is not None or config.temperature < _COLDEST:
+        return config
+    drawn = int(np.random.default_rng().integers(2**31)) if group.rank() == 0 else 0
+    with turn():
+        return replace(config, seed=int(mx.distributed.all_sum(mx.array(drawn), group=group)))
 
 
 def sample(logits: mx.array, samplers: Sequence[Sampler]) -> mx.array:

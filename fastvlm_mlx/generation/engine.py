@@ -70,6 +70,8 @@ class Engine:
         prefix_cache: PrefixCache | None = None,
     ) -> None:
         check_loaded(model, processor, prefix_cache)
+        if model.group is not None:
+            raise ConfigError("a model in several processes has to be asked in one order: use generate, not Engine")
         positions = free_positions(model, describe().memory)
         is_auto = max_batch is None or (isinstance(max_batch, str) and max_batch == "auto")
         self.max_batch = default_rows(positions) if is_auto else whole(max_batch, "max_batch")

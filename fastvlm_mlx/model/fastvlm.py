@@ -85,6 +85,7 @@ class FastVLM(nn.Module):
     Attributes:
         config: The architecture.
         tower: How the vision tower runs on this device, from `prepare`; None runs its modules as they are.
+        group: The processes that share the decoder; None if this one has all of it.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -95,6 +96,7 @@ class FastVLM(nn.Module):
         self.mm_projector = MultimodalProjector(config.vision_config.hidden_size, config.text_config.hidden_size)
         self.language_model = Qwen2(config.text_config)
         self.tower: Callable[..., mx.array] | None = None
+        self.group: mx.distributed.Group | None = None
 
     @classmethod
     def from_pretrained(
