@@ -245,6 +245,8 @@ def _answers(
             yield answer
     except CancelledError as error:
         line.clear()
+        if options.cluster is not None:
+            raise
         if options.fleet is not None:
             raise options.fleet.failure or ServerError("the servers do not answer any more") from error
         note("the background server does not answer any more; this process goes on")

@@ -1,10 +1,12 @@
 """The run of `fastvlm caption --ray`: its cluster, and the workers there."""
 
 from collections.abc import Iterator
+from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 from fastvlm_mlx.cli.terminal import LiveLine, note
+from fastvlm_mlx.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -57,4 +59,7 @@ def clustered(
         note(f"Ray: {count} worker{'s' * (count != 1)} ({workers})")
         line.wait_for(f"loading {model.name}")
         with ClusterEngine(ray, start_workers(ray, shares, model, expected, batch), note) as engine:
-            yield engine
+            try:
+                yield engine
+            except CancelledError as err:
+                raise engine.failure or ConfigError("the cluster does not answer any more") from err

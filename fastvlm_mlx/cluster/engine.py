@@ -76,6 +76,7 @@ class ClusterEngine:
 
     Attributes:
         processor: None, since the workers prepare pictures.
+        failure: Why nobody answers any more; None while somebody does. What is not done is then cancelled.
     """
 
     processor = None
@@ -86,7 +87,7 @@ class ClusterEngine:
         self._waiting: deque[_Job] = deque()
         self._changed = threading.Condition()
         self._events: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._failed: FastVLMError | None = None
+        self.failure: FastVLMError | None = None
         self._longest = 0.0
         self._thread = threading.Thread(target=self._run, name="fastvlm-cluster", daemon=True)
 
@@ -107,13 +108,13 @@ class ClusterEngine:
         """Asks a question, after waiting for room.
 
         Raises:
-            FastVLMError: If no worker is left.
+            CancelledError: If no worker is left.
         """
         job = _Job(Handle(request))
         with self._changed:
-            self._changed.wait_for(lambda: self._failed or len(self._waiting) < len(self._members))
-            if self._failed is not None:
-                raise self._failed
+            self._changed.wait_for(lambda: self.failure or len(self._waiting) < len(self._members))
+            if self.failure is not None:
+                raise CancelledError
             self._waiting.append(job)
         self._events.put(self._assign)
         return job.handle
@@ -128,9 +129,14 @@ class ClusterEngine:
             if event is None:
                 break
             event()
+        self._cancel()
+
+    def _cancel(self) -> None:
+        """Cancels what is not done."""
         with self._changed:
             left = {*self._waiting, *(job for member in self._members for job in member.open)}
             self._waiting.clear()
+            self._changed.notify_all()
         for job in left:
             job.handle.end(CancelledError())
 
@@ -231,7 +237,9 @@ class ClusterEngine:
         try:
             said = future.result()
         except self._ray.exceptions.RayError as err:
-            said = ConfigError(f"a worker cannot start ({str(err).strip().splitlines()[-1]})")
+            reason = str(err).strip().splitlines()[-1]
+            gone = "owner has died" in reason
+            said = ConfigError("Ray has ended on this machine" if gone else f"a worker cannot start ({reason[:200]})")
         if isinstance(said, FastVLMError):
             self._part(member, str(said))
         else:
@@ -244,13 +252,8 @@ class ClusterEngine:
             self._notify(reason)
         member.gone, member.room = reason, 0
         if all(each.gone for each in self._members):
-            with self._changed:
-                self._failed = ConfigError(f"no worker is left: {reason}")
-                waiting = list(self._waiting)
-                self._waiting.clear()
-                self._changed.notify_all()
-            for job in waiting:
-                job.handle.end(self._failed)
+            self.failure = ConfigError(f"no worker is left: {reason}")
+            self._cancel()
 
     def _look_for_silence(self) -> None:
         """Asks others what a worker was asked that has said nothing for long, such as one that hangs."""
