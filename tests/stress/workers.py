@@ -119,7 +119,7 @@ def servers(scenes: Path, here: Path) -> tuple[list[Worker], list[Path]]:
     ports = free_ports(2)
     workers = [
         Worker(
-            ("serve", "demo", "--dtype", "float32", "--port", str(port), "--max-batch", "4"),
+            ("serve", "demo", "--dtype", "float32", "--port", str(port)),
             here / f"server-{port}.log",
             is_job=False,
         )
