@@ -168,7 +168,9 @@ class Live:
         is_due = bool(self._heartbeat) and not look.changed and waited >= self._heartbeat
         if not (look.ready or is_due) or waited < self._every:
             return
-        self._scenes.accept(look)
+        gone, _ = self._scenes.accept(look)
+        if look.changed:
+            self._end_cue(gone)
         self._look = look._replace(changed=False, ready=False)
         self._asked = time.monotonic()
         if is_dark(look.signature):
@@ -213,7 +215,9 @@ class Live:
     def _is_doubtful(self, answer: Answer) -> bool:
         """Whether the picture is changing, so that it is not known whether the answer still holds."""
         look = self._look
-        if answer.by_person or look is None or not look.changed or (answer.is_spared and not look.cut):
+        if answer.by_person or not answer.stood or look is None or not look.changed:
+            return False
+        if answer.is_spared and not look.cut:
             return False
         return not look.ready or look.settled
 

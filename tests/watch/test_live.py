@@ -291,6 +291,21 @@ def test_a_cue_lasts_from_when_it_is_told_until_the_scene_is_gone(monkeypatch: p
     assert play.cues[1].end == pytest.approx(3.8)
 
 
+def test_a_cue_ends_when_the_picture_begins_to_move_and_never_stands_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    def script(play: Play) -> Script:
+        yield from many(A, 10)
+        play.engine.end("A red ball.")
+        yield from many(A, 10)
+        yield from moving(15)
+        play.engine.end("A ball that rolls.")
+        yield from moving(5, 80)
+
+    play = Play(script, monkeypatch).run()
+    assert [each.text for each in play.cues] == ["A red ball.", "A ball that rolls."]
+    assert play.cues[0].end == pytest.approx(2.1)
+    assert play.cues[1].start == pytest.approx(3.6)
+
+
 def test_a_heartbeat_asks_again_and_tells_what_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
     def script(play: Play) -> Script:
         for text in ("A ball.", "A ball.", "A cup."):
