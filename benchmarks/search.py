@@ -48,6 +48,8 @@ PACKAGE = Path(fastvlm_mlx.__file__).parent
 README = PACKAGE / "album" / "README.md"
 QUESTIONS = {CAPTION: "Describe the image.", "printed": "What does the text say?"}
 WAYS = ("words", "asking", "both")
+CAPTION_END = " · "
+"""What divides a caption from other answers about a picture."""
 
 
 class Query(NamedTuple):
@@ -188,7 +190,37 @@ def measure(model: str, count: int, seed: str | None) -> dict[str, Any]:
                     **{way: scores._asdict() for way, scores in ways.items()},
                 }
             )
-    return {"model": model, "weights": weights, "scenes": count, "seed": seed, "queries": queries}
+        alike = alikeness(album, updating.form, scenes)
+    return {"model": model, "weights": weights, "scenes": count, "seed": seed, "queries": queries, "alike": alike}
+
+
+def alikeness(album: Album, form: str, scenes: dict[str, Scene]) -> dict[str, float]:
+    """How many of the ten pictures that are nearest to a picture share a thing, a shape of one colour, with it.
+
+    Pictures are near by the mean and the spread of their visual tokens, or by the things that their captions name.
+    """
+    contents = {number: content for number, content in album.index.candidates(form) if content is not None}
+    details = album.index.details(list(contents))
+    tokens = album.index.visual_tokens(list(contents.values()), form)
+    things = [{each.name for each in scenes[details[number].path].shapes} for number in contents]
+    captions = [details[number].caption.partition(CAPTION_END)[0].lower().rstrip(".") for number in contents]
+    named = [set(caption.replace(" and ", ", ").replace("an ", "a ").split(", ")) for caption in captions]
+    shown = np.stack([tokens[content].astype(np.float32) for content in contents.values()])
+    pooled = np.concatenate([shown.mean(axis=1), shown.std(axis=1)], axis=1)
+    pooled -= pooled.mean(axis=0)
+    pooled /= np.linalg.norm(pooled, axis=1, keepdims=True)
+    right = np.array([[bool(first & second) for second in things] for first in things])
+    nearness = {
+        "visual tokens": pooled @ pooled.T,
+        "captions": np.array([[len(first & second) / len(first | second) for second in named] for first in named]),
+    }
+    np.fill_diagonal(right, False)
+    precisions = {"chance": float(right.mean())}
+    for way, near in nearness.items():
+        np.fill_diagonal(near, -np.inf)
+        best = np.argsort(-near, axis=1, kind="stable")[:, :10]
+        precisions[way] = float(np.take_along_axis(right, best, axis=1).mean())
+    return precisions
 
 
 def _scored(hit: Hit) -> Hit:
@@ -208,6 +240,9 @@ def table(values: dict[str, Any]) -> Iterable[str]:
     yield f"{values['scenes']} scenes, {len(values['queries'])} queries, the demo model at its own resolution:"
     yield ""
     yield as_markdown(rows)
+    yield ""
+    shares = ", ".join(f"{way} {share:.2f}" for way, share in values["alike"].items())
+    yield f"Of the ten pictures nearest to each, the share that has a shape of one colour in common with it: {shares}."
 
 
 def _shown(queries: Sequence[dict[str, Any]], way: str) -> str:
