@@ -4,6 +4,7 @@ from collections.abc import Callable
 from random import Random
 
 from tests.fuzz import (
+    albums,
     arguments,
     captions,
     checkpoints,
@@ -31,6 +32,7 @@ CLASSES: dict[str, Case] = {
         *(several.film, several.document, several.name),
         *(prompts.prompt, prompts.messages, prompts.ids),
         *(questions.questions, questions.journal, captions.captions, embedding.embedding),
+        albums.album,
         *(arguments.python, commands.command_line, schemas.schema),
     )
 }

@@ -14,7 +14,7 @@ _TEXTS = (
     *("two\nlines", "\x1b[2J", "a" * 2000, "~nosuchuser/x", "--nosuch", "auto", "float16", "/", "."),
 )
 _SKIPPED = (
-    *("--help", "--upload-repo", "--random-weights", "--cold", "--runs", "--warmup", "--repeat"),
+    *("--help", "--upload-repo", "--random-weights", "--cold", "--runs", "--warmup", "--repeat", "--open"),
     *("--q-method", "--q-preset", "--target-bpw"),
 )
 """Options that ask the network, take long, or are set already."""
@@ -34,10 +34,11 @@ def command_line(random: Random, room: Room) -> None:
         "info": [folder],
         "verify": [folder, "--against", folder],
         "bench": ["-m", folder, "--runs", "1", "--warmup", "0"],
+        "search": [str(room.input), "a cat", "-m", folder, "-r", "64", "--no-captions"],
     }
-    (name,) = random.choices(list(right), (6, 3, 3, 2, 3, 3, 1, 1))
+    (name,) = random.choices(list(right), (6, 3, 3, 2, 3, 3, 1, 1, 3))
     texts = [*_TEXTS, str(room.input), str(picture), str(room.out)]
-    if name == "caption":
+    if name in ("caption", "search"):
         texts.remove("/")  # a whole disk takes minutes
     arguments = [name, *right[name]]
     for _ in range(random.choice((0, 1, 1, 2))):

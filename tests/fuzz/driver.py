@@ -34,7 +34,7 @@ SHARES = {
     **{"picture": 360, "header": 150, "array": 40, "source": 80, "server": 12},
     **{"film": 40, "document": 40, "name": 30},
     **{"prompt": 110, "messages": 80, "ids": 20},
-    **{"questions": 16, "journal": 4, "captions": 5, "embedding": 60},
+    **{"questions": 16, "journal": 4, "captions": 5, "embedding": 60, "album": 5},
     **{"python": 110, "command_line": 14, "schema": 60},
 }
 """The classes, and how many of about a thousand cases each gets: few of those that take long."""

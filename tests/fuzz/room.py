@@ -124,7 +124,7 @@ class Room:
 
 def unfinished(cache: Path) -> list[str]:
     """The names of what is left of an unfinished conversion in a cache folder, which may not exist."""
-    entries = [entry for entry in cache.glob("*") if entry.name != "eval"]
+    entries = [entry for entry in cache.glob("*") if entry.name not in ("eval", "albums")]
     return [entry.name for entry in entries if ".partial" in entry.name or (entry.is_dir() and not is_complete(entry))]
 
 

@@ -6,7 +6,7 @@ from tests.fuzz import driver
 
 COUNT = 3000
 """Cases of both files of tests together."""
-FILES = ("upstream", "converted", "cache", "archive", "captions", "command_line")
+FILES = ("upstream", "converted", "cache", "archive", "captions", "album", "command_line")
 
 
 def assert_good(names: list[str]) -> None:

@@ -56,6 +56,10 @@ def _converted(here: Path) -> None:
     _run(Job(arguments=("convert", str(SOURCES["apple"]), "{here}/converted")), here)
 
 
+def _pictures(here: Path) -> None:
+    shutil.copytree(APPLE / "images", here / "pictures")
+
+
 def _questions(here: Path) -> None:
     (here / "questions.jsonl").write_text(_QUESTIONS)
 
@@ -73,6 +77,14 @@ JOBS = {
     "archive": Job(arguments=("convert", "{here}/source.zip", "{here}/out"), prepare=_archive),
     "first use": Job(
         arguments=("generate", "-m", str(SOURCES["apple"]), "-n", "2", str(APPLE / "images" / "square.png")),
+        result=None,
+    ),
+    "search": Job(
+        arguments=(
+            *("search", "{here}/pictures", "a cat", "-m", str(SOURCES["apple"]), "-r", "64"),
+            *("--no-captions", "--threshold", "0"),
+        ),
+        prepare=_pictures,
         result=None,
     ),
     "eval": Job(
