@@ -1,14 +1,13 @@
-"""Measures and plots what `--resolution auto` gains: accuracy over visual tokens, beside fixed resolutions.
+"""Measures and plots what `--resolution auto --detail N` gains: accuracy over visual tokens.
 
     python demo/detail.py
 
-Three worlds, because a fixed resolution is best where all pictures are alike: the demo's own scenes; scenes from its
-own distance to one where everything is 0.6 times as large; and scenes from both nearer and further. Fonts and
-backgrounds are held out, and the seed is the second one of `evaluate.py`. The default of `--detail` was chosen on
-scenes of the training kind with other seeds. `auto` chooses among the resolutions that the model was trained at, 192
-to 256 pixels; 128 and 320 are shown beside them. Writes `detail.json` and `detail.png` into `build/`, or with
-`--record` beside this file; answers are kept in `build/detail/`, so that the measure can be changed without asking
-again.
+Two worlds, because a fixed resolution is best where all pictures are alike: the demo's own scenes, and scenes from its
+own distance to one where everything is 0.6 times as large. Fonts and backgrounds are held out, and the seed is the
+second one of `evaluate.py`. The measure and `DETAIL` were chosen on scenes of the training kind, of other seeds. `auto`
+chooses between the resolutions that the model was trained at, 192 and 256 pixels; 128 and 320 are shown beside them.
+Writes `detail.json` and `detail.png` into `build/`, or with `--record` beside this file; answers are kept in
+`build/detail/`, so that the measure can be changed without asking again.
 """
 
 from __future__ import annotations
@@ -31,10 +30,12 @@ from fastvlm_mlx.inputs.turned import TurnedImage
 from fastvlm_mlx.jobs.evaluate import evaluate
 from fastvlm_mlx.jobs.questions import read_questions
 
-WORLDS = {"own": (1.0, 1.0), "further": (0.6, 1.0), "near and far": (0.6, 1.6)}
+WORLDS = {"own": (1.0, 1.0), "further": (0.6, 1.0)}
 """The smallest and the largest zoom; its logarithm is spread evenly between them."""
 FIXED = (128, 192, 256, 320)
 TRAINED = (192, 256)
+LOWEST = 80
+"""Per cent at which the axes begin."""
 DETAIL = 8.0
 DETAILS = (5.0, 6.0, 7.0, DETAIL, 9.0, 10.0, 12.0)
 
@@ -78,15 +79,19 @@ def answer(model: str, world: str, seed: int, count: int) -> tuple[Path, list[di
     return folder, json.loads(kept.read_text())
 
 
-def choose(folder: Path, count: int, detail: float) -> list[int]:
-    """Returns the resolution that each picture gets."""
-    smaller, largest = TRAINED[:-1], TRAINED[-1]
-    chosen = []
+def spacings(folder: Path, count: int) -> list[dict[int, float]]:
+    """Returns the spacing of each picture's details at the resolutions that it may get."""
+    found = []
     for index in range(count):
         with Image.open(folder / "images" / f"{index:05}.png") as image:
-            details = Details(TurnedImage(image.convert("RGB")), largest)
-        chosen.append(next((side for side in smaller if details.spacing(side) >= detail), largest))
-    return chosen
+            details = Details(TurnedImage(image.convert("RGB")), TRAINED[-1])
+        found.append({side: details.spacing(side) for side in TRAINED[:-1]})
+    return found
+
+
+def choose(spacing: dict[int, float], detail: float) -> int:
+    """Returns the resolution that a picture gets."""
+    return next((side for side, pixels in spacing.items() if pixels >= detail), TRAINED[-1])
 
 
 def share(scores: list[dict[str, float]], chosen: list[int]) -> Row:
@@ -112,7 +117,8 @@ def measure(model: str, count: int) -> dict[str, Any]:
     for world, zoom in WORLDS.items():
         folder, scores = answer(model, world, seed, count)
         fixed = {str(side): share(scores, [side] * count) for side in FIXED}
-        chosen = {detail: choose(folder, count, detail) for detail in DETAILS}
+        pictures = spacings(folder, count)
+        chosen = {detail: [choose(picture, detail) for picture in pictures] for detail in DETAILS}
         auto = {f"{detail:g}": share(scores, sides) for detail, sides in chosen.items()}
         worlds[world] = {
             "zoom": zoom,
@@ -128,12 +134,12 @@ def measure(model: str, count: int) -> dict[str, Any]:
 
 def plot(result: dict[str, Any], path: Path) -> None:
     """Draws accuracy over visual tokens, one panel for each world."""
-    figure, panels = plt.subplots(1, len(WORLDS), figsize=(10.5, 3.9), layout="constrained", sharey=True)
+    figure, panels = plt.subplots(1, len(result["worlds"]), figsize=(9, 4), layout="constrained", sharey=True)
     for axes, (world, values) in zip(panels, result["worlds"].items(), strict=True):
         for label, rows, style in (
             ("fixed", values["fixed"], {"color": "#888888", "marker": "s", "markersize": 5}),
             ("auto", values["auto"], {"color": "#c2410c", "marker": "o", "markersize": 3, "linewidth": 1.2}),
-            ("auto, default", {"": values["auto"][f"{DETAIL:g}"]}, {"color": "#c2410c", "marker": "o"}),
+            (f"auto:{DETAIL:g}", {"": values["auto"][f"{DETAIL:g}"]}, {"color": "#c2410c", "marker": "o"}),
         ):
             tokens, middle, low, high = (
                 [row[name] * (1 if name == "tokens" else 100) for row in rows.values()]
@@ -145,11 +151,13 @@ def plot(result: dict[str, Any], path: Path) -> None:
             ]
             axes.errorbar(tokens, middle, yerr=None if label == "auto" else bars, capsize=2, label=label, **style)
         for side, row in values["fixed"].items():
-            axes.annotate(
-                f"{side} px", (row["tokens"], max(100 * row["score"], 51)), (4, -11), textcoords="offset points"
-            )
-        nearest, furthest = values["zoom"]
-        axes.set_title(f"{world}: zoom {nearest:g}" + (f" to {furthest:g}" if nearest != furthest else ""))
+            share, label, above = 100 * row["score"], f"{side} px", -12
+            if share < LOWEST:
+                share, label, above = LOWEST, f"{label}: {share:.0f} %", 4
+            axes.annotate(label, (row["tokens"], share), (4, above), textcoords="offset points")
+        axes.set_ylim(LOWEST, 100.5)
+        low, high = values["zoom"]
+        axes.set_title(f"{world}: zoom {low:g}" + (f" to {high:g}" if low != high else ""))
         axes.set_xlabel("visual tokens of a picture on average")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
