@@ -236,7 +236,8 @@ def _exchange(random: Random, folder: Path, path: Path) -> None:
 def damage_folder(random: Random, folder: Path) -> None:
     """Damages one or two files of a checkpoint, config.json and the weights more often than others."""
     files = sorted(file for file in folder.iterdir() if file.is_file())
-    weights = [{"config.json": 8, "model.safetensors": 8, "tokenizer.json": 2, "tokenizer.bin": 2}.get(file.name, 1) for file in files]
+    often = {"config.json": 8, "model.safetensors": 8, "tokenizer.json": 2, "tokenizer.bin": 2}
+    weights = [often.get(file.name, 1) for file in files]
     for path in dict.fromkeys(random.choices(files, weights, k=random.choice((1, 1, 1, 2)))):
         if random.random() < 0.2:
             _exchange(random, folder, path)
