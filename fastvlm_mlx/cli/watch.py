@@ -35,6 +35,8 @@ _LOOKS = 10.0
 """Frames a second that are looked at."""
 _LIVE_RESOLUTION = 512
 """Pixels per side for live pictures: 64 visual tokens rather than 256, so that words come sooner."""
+_LIVE_KEPT = 64_000_000
+"""Bytes of earlier prompts that are kept, for a question about the picture that was described; of films none are."""
 _FILM_ROWS = 4
 """Scenes of a film that are answered together."""
 
@@ -244,6 +246,7 @@ def _speaker(speak: Speak, voice: str | None, rate: int | None, stack: ExitStack
 
 
 def _load(model: str, revision: str | None, dtype: Any, *, rows: int) -> "Engine":
+    from fastvlm_mlx.engine.prefix_cache import PrefixCache
     from fastvlm_mlx.generation.engine import Engine
     from fastvlm_mlx.resolve import load
 
@@ -253,7 +256,7 @@ def _load(model: str, revision: str | None, dtype: Any, *, rows: int) -> "Engine
             model, dtype=dtype.value if dtype else None, revision=revision, notify=note, progress=progress
         )
     warn_of_slow_blas()
-    return Engine(network, processor, max_batch=rows)
+    return Engine(network, processor, max_batch=rows, prefix_cache=PrefixCache(_LIVE_KEPT if rows == 1 else 0))
 
 
 def _watch_live(
