@@ -47,7 +47,8 @@ class Server:
         most: The most questions at the same time so far.
     """
 
-    def __init__(self, certificate: Path | None = None) -> None:
+    def __init__(self, certificate: Path | None = None, host: str = "127.0.0.1") -> None:
+        self.host = host
         self.model: dict[str, Any] = dict(MODEL)
         self.goes_on = threading.Event()
         self.goes_on.set()
@@ -66,11 +67,11 @@ class Server:
     @property
     def address(self) -> Address:
         scheme = "https" if self._certificate else "http"
-        return Address.parse(f"{scheme}://127.0.0.1:{self.port}")
+        return Address.parse(f"{scheme}://{self.host}:{self.port}")
 
     def start(self) -> None:
         """Listens; again on the same port."""
-        server = ThreadingHTTPServer(("127.0.0.1", self.port), _handler(self))
+        server = ThreadingHTTPServer((self.host, self.port), _handler(self))
         server.daemon_threads = True
         server.handle_error = lambda *_: None  # type: ignore[method-assign]
         if self._certificate:
