@@ -11,6 +11,7 @@ import fastvlm_mlx
 from fastvlm_mlx import Engine, GenerationConfig, PrefixCache, Request, SchemaError, generate, load, stream_generate
 from fastvlm_mlx.engine import scheduler as scheduling
 from fastvlm_mlx.engine.scheduler import Scheduler
+from fastvlm_mlx.model.language import Qwen2
 from tests.structured.random_schemas import random_schema
 
 pytest.importorskip("llguidance", reason="the extra `structured` is not installed")
@@ -142,14 +143,23 @@ def test_rows_that_begin_again_go_on_in_their_schema(demo, monkeypatch):
     assert answers == expected
 
 
-def test_behind_the_first_token_the_next_logits_are_submitted_before_the_latest_tokens_are_read(demo, monkeypatch):
+@pytest.mark.parametrize(
+    ("at_once", "order"),
+    [(False, ["read", "submit", *("submit", "read") * 2, "read"]), (True, ["read", *("submit", "read") * 3])],
+    ids=["submitted", "computed at once"],
+)
+def test_next_logits_come_before_the_latest_tokens_are_read_unless_they_are_computed_at_once(
+    demo, monkeypatch, at_once, order
+):
+    """The first token is read before anything else in any case."""
+    monkeypatch.setattr(Qwen2, "steps_at_once", at_once)
     events = []
     forward, read = Scheduler._forward, scheduling.read_tokens
     monkeypatch.setattr(Scheduler, "_forward", lambda *arguments: events.append("submit") or forward(*arguments))
     monkeypatch.setattr(scheduling, "read_tokens", lambda tokens: events.append("read") or read(tokens))
     with Engine(*demo) as engine:
         engine.submit(Request(prompt=PROMPT, schema=SCENE, config=GenerationConfig(max_tokens=4))).result()
-    assert events == ["read", "submit", *("submit", "read") * 2, "read"]
+    assert events == order
 
 
 def test_a_schema_that_turns_out_too_complex_fails_alone(demo, monkeypatch):
