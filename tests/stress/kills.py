@@ -81,7 +81,7 @@ JOBS = {
     ),
     "search": Job(
         arguments=(
-            *("search", "{here}/pictures", "a cat", "-m", str(SOURCES["apple"]), "-r", "64"),
+            *("search", "pictures", "a cat", "-m", str(SOURCES["apple"]), "-r", "64"),
             *("--no-captions", "--threshold", "0"),
         ),
         prepare=_pictures,
