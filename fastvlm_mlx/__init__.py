@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fastvlm_mlx.errors import QueueFullError as QueueFullError
     from fastvlm_mlx.errors import RangeError as RangeError
     from fastvlm_mlx.errors import SchemaError as SchemaError
+    from fastvlm_mlx.errors import ServerError as ServerError
     from fastvlm_mlx.generation.choose import choose as choose
     from fastvlm_mlx.generation.engine import Engine as Engine
     from fastvlm_mlx.generation.generate import generate as generate
@@ -69,6 +70,7 @@ _HOME = {
     "GateError": "errors",
     "RangeError": "errors",
     "SchemaError": "errors",
+    "ServerError": "errors",
     "Allow": "inputs.sources",
     "ImageSource": "inputs.sources",
     "Message": "inputs.prompts",
@@ -105,6 +107,7 @@ __all__ = [
     "RangeError",
     "Request",
     "SchemaError",
+    "ServerError",
     "Timings",
     "TokenLogprob",
     "__version__",

@@ -78,9 +78,9 @@ def test_a_dry_run_of_convert_imports_no_mlx(tmp_path: Path) -> None:
 def test_generate_imports_neither_mlx_lm_nor_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTVLM_CACHE", str(tmp_path / "cache"))
     image = str(APPLE / "images" / "square.png")
-    modules, answer = imported_by_command(
-        tmp_path / "modules.json", "generate", image, "--model", str(APPLE / "reparam"), "--max-tokens", "2", "--json"
-    )
+    arguments = ["generate", image, "--model", str(APPLE / "reparam"), "--max-tokens", "2", "--json"]
+    imported_by_command(tmp_path / "modules.json", *arguments)  # converts
+    modules, answer = imported_by_command(tmp_path / "modules.json", *arguments)
     assert json.loads(answer)["visual_tokens"] == 4
     assert "mlx" in modules
     assert not modules & {"mlx_lm", "transformers", "torch", "rich"}

@@ -23,6 +23,10 @@ class Recent(Generic[_Key, _Value]):
         self._lock = threading.Lock()
         self._values: OrderedDict[_Key, _Value] = OrderedDict()
 
+    def __reduce__(self) -> tuple[type[Recent[_Key, _Value]], tuple[int]]:
+        """Pickles and copies as an empty one: a lock stays in its process, and what is kept can be made again."""
+        return type(self), (self._count,)
+
     def get(self, key: _Key, make: Callable[[], _Value]) -> _Value:
         """The value of a key; `make` makes it if it is not there, and raises what it raises."""
         with self._lock:

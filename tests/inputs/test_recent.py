@@ -1,5 +1,7 @@
 """Recent values are made once, and old ones are forgotten."""
 
+import pickle
+
 import pytest
 
 from fastvlm_mlx.inputs.recent import Recent
@@ -22,3 +24,10 @@ def test_an_error_is_not_kept():
     with pytest.raises(ZeroDivisionError):
         recent.get("a", lambda: 1 // 0)
     assert recent.get("a", lambda: 1) == 1
+
+
+def test_a_copy_begins_empty_and_holds_as_many():
+    recent = Recent(1)
+    recent.get("a", lambda: 1)
+    twin = pickle.loads(pickle.dumps(recent))
+    assert [twin.get("a", lambda: 2), twin.get("b", lambda: 3), twin.get("a", lambda: 4)] == [2, 3, 4]

@@ -331,7 +331,7 @@ def test_several_questions_read_a_picture_once(
     loads: list[object] = []
 
     def load(source: Any, **rest: Any) -> TurnedImage:
-        loads.append(source)
+        loads.append(getattr(source, "name", source))
         return images.load_turned(source, **rest)
 
     monkeypatch.setattr(processor, "load_turned", load)
