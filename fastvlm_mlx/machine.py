@@ -10,8 +10,6 @@ from pathlib import Path
 
 from fastvlm_mlx.errors import CheckpointError, ConfigError
 
-_LARGEST_HEAP = 8 << 30
-"""Bytes of the heap that get large pages."""
 CACHE_VARIABLE = "FASTVLM_CACHE"
 THREADS_VARIABLE = "FASTVLM_THREADS"
 
@@ -84,7 +82,7 @@ def describe() -> Machine:
         device=device(),
         chip=_chip(str(info["device_name"])),
         cores=os.cpu_count() or 1,
-        memory=int(info.get("memory_size") or _memory()),
+        memory=int(info.get("memory_size") or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")),
         system=f"{_system()} {platform.machine()}",
         python=platform.python_version(),
         mlx=version("mlx"),
@@ -110,13 +108,11 @@ def _chip(device_name: str) -> str:
 
 
 def tune_allocator() -> None:
-    """Lets glibc reuse what MLX's CPU backend frees, in large pages; for a program such as the command line.
+    """Lets glibc reuse what MLX's CPU backend frees; for a program that does nothing else, such as the command line.
 
     By default glibc returns freed memory to the system and faults it in again page by page: 400,000 page faults for an
     image of 1024 px. All threads then share one heap that keeps large arrays, too, so the decoder's weights can take
-    the place of the vision tower's. That heap gets pages of 2 MB where the system has them: looking up the addresses of
-    pages of 4 KB takes a fifth of the time in which a token reads all weights. An allocator that the user has tuned is
-    left alone.
+    the place of the vision tower's. An allocator that the user has tuned is left alone.
     """
     tuned = any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ)
     if platform.system() != "Linux" or tuned:
@@ -124,27 +120,14 @@ def tune_allocator() -> None:
     import ctypes
 
     try:
-        library = ctypes.CDLL(None)
-        mallopt, malloc, free, madvise = library.mallopt, library.malloc, library.free, library.madvise
+        mallopt = ctypes.CDLL(None).mallopt
     except AttributeError:  # not glibc
         return
     trim_threshold, top_pad, mmap_max, arena_max = -1, -2, -4, -8  # malloc.h
-    mallopt(trim_threshold, -1)  # never
+    mallopt(trim_threshold, 2**31 - 1)
     mallopt(top_pad, 64 << 20)
     mallopt(mmap_max, 0)
     mallopt(arena_max, 1)
-    # Addresses without memory behind them, which the heap then grows into.
-    size, page, huge_pages = min(_LARGEST_HEAP, _memory() // 2), os.sysconf("SC_PAGE_SIZE"), 14
-    malloc.restype, malloc.argtypes, free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
-    if block := malloc(size):
-        start = -(-block // page) * page
-        madvise(ctypes.c_void_p(start), ctypes.c_size_t((block + size - start) // page * page), huge_pages)
-        free(block)
-
-
-def _memory() -> int:
-    """Bytes of the machine's memory."""
-    return int(os.sysconf("SC_PHYS_PAGES")) * int(os.sysconf("SC_PAGE_SIZE"))
 
 
 @contextmanager
