@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fastvlm_mlx.album.asking import Asker, check_query, probability
 from fastvlm_mlx.album.index import Details, Index, day, index_path
@@ -49,6 +50,19 @@ class Hit:
     caption: str
     date: str
     size: tuple[int, int] | None
+
+    def record(self) -> dict[str, Any]:
+        """What is told of it to programs, but for how it is named."""
+        width, height = self.size or (None, None)
+        return {
+            "score": round(self.score, 4),
+            "probability": None if self.probability is None else round(self.probability, 4),
+            "words": round(self.words, 4),
+            "caption": self.caption,
+            "date": self.date,
+            "width": width,
+            "height": height,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -95,12 +95,32 @@ def _read(asked: Asked) -> "list[Encoded] | None":
     return images
 
 
+def show_answer(
+    network: "FastVLM", processor: "FastVLMProcessor", question: "Question", images: list[Any], showing: "Showing"
+) -> None:
+    """Shows the answer of a loaded model, piece by piece; its tower is free afterwards."""
+    from fastvlm_mlx import choose, stream_generate
+
+    common: Any = {
+        "image": images or None,
+        "prompt": question.prompt,
+        "system": question.system,
+        "resolution": question.resolution,
+    }
+    if question.choices:
+        showing.choices(choose(network, processor, question.choices, **common))
+        return
+    settings: Any = {"config": question.config, "schema": question.schema, "free_tower": True}
+    for piece in stream_generate(network, processor, **common, **settings):
+        showing.piece(piece)
+
+
 def _answer_here(asked: Asked, holding: "Holding", showing: "Showing") -> None:
     """Loads the model and lets it answer; a conversion in the cache that turns out to be damaged is made again."""
     from concurrent.futures import ThreadPoolExecutor
     from functools import partial
 
-    from fastvlm_mlx import choose, load, stream_generate
+    from fastvlm_mlx import load
     from fastvlm_mlx.backend import mx
     from fastvlm_mlx.inputs.images import load_turned
     from fastvlm_mlx.resolve import find, is_damaged, remake
@@ -132,18 +152,7 @@ def _answer_here(asked: Asked, holding: "Holding", showing: "Showing") -> None:
             images = [image.result() for image in loading]
             showing.begin(len(images), slow=slow_blas())
             showing.seen()
-            common: Any = {
-                "image": images or None,
-                "prompt": question.prompt,
-                "system": question.system,
-                "resolution": question.resolution,
-            }
-            if question.choices:
-                showing.choices(choose(network, processor, question.choices, **common))
-                return
-            settings: Any = {"config": question.config, "schema": question.schema}
-            for piece in stream_generate(network, processor, **common, **settings, free_tower=True):
-                showing.piece(piece)
+            show_answer(network, processor, question, images, showing)
 
         network, processor = loaded()
         try:

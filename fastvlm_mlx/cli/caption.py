@@ -2,7 +2,6 @@
 
 import re
 from contextlib import ExitStack
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +9,7 @@ import typer
 
 from fastvlm_mlx.cli.captioning import NAMED, Run, folder_of, found_folder, identity, note_exports, run
 from fastvlm_mlx.cli.clustering import Cluster
+from fastvlm_mlx.cli.exporting import Csv, Embed, Hf, Overwrite, Txt, WebDataset, Xmp, XmpName
 from fastvlm_mlx.cli.finding import find, part_choice, plan_line
 from fastvlm_mlx.cli.inputs import read_schema
 from fastvlm_mlx.cli.options import (
@@ -24,7 +24,6 @@ from fastvlm_mlx.cli.options import (
     Resolution,
     Revision,
     Warm,
-    choices,
     parse_seconds,
     refuse,
     user_path,
@@ -42,13 +41,6 @@ if TYPE_CHECKING:
 
 _FIELD = re.compile(r"[A-Za-z_]\w{0,63}")
 _RESERVED = frozenset("file text time page width height finish_reason error answers".split())
-
-
-class XMPName(str, Enum):
-    """How XMP sidecars are called."""
-
-    ext = "ext"
-    plain = "plain"
 
 
 def caption(
@@ -145,29 +137,14 @@ def caption(
     json_progress: Annotated[
         bool, typer.Option("--json-progress", help="Say how far it is on stderr as JSON, a line a second.")
     ] = False,
-    txt: Annotated[bool, typer.Option("--txt", help="Write photo.txt beside each picture.")] = False,
-    xmp: Annotated[bool, typer.Option("--xmp", help="Write an XMP sidecar beside each picture.")] = False,
-    xmp_name: Annotated[
-        XMPName | None,
-        typer.Option(
-            metavar=choices(XMPName), help="photo.jpg.xmp or photo.xmp. [default: the one that is there, or ext]"
-        ),
-    ] = None,
-    embed: Annotated[
-        bool,
-        typer.Option(
-            "--embed", help="Write it into the JPEG, PNG and WebP files themselves, as XMP; keeps their dates."
-        ),
-    ] = False,
-    csv: Annotated[Path | None, typer.Option(metavar="FILE", parser=user_path, help="Write a table.")] = None,
-    hf: Annotated[bool, typer.Option("--hf", help="Write metadata.jsonl, for Hugging Face's imagefolder.")] = False,
-    webdataset: Annotated[
-        Path | None,
-        typer.Option(metavar="PREFIX", parser=user_path, help="Write PREFIX-000000.tar and so on, with the pictures."),
-    ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace descriptions that people have written, too.")
-    ] = False,
+    txt: Txt = False,
+    xmp: Xmp = False,
+    xmp_name: XmpName = None,
+    embed: Embed = False,
+    csv: Csv = None,
+    hf: Hf = False,
+    webdataset: WebDataset = None,
+    overwrite: Overwrite = False,
     warm: Warm = True,
     ray: Annotated[
         str | None,

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastvlm_mlx.cli.caption import XMPName
 from fastvlm_mlx.cli.captioning import note_exports
+from fastvlm_mlx.cli.exporting import Csv, Embed, Hf, Overwrite, Txt, WebDataset, Xmp, XmpName
 from fastvlm_mlx.cli.finding import find
-from fastvlm_mlx.cli.options import CHECK_FAILED, choices, refuse, user_path
+from fastvlm_mlx.cli.options import CHECK_FAILED, refuse, user_path
 from fastvlm_mlx.cli.terminal import ByteProgress, note
 from fastvlm_mlx.errors import ConfigError
 from fastvlm_mlx.formatting import counted, printable
@@ -34,26 +34,14 @@ def merge(
         list[str] | None,
         typer.Option(metavar="PATH", help="The folder of the pictures, for --txt and the like; may be repeated."),
     ] = None,
-    txt: Annotated[bool, typer.Option("--txt", help="Write photo.txt beside each picture.")] = False,
-    xmp: Annotated[bool, typer.Option("--xmp", help="Write an XMP sidecar beside each picture.")] = False,
-    xmp_name: Annotated[
-        XMPName | None,
-        typer.Option(
-            metavar=choices(XMPName), help="photo.jpg.xmp or photo.xmp. [default: the one that is there, or ext]"
-        ),
-    ] = None,
-    embed: Annotated[
-        bool, typer.Option("--embed", help="Write it into the JPEG, PNG and WebP files themselves, as XMP.")
-    ] = False,
-    csv: Annotated[Path | None, typer.Option(metavar="FILE", parser=user_path, help="Write a table.")] = None,
-    hf: Annotated[bool, typer.Option("--hf", help="Write metadata.jsonl, for Hugging Face's imagefolder.")] = False,
-    webdataset: Annotated[
-        Path | None,
-        typer.Option(metavar="PREFIX", parser=user_path, help="Write PREFIX-000000.tar and so on, with the pictures."),
-    ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace descriptions that people have written, too.")
-    ] = False,
+    txt: Txt = False,
+    xmp: Xmp = False,
+    xmp_name: XmpName = None,
+    embed: Embed = False,
+    csv: Csv = None,
+    hf: Hf = False,
+    webdataset: WebDataset = None,
+    overwrite: Overwrite = False,
     force: Annotated[
         bool, typer.Option("--force", help="Merge records of different settings, models and versions, too.")
     ] = False,

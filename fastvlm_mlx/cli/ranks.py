@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from fastvlm_mlx.cli.answering import Asked
+from fastvlm_mlx.cli.answering import Asked, show_answer
 from fastvlm_mlx.cli.inputs import load_named
 from fastvlm_mlx.cli.terminal import ByteProgress, note, silence, slow_blas
 from fastvlm_mlx.errors import ConfigError, FastVLMError
@@ -46,7 +46,7 @@ def answer_together(asked: Asked, holding: "Holding", showing: "Showing") -> Non
     """
     from functools import partial
 
-    from fastvlm_mlx import choose, load, stream_generate
+    from fastvlm_mlx import load
     from fastvlm_mlx.backend import mx
     from fastvlm_mlx.inputs.images import load_image
 
@@ -73,18 +73,7 @@ def answer_together(asked: Asked, holding: "Holding", showing: "Showing") -> Non
     shared = _shared(images, group)
     showing.begin(len(shared), slow=slow_blas())
     showing.seen()
-    common: Any = {
-        "image": shared or None,
-        "prompt": question.prompt,
-        "system": question.system,
-        "resolution": question.resolution,
-    }
-    if question.choices:
-        showing.choices(choose(network, processor, question.choices, **common))
-    else:
-        settings: Any = {"config": question.config, "schema": question.schema, "free_tower": True}
-        for piece in stream_generate(network, processor, **common, **settings):
-            showing.piece(piece)
+    show_answer(network, processor, question, shared, showing)
     showing.peak_memory = mx.get_peak_memory()
     _wait(group)
 

@@ -277,17 +277,7 @@ class Show:
         return _fitting(f"{line}  {printable(hit.caption)}" if room >= 20 and hit.caption else line, width)
 
     def _record(self, hit: "Hit") -> dict[str, Any]:
-        width, height = hit.size or (None, None)
-        return {
-            "path": self.path(hit),
-            "score": round(hit.score, 4),
-            "probability": None if hit.probability is None else round(hit.probability, 4),
-            "words": round(hit.words, 4),
-            "caption": hit.caption,
-            "date": hit.date,
-            "width": width,
-            "height": height,
-        }
+        return {"path": self.path(hit), **hit.record()}
 
     def open(self, paths: "Sequence[Path]") -> None:
         """Opens files in the programs that the desktop has for them.

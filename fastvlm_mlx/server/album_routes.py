@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import secrets
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from typing import Any
 
 from starlette.requests import Request
@@ -18,11 +16,11 @@ from starlette.types import Receive, Scope, Send
 
 from fastvlm_mlx.album.album import THRESHOLD, Hit, Results
 from fastvlm_mlx.album.asking import Asker, check_query
-from fastvlm_mlx.errors import FastVLMError, ImageError
+from fastvlm_mlx.errors import ImageError
 from fastvlm_mlx.schema import parse_object
 from fastvlm_mlx.server.album import ServedAlbum
 from fastvlm_mlx.server.api import ApiError, Context, openai_error
-from fastvlm_mlx.server.exchange import Disconnected, Reply, as_api_error, error_headers, read_body
+from fastvlm_mlx.server.exchange import Disconnected, Reply, read_body, refusing
 from fastvlm_mlx.server.fields import Fields
 from fastvlm_mlx.server.guard import log_error
 from fastvlm_mlx.server.service import Service
@@ -97,28 +95,9 @@ class Search:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers a request."""
-        context = Context(
-            service=self._service,
-            settings=self._settings,
-            id=secrets.token_hex(12),
-            created=int(time.time()),
-            start=time.perf_counter(),
-        )
-        reply = Reply(send, self._settings.send_seconds, context)
-        try:
+        reply = Reply(send, self._settings.send_seconds, Context.of(self._service, self._settings))
+        async with refusing(scope, reply, body=openai_error, broken=_broken, media_type=LINES):
             await self._answer(receive, reply)
-        except Disconnected:
-            log.info("%s: the client went away after %.1f s", context.id, time.perf_counter() - context.start)
-        except FastVLMError as error:
-            refusal = as_api_error(error)
-            log_error(scope, refusal, context.id)
-            self._service.metrics.refused(refusal.code or str(refusal.status))
-            with suppress(Disconnected):
-                if reply.begun:
-                    await reply.part(_line(openai_error(refusal)), LINES)
-                    await reply.end()
-                else:
-                    await reply.json(refusal.status, openai_error(refusal), error_headers(refusal))
 
     async def _answer(self, receive: Receive, reply: Reply) -> None:
         fields = Fields(parse_object(await read_body(receive), "the request", error=_unreadable, advice=""))
@@ -192,18 +171,12 @@ def _record(results: Results) -> dict[str, Any]:
 
 def _hit(hit: Hit) -> dict[str, Any]:
     """A picture that was found; where the folder is, is not said."""
-    width, height = hit.size or (None, None)
-    return {
-        "id": hit.id,
-        "name": hit.name.encode("utf-8", "replace").decode(),
-        "score": round(hit.score, 4),
-        "probability": None if hit.probability is None else round(hit.probability, 4),
-        "words": round(hit.words, 4),
-        "caption": hit.caption,
-        "date": hit.date,
-        "width": width,
-        "height": height,
-    }
+    return {"id": hit.id, "name": hit.name.encode("utf-8", "replace").decode(), **hit.record()}
+
+
+def _broken(error: ApiError) -> bytes:
+    """The end of a stream that an error ends."""
+    return _line(openai_error(error))
 
 
 def _line(record: Mapping[str, Any]) -> bytes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import secrets
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -61,6 +63,12 @@ class Context:
     id: str
     created: int
     start: float
+
+    @classmethod
+    def of(cls, service: Service, settings: Settings) -> Context:
+        """That of a request which has just arrived."""
+        now = int(time.time())
+        return cls(service=service, settings=settings, id=secrets.token_hex(12), created=now, start=time.perf_counter())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,10 +6,9 @@ import asyncio
 import json
 import logging
 import math
-import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, aclosing, suppress
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from typing import Any
 
 from starlette.types import Receive, Scope, Send
@@ -54,22 +53,14 @@ class Exchange:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers a request."""
-        context = Context(
-            service=self._service,
-            settings=self._settings,
-            id=secrets.token_hex(12),
-            created=int(time.time()),
-            start=time.perf_counter(),
-        )
+        context = Context.of(self._service, self._settings)
         reply = Reply(send, self._settings.send_seconds, context)
-        try:
-            async with AsyncExitStack() as stack:
-                await self._answer(receive, reply, context, stack)
-        except Disconnected:
-            log.info("%s: the client went away after %.1f s", context.id, time.perf_counter() - context.start)
-        except FastVLMError as error:
-            with suppress(Disconnected):
-                await self._refuse(as_api_error(error), reply, scope)
+        api = self._api
+        async with (
+            refusing(scope, reply, body=api.error, broken=api.broken, media_type=api.media_type),
+            AsyncExitStack() as stack,
+        ):
+            await self._answer(receive, reply, context, stack)
 
     async def _answer(self, receive: Receive, reply: Reply, context: Context, stack: AsyncExitStack) -> None:
         self._service.check_ready()
@@ -147,19 +138,44 @@ class Exchange:
                 await reply.part(chunk, self._api.media_type)
         await reply.end()
 
-    async def _refuse(self, error: ApiError, reply: Reply, scope: Scope) -> None:
-        """Sends an error, as the end of the stream if one has begun."""
-        log_error(scope, error, reply.context.id)
-        self._service.metrics.refused(error.code or str(error.status))
-        if reply.begun:
-            await reply.part(self._api.broken(error), self._api.media_type)
-            await reply.end()
-        else:
-            await reply.json(error.status, self._api.error(error), error_headers(error))
-
 
 class Disconnected(Exception):
     """The client has gone; there is no one to tell."""
+
+
+@asynccontextmanager
+async def refusing(
+    scope: Scope,
+    reply: Reply,
+    *,
+    body: Callable[[ApiError], Mapping[str, Any]],
+    broken: Callable[[ApiError], bytes],
+    media_type: str,
+) -> AsyncIterator[None]:
+    """Sends the error that a `with` block ends with, as the end of the stream if one has begun.
+
+    Args:
+        scope: The request, for the log.
+        reply: The response to it.
+        body: Of a response that is an error.
+        broken: The end of a stream.
+        media_type: Of a stream.
+    """
+    context = reply.context
+    try:
+        yield
+    except Disconnected:
+        log.info("%s: the client went away after %.1f s", context.id, time.perf_counter() - context.start)
+    except FastVLMError as err:
+        error = as_api_error(err)
+        log_error(scope, error, context.id)
+        context.service.metrics.refused(error.code or str(error.status))
+        with suppress(Disconnected):
+            if reply.begun:
+                await reply.part(broken(error), media_type)
+                await reply.end()
+            else:
+                await reply.json(error.status, body(error), error_headers(error))
 
 
 class Reply:
