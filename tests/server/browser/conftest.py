@@ -207,7 +207,7 @@ class Visit:
     def show(self, *names: str) -> None:
         """Chooses sample pictures as files."""
         self.page.set_input_files("#file", [SAMPLES / name for name in names])
-        self.page.wait_for_selector("#shown")
+        self.page.wait_for_selector(", ".join(f'#shown[alt="{name}"]' for name in names))  # one is shown, read by then
 
     def ask(self, question: str) -> Any:
         """Asks, and waits for the whole answer; returns its article."""
