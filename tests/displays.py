@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -28,3 +29,15 @@ def display(size: str = "320x240x24") -> Iterator[str]:
     finally:
         server.terminate()
         server.wait(10)
+
+
+def copy(kind: str, data: bytes) -> None:
+    """Puts data of a MIME type into the clipboard of $DISPLAY, and returns when they can be pasted."""
+    xclip = ["xclip", "-selection", "clipboard", "-target", kind]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    subprocess.run([*xclip, "-in"], input=data, check=True, **quiet)
+    # xclip returns before its copy in the background owns the selection.
+    deadline = time.monotonic() + 10
+    while subprocess.run([*xclip, "-out"], capture_output=True).stdout != data:
+        assert time.monotonic() < deadline, "the clipboard does not take what is copied"
+        time.sleep(0.01)

@@ -115,8 +115,7 @@ def test_the_screen_and_the_clipboard_are_seen(tmp_path: Path, monkeypatch: pyte
     with displays.display() as name:
         monkeypatch.setenv("DISPLAY", name)
         monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
-        command = ["xclip", "-selection", "clipboard", "-in", "-target", "image/png", "copied.png"]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        displays.copy("image/png", (tmp_path / "copied.png").read_bytes())
         answer = generate("@screen", "@clipboard")
     assert (answer["images"], answer["visual_tokens"]) == (["@screen", "@clipboard"], 2 * 9)
 

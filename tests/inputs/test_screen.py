@@ -1,5 +1,4 @@
 import stat
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from fastvlm_mlx.errors import ImageError
 from fastvlm_mlx.inputs import clipboard, screen
 from fastvlm_mlx.inputs.video import open_stream
 from tests import displays
+from tests.displays import copy
 
 
 @pytest.fixture(scope="module")
@@ -26,11 +26,6 @@ def display() -> Iterator[str]:
 def at_display(display: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DISPLAY", display)
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
-
-
-def copy(kind: str, data: bytes) -> None:
-    command = ["xclip", "-selection", "clipboard", "-in", "-target", kind, "-loops", "20"]
-    subprocess.run(command, input=data, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def program(folder: Path, name: str, script: str) -> Path:
