@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from fastvlm_mlx.album.asking import Asker, check_query, probability
-from fastvlm_mlx.album.index import Details, Index, day, index_path
+from fastvlm_mlx.album.database import index_path
+from fastvlm_mlx.album.index import Details, Index, day
 from fastvlm_mlx.album.ranking import Match, matches, rank
 from fastvlm_mlx.errors import ConfigError, ImageError
 from fastvlm_mlx.formatting import printable

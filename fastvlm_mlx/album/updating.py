@@ -6,40 +6,31 @@ soon as it is done, so whatever ends this early loses nothing.
 
 from __future__ import annotations
 
-import os
-import re
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastvlm_mlx.album.album import Album
-from fastvlm_mlx.album.index import Index, Known
-from fastvlm_mlx.backend import device, mx
-from fastvlm_mlx.engine.scheduler import TOWER_PIXELS
+from fastvlm_mlx.album.captions import JOURNAL, Texts
+from fastvlm_mlx.album.encoder import Encoder
+from fastvlm_mlx.album.index import Index
+from fastvlm_mlx.album.plan import Plan, look
 from fastvlm_mlx.errors import ConfigError, FastVLMError, ImageError
 from fastvlm_mlx.formatting import printable
-from fastvlm_mlx.generation.engine import PREPARING_THREADS, Engine
+from fastvlm_mlx.generation.engine import Engine
 from fastvlm_mlx.generation.request import Handle, Request
 from fastvlm_mlx.jobs.asking import Asking, Record, Work
 from fastvlm_mlx.jobs.captions import exif_values
 from fastvlm_mlx.jobs.files import stat_of
-from fastvlm_mlx.jobs.journal import Journal
-from fastvlm_mlx.jobs.pictures import Picture, Pictures, Skipped, find_pictures
+from fastvlm_mlx.jobs.pictures import Picture
 from fastvlm_mlx.jobs.task import CAPTION, Task
-from fastvlm_mlx.streams import turn
-
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-JOURNAL = "journal"
-"""The source of texts that are taken from a journal of `fastvlm caption`."""
-Texts = Mapping[str, Mapping[str, str]]
-"""By the SHA-256 of a picture's file: what was said about it, by field."""
 
 
 def form_of(weights: str, resolution: int, background: str | None = None) -> str:
@@ -61,29 +52,6 @@ def default_resolution(native: int) -> int:
     return min(native, 512)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What has changed since the index was brought up to date.
-
-    Attributes:
-        todo: Pictures that are new, have changed, or lack something.
-        unchanged: How many are as they were.
-        failed: How many of these could not be read.
-        gone: Pictures of the index that are not there any more.
-        back: Those that were gone and are there again, unchanged.
-        unreadable: Folders and files that may not be read; what the index knows below them is kept.
-        vanished: Whether the folder is not there, or has lost all of its pictures; the index is then left as it is.
-    """
-
-    todo: Sequence[Picture] = ()
-    unchanged: int = 0
-    failed: int = 0
-    gone: Sequence[Known] = ()
-    back: Sequence[Known] = ()
-    unreadable: Sequence[Skipped] = ()
-    vanished: bool = False
-
-
 class Step(NamedTuple):
     """A picture that is done.
 
@@ -96,38 +64,6 @@ class Step(NamedTuple):
     name: str
     error: str | None
     shown: bool
-
-
-def read_journals(paths: Sequence[Path]) -> dict[str, dict[str, str]]:
-    """What journals of `fastvlm caption` say about pictures; where several do, the last counts.
-
-    Raises:
-        ConfigError: If one cannot be read, or is something else.
-    """
-    texts: dict[str, dict[str, str]] = {}
-    for path in paths:
-        try:
-            with Journal(path, read_only=True) as journal:
-                for record in journal:
-                    _take(record, texts)
-        except OSError as err:
-            raise ConfigError(f"{printable(path)}: cannot be read as captions ({err.strerror or err})") from err
-    return texts
-
-
-def _take(record: Record, texts: dict[str, dict[str, str]]) -> None:
-    answers = record.get("answers")
-    given = {CAPTION: record.get(CAPTION), **(answers if isinstance(answers, dict) else {})}
-    said = {_valid(name): _valid(text) for name, text in given.items() if isinstance(text, str) and text.strip()}
-    for name in ("sha256", "embedded_sha256"):
-        sha256 = record.get(name)
-        if said and isinstance(sha256, str) and _SHA256.fullmatch(sha256):
-            texts.setdefault(sha256, {}).update(said)
-
-
-def _valid(text: str) -> str:
-    """A text without half characters, which a journal may hold but an index cannot."""
-    return text.encode("utf-8", "replace").decode()
 
 
 class Updating:
@@ -154,48 +90,7 @@ class Updating:
     def plan(self) -> Plan:
         """Looks at the folder."""
         self._take_in_texts()
-        known = {picture.path: picture for picture in self._index.pictures()}
-        found = find_pictures([self._album.folder])
-        if not found.found:
-            return Plan(unreadable=found.unreadable, vanished=True)
-        complete = self._complete()
-        todo, back, names = [], [], set()
-        unchanged = failed = 0
-        for picture in found.found:
-            names.add(picture.name)
-            earlier = known.get(picture.name)
-            if (
-                earlier is None
-                or earlier.stat != stat_of(picture.path)
-                or (earlier.content is None and self._retry_errors)
-            ):
-                todo.append(picture)
-            elif earlier.content is None or earlier.content in complete:
-                unchanged += 1
-                failed += earlier.content is None
-                if earlier.gone is not None:
-                    back.append(earlier)
-            else:
-                todo.append(picture)
-        return Plan(
-            todo=todo,
-            unchanged=unchanged,
-            failed=failed,
-            gone=self._gone(known.values(), names, found),
-            back=back,
-            unreadable=found.unreadable,
-        )
-
-    def _gone(self, known: Any, names: set[str], found: Pictures) -> list[Known]:
-        """Pictures that are not there any more, but for those below folders that cannot be read now."""
-        closed = [os.path.relpath(each.path, self._album.folder) for each in found.unreadable]
-        return [
-            picture
-            for picture in known
-            if picture.gone is None
-            and picture.path not in names
-            and not any(picture.path == path or picture.path.startswith(f"{path}/") for path in closed)
-        ]
+        return look(self._album, self._complete(), retry_errors=self._retry_errors)
 
     def _complete(self) -> set[int]:
         """The contents about which the index knows all that it should."""
@@ -223,7 +118,7 @@ class Updating:
         complete = self._complete()
         queue: deque[_Job] = deque()
         with ExitStack() as stack:
-            encoder = _Encoder(stack, self._task, self._resolution)
+            encoder = Encoder(stack, self._task, self._resolution)
             try:
                 for picture in plan.todo:
                     queue.append(self._begin(picture, asking, complete, encoder, engine))
@@ -241,7 +136,7 @@ class Updating:
         picture: Picture,
         asking: Asking,
         complete: set[int],
-        encoder: _Encoder,
+        encoder: Encoder,
         engine: Callable[[], Engine],
     ) -> _Job:
         """Reads a picture, and shows it to the model unless its content is known."""
@@ -255,7 +150,7 @@ class Updating:
         self._show(job, asking, encoder, engine)
         return job
 
-    def _show(self, job: _Job, asking: Asking, encoder: _Encoder, engine: Callable[[], Engine]) -> None:
+    def _show(self, job: _Job, asking: Asking, encoder: Encoder, engine: Callable[[], Engine]) -> None:
         job.shown = True
         said = self._texts.get(job.work.sha256 or "", {})
         if all(name in said for name in self._task.questions):
@@ -268,7 +163,7 @@ class Updating:
         queue: deque[_Job],
         asking: Asking,
         complete: set[int],
-        encoder: _Encoder,
+        encoder: Encoder,
         engine: Callable[[], Engine],
     ) -> Step:
         """Keeps what was found about the first picture of a queue, and takes it out."""
@@ -292,7 +187,7 @@ class Updating:
         return Step(work.name, error, job.shown)
 
     def _tokens(
-        self, job: _Job, encoder: _Encoder, engine: Callable[[], Engine], outcome: Record
+        self, job: _Job, encoder: Encoder, engine: Callable[[], Engine], outcome: Record
     ) -> tuple[NDArray[np.float32] | None, Record]:
         """The visual tokens (N, D) of a picture, or an outcome that says why there are none."""
         kept = [handle.visual_tokens for handle in job.work.handles.values() if handle.visual_tokens is not None]
@@ -366,71 +261,6 @@ class _Keeping:
     def submit(self, request: Request) -> Handle:
         """Asks a question, after waiting for room."""
         return self._engine.submit(replace(request, keep_visual_tokens=True))
-
-
-@dataclass(kw_only=True, eq=False)
-class _Waiting:
-    """Pictures that the tower sees next."""
-
-    pixels: list[Future[NDArray[np.uint8]]] = field(default_factory=list)
-    tokens: list[Future[NDArray[np.float32]]] = field(default_factory=list)
-
-
-class _Encoder:
-    """Shows pictures to the vision tower alone, several at a time; others are read and resized meanwhile.
-
-    Attributes:
-        ahead: So many pictures may be under way.
-        seen: The SHA-256 of the contents that are or were under way.
-    """
-
-    def __init__(self, stack: ExitStack, task: Task, resolution: int) -> None:
-        self._pool = stack.enter_context(ThreadPoolExecutor(PREPARING_THREADS, thread_name_prefix="fastvlm-album"))
-        self._background = task.background
-        self._resolution = resolution
-        self._batch = max(1, TOWER_PIXELS[device()] // resolution**2)
-        self._waiting = _Waiting()
-        self._engine: Engine | None = None
-        self.ahead = max(64, 2 * self._batch)
-        self.seen: set[str] = set()
-
-    def add(self, engine: Engine, path: str) -> Future[NDArray[np.float32]]:
-        """The visual tokens (N, D) of a picture, when enough pictures wait or after `flush`."""
-        self._engine = engine
-        prepare = engine.processor.prepare_images
-        pixels = self._pool.submit(prepare, [path], self._resolution, background=self._background)
-        tokens: Future[NDArray[np.float32]] = Future()
-        self._waiting.pixels.append(pixels)
-        self._waiting.tokens.append(tokens)
-        if len(self._waiting.tokens) >= 2 * self._batch:
-            self._encode(self._batch)
-        return tokens
-
-    def flush(self) -> None:
-        """Shows what waits."""
-        while self._waiting.tokens:
-            self._encode(self._batch)
-
-    def _encode(self, count: int) -> None:
-        """Shows the first pictures that wait to the tower."""
-        assert self._engine is not None
-        pending = list(zip(self._waiting.pixels[:count], self._waiting.tokens[:count], strict=True))
-        del self._waiting.pixels[:count], self._waiting.tokens[:count]
-        readable = []
-        for pixels, tokens in pending:
-            try:
-                readable.append((pixels.result(), tokens))
-            except FastVLMError as err:
-                tokens.set_exception(err)
-            except MemoryError:
-                tokens.set_exception(ImageError("there is not enough memory for this picture; reduce it"))
-        if not readable:
-            return
-        with turn():
-            encoded = self._engine.model.encode_image(np.concatenate([pixels for pixels, _ in readable]))
-            values = np.array(encoded.astype(mx.float32))
-        for row, (_, tokens) in zip(values, readable, strict=True):
-            tokens.set_result(row)
 
 
 def known_pictures(index: Index) -> int:

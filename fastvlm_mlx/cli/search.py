@@ -131,7 +131,7 @@ def search(
     """
     from fastvlm_mlx.album.album import Album
     from fastvlm_mlx.album.asking import check_query, check_template
-    from fastvlm_mlx.album.index import DamagedIndexError
+    from fastvlm_mlx.album.database import DamagedIndexError
     from fastvlm_mlx.album.page import write_page
     from fastvlm_mlx.cli.searching import Show, Wanted, bring_up_to_date, find, prepare
 
@@ -211,7 +211,7 @@ def _check_folder(folder: Path, index: Path | None) -> None:
     Raises:
         typer.BadParameter: If there is neither.
     """
-    from fastvlm_mlx.album.index import index_path
+    from fastvlm_mlx.album.database import index_path
 
     if folder.is_dir() or (not os.path.lexists(folder) and (index or index_path(folder)).exists()):
         return

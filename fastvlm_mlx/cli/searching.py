@@ -20,7 +20,8 @@ from fastvlm_mlx.formatting import counted, printable
 if TYPE_CHECKING:
     from fastvlm_mlx.album.album import Album, Hit, Results
     from fastvlm_mlx.album.asking import Asker
-    from fastvlm_mlx.album.updating import Plan, Updating
+    from fastvlm_mlx.album.plan import Plan
+    from fastvlm_mlx.album.updating import Updating
     from fastvlm_mlx.generation.engine import Engine
     from fastvlm_mlx.jobs.task import Task
 
@@ -101,8 +102,9 @@ class Prepared:
 @contextmanager
 def prepare(album: "Album", wanted: Wanted) -> Iterator[Prepared]:
     """Finds the model, and out what the index is made with."""
+    from fastvlm_mlx.album.captions import read_journals
     from fastvlm_mlx.album.settings import known_settings
-    from fastvlm_mlx.album.updating import Updating, default_resolution, read_journals
+    from fastvlm_mlx.album.updating import Updating, default_resolution
     from fastvlm_mlx.config import ModelConfig
     from fastvlm_mlx.engine.options import GenerationConfig
     from fastvlm_mlx.jobs.task import CAPTION, Task

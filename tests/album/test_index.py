@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from fastvlm_mlx import ConfigError
-from fastvlm_mlx.album.index import DamagedIndexError, Index, index_path
+from fastvlm_mlx.album.database import DamagedIndexError, index_path
+from fastvlm_mlx.album.index import Index
 from fastvlm_mlx.cache import items, remove
 
 TOKENS = np.arange(12, dtype=np.float32).reshape(3, 4)
@@ -56,7 +57,7 @@ def test_visual_tokens_are_kept_in_half_precision_unless_one_is_too_large(path):
 )
 def test_damaged_visual_tokens_are_left_out_and_made_again(path, change):
     with filled(path) as index:
-        index._all(change)
+        index.all(change)
         tokens = index.visual_tokens([1], "form")
         assert tokens == {} or tokens[1].shape != TOKENS.shape
         if not tokens:
@@ -87,7 +88,7 @@ def test_a_damaged_index_in_the_cache_is_made_anew(path, damage):
 
 def test_damage_that_is_found_later_is_told_and_the_index_can_be_made_anew(path):
     with filled(path) as index:
-        index._all("DROP TABLE captions")
+        index.all("DROP TABLE captions")
         with pytest.raises(DamagedIndexError, match=r"is damaged \(no such table: captions\)"):
             index.texts(1)
         index.rebuild()

@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 
 from fastvlm_mlx import ConfigError
-from fastvlm_mlx.album import updating
+from fastvlm_mlx.album import plan
 from fastvlm_mlx.album.album import Album
-from fastvlm_mlx.album.updating import Updating, form_of, known_pictures, read_journals
+from fastvlm_mlx.album.captions import read_journals
+from fastvlm_mlx.album.updating import Updating, form_of, known_pictures
 from fastvlm_mlx.jobs.pictures import Pictures, Skipped
 from tests.album.conftest import NAMES, TOKENS_ONLY, task
 from tests.checkpoints import APPLE
@@ -95,7 +96,7 @@ def test_what_is_gone_for_a_month_is_forgotten(album, update, photos):
     (photos / "square.png").unlink()
     update(task())
     assert len(album.index.pictures()) == 3
-    album.index._all("UPDATE pictures SET gone = gone - 31 * 86400")
+    album.index.all("UPDATE pictures SET gone = gone - 31 * 86400")
     update(task())
     assert len(album.index.pictures()) == 2
     assert len(album.index.described(FORM, ["text"], ["w"])) == 2
@@ -122,10 +123,10 @@ def test_a_folder_that_cannot_be_read_now_keeps_its_place(album, update, photos,
     (photos / "sub").mkdir()
     (photos / "square.png").rename(photos / "sub" / "square.png")
     update()
-    found = updating.find_pictures([str(photos)])
+    found = plan.find_pictures([str(photos)])
     closed = Skipped(str(photos / "sub"), "Permission denied")
     less = Pictures(found=found.found[:2], unreadable=[closed])
-    monkeypatch.setattr(updating, "find_pictures", lambda _: less)
+    monkeypatch.setattr(plan, "find_pictures", lambda _: less)
     assert Updating(album, TOKENS_ONLY).plan().unreadable == [closed]
     update()
     assert "sub/square.png" in names(album)

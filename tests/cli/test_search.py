@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 from fastvlm_mlx import FastVLM
 from fastvlm_mlx.album.album import Hit, Results
 from fastvlm_mlx.album.asking import Inquiry
-from fastvlm_mlx.album.index import index_path
+from fastvlm_mlx.album.database import index_path
 from fastvlm_mlx.cli.app import app
 from fastvlm_mlx.cli.searching import Show
 from tests.checkpoints import APPLE

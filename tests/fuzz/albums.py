@@ -2,7 +2,7 @@
 
 from random import Random
 
-from fastvlm_mlx.album.index import index_path
+from fastvlm_mlx.album.database import index_path
 from tests.fuzz import damage
 from tests.fuzz.pictures import files
 from tests.fuzz.room import Room
