@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any
 
@@ -99,9 +99,18 @@ def check_process() -> None:
         )
 
 
+_MADE: list[mx.Stream] = []
+"""All streams that were made here."""
+
+
+def _new_stream(kind: str) -> mx.Stream:
+    _MADE.append(mx.new_thread_unsafe_stream(mx.gpu if kind == "gpu" else mx.cpu))
+    return _MADE[-1]
+
+
 @functools.cache
 def _main_stream(kind: str) -> mx.Stream:
-    return mx.new_thread_unsafe_stream(mx.gpu if kind == "gpu" else mx.cpu)
+    return _new_stream(kind)
 
 
 _WORKERS: list[mx.Stream] = []
@@ -110,7 +119,7 @@ _WORKERS: list[mx.Stream] = []
 def worker_streams(count: int) -> list[mx.Stream]:
     """`count` CPU streams that work is divided among, always the same ones; for use within a turn."""
     while len(_WORKERS) < count:
-        _WORKERS.append(mx.new_thread_unsafe_stream(mx.cpu))
+        _WORKERS.append(_new_stream("cpu"))
     return _WORKERS[:count]
 
 
@@ -129,7 +138,7 @@ def own_stream() -> Iterator[None]:
         FastVLMError: In a forked process; see `check_process`.
     """
     with turn():
-        stream = _FREE.pop() if _FREE else mx.new_thread_unsafe_stream(mx.gpu if device() == "gpu" else mx.cpu)
+        stream = _FREE.pop() if _FREE else _new_stream(device())
     try:
         with mx.stream(stream):
             yield
@@ -190,6 +199,19 @@ def _wait_for_other_threads() -> None:
     _TURN.close(_EXIT_PATIENCE)
     while _READERS.count and time.monotonic() < deadline:
         time.sleep(0.001)
+    _finish_submitted()
+
+
+def _finish_submitted() -> None:
+    """Waits for what was submitted to CPU streams and never read, such as the token behind the last one.
+
+    OpenBLAS joins its threads when the process ends. One that computes at that moment forgets that it should end, and
+    is waited for without end (OpenBLAS 0.3.21: `blas_thread_shutdown_` and `blas_thread_server`).
+    """
+    for stream in _MADE:
+        if stream.device == mx.cpu:
+            with suppress(RuntimeError):  # what was submitted has failed
+                mx.synchronize(stream)
 
 
 class _ThreadEnd:

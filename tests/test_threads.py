@@ -136,6 +136,21 @@ print(len({{future.result().text for future in done}}))
         assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
 
 
+def test_a_process_ends_while_what_it_has_submitted_is_computed():
+    """OpenBLAS waits for ever for a thread of its own that computes when the process ends."""
+    code = """
+from fastvlm_mlx.backend import mx
+from fastvlm_mlx.streams import turn
+with turn():
+    product = matrix = mx.full((1024, 1024), 1e-3)
+    for _ in range(20):
+        product = product @ matrix
+    mx.async_eval(product)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_any_thread_may_quantize(converted, tmp_path):
     request = Quantization(bits=8, group_size=32)
     quantize_checkpoint(converted("apple"), tmp_path / "here", request)
