@@ -16,7 +16,7 @@ from fastvlm_mlx.inputs.formats import DECODER_ERRORS, open_image, quiet
 from fastvlm_mlx.inputs.fragments import Fragment
 from fastvlm_mlx.inputs.named import is_plain
 from fastvlm_mlx.inputs.sources import Encoded, read
-from fastvlm_mlx.jobs.pictures import PICTURES
+from fastvlm_mlx.jobs.kinds import PICTURES
 
 _URLS = ("http://", "https://")
 _DATA, _FILE = "data:", "file:"

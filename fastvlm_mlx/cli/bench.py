@@ -172,7 +172,7 @@ def bench(
     if random_weights and cold:
         raise typer.BadParameter("a cold start needs a model on disk, not random weights", param_hint="--cold")
     if random_weights:
-        refuse(["--revision"] if revision else [], "with random weights")
+        refuse({"--revision": revision}, "with random weights")
     files = {option: path for option, path in (("--json", json_file), ("--csv", csv_file), ("--plot", plot)) if path}
     for option in files:
         if cost:
@@ -185,7 +185,7 @@ def bench(
     if cost and is_given(context, "resolutions") and any(isinstance(side, str) for side in resolutions or ()):
         raise typer.BadParameter("--cost needs pixels, not auto", param_hint="--resolution")
     if image:
-        refuse(["--megapixels"] if megapixels else [], "with --image")
+        refuse({"--megapixels": megapixels}, "with --image")
     if plot:
         from fastvlm_mlx.bench.plot import SUFFIXES
 

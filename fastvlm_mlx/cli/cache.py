@@ -107,7 +107,8 @@ def rm(
     """
     if not (selected or everything or older_than is not None):
         raise typer.BadParameter("give names, --all or --older-than", param_hint="NAME")
-    refuse(["--all"] if selected and everything else [], "beside names")
+    if selected:
+        refuse({"--all": everything}, "beside names")
     from fastvlm_mlx.cache import items, remove
 
     found = items()

@@ -1,16 +1,29 @@
 """`fastvlm caption`: asks the same about many pictures, and continues where an earlier run stopped."""
 
 import re
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fastvlm_mlx.cli.captioning import NAMED, Run, folder_of, found_folder, identity, note_exports, run
+from fastvlm_mlx.cli.captioning import NAMED, Run, run
 from fastvlm_mlx.cli.clustering import Cluster
-from fastvlm_mlx.cli.exporting import Csv, Embed, Hf, Overwrite, Txt, WebDataset, Xmp, XmpName
+from fastvlm_mlx.cli.exporting import (
+    Csv,
+    Embed,
+    Hf,
+    Overwrite,
+    Txt,
+    WebDataset,
+    Xmp,
+    XmpName,
+    chosen_exports,
+    note_exports,
+)
 from fastvlm_mlx.cli.finding import find, part_choice, plan_line
+from fastvlm_mlx.cli.holders import find_holder
 from fastvlm_mlx.cli.inputs import read_schema
 from fastvlm_mlx.cli.options import (
     CHECK_FAILED,
@@ -41,6 +54,18 @@ if TYPE_CHECKING:
 
 _FIELD = re.compile(r"[A-Za-z_]\w{0,63}")
 _RESERVED = frozenset("file text time page width height finish_reason error answers".split())
+_NEEDS = {
+    "output": ("retry_errors", "force"),
+    "ray": ("ray_cores",),
+    "server": ("api_key_file",),
+}
+"""Options that need another one."""
+_REPLACES = {
+    "prefix": (("keep_openings",), "no phrase is removed then"),
+    "schema": (("prefix", "sentence", "max_words", "keep_openings"), "captions are JSON then"),
+    "server": (("revision", "dtype"), "servers have loaded their model"),
+}
+"""Options that leave others nothing to do, and why."""
 
 
 def caption(
@@ -170,71 +195,24 @@ def caption(
     from fastvlm_mlx import __version__
     from fastvlm_mlx.engine.options import GenerationConfig
     from fastvlm_mlx.jobs.caption import CaptionJob, Plan
-    from fastvlm_mlx.jobs.exports import Exporter, Exports
+    from fastvlm_mlx.jobs.exports import Exporter
     from fastvlm_mlx.jobs.journal import Journal
     from fastvlm_mlx.jobs.parts import PartReader
-    from fastvlm_mlx.jobs.shards import Names, journal_of
+    from fastvlm_mlx.jobs.shards import Names
     from fastvlm_mlx.jobs.task import Task
-    from fastvlm_mlx.warm.client import Holding, find_warm
 
-    if not paths and not filelist:
-        raise typer.BadParameter("give pictures or folders, or names with --filelist", param_hint="PATH")
-    if output is None:
-        refuse(
-            [name for name, given in {"--retry-errors": retry_errors, "--force": force}.items() if given],
-            "without --output",
-        )
-    if ray is None:
-        refuse(["--ray-cores"] if ray_cores else [], "without --ray")
-    if not xmp:
-        refuse(["--xmp-name"] if xmp_name else [], "without --xmp")
+    _check_combinations(context.params)
     prefix = _prefix(prefix, max_words)
-    if prefix:
-        refuse(["--keep-openings"] if keep_openings else [], "with --prefix: no phrase is removed then")
-    if schema is not None:
-        others = {
-            "--prefix": prefix,
-            "--sentence": sentence,
-            "--max-words": max_words,
-            "--keep-openings": keep_openings,
-        }
-        refuse([name for name, given in others.items() if given], "with --schema: captions are JSON then")
     followed = None if schema is None else read_schema(schema)
-    exports = Exports(
-        txt=txt,
-        xmp=xmp,
-        embed=embed,
-        xmp_name=None if xmp_name is None else xmp_name.value,
-        csv=csv,
-        hf=hf,
-        webdataset=webdataset,
-        overwrite=overwrite,
+    exports = chosen_exports(
+        txt=txt, xmp=xmp, xmp_name=xmp_name, embed=embed, csv=csv, hf=hf, webdataset=webdataset, overwrite=overwrite
     )
-    if not (txt or xmp or embed):
-        refuse(["--overwrite"] if overwrite else [], "without --txt, --xmp or --embed")
     questions = field_questions(prompt, ask or [])
-    if exports.need_a_caption and "text" not in questions:
-        raise typer.BadParameter("--ask alone gives no caption; add --prompt", param_hint="--txt, --xmp, --embed, --hf")
-    if prefix and "text" not in questions:
-        raise typer.BadParameter("--ask alone gives no caption; add --prompt", param_hint="--prefix")
-    if schema is not None and "text" not in questions:
-        raise typer.BadParameter("--ask alone gives no caption; add --prompt", param_hint="--schema")
-    if server:
-        given = {"--revision": revision is not None, "--dtype": dtype is not None}
-        refuse([name for name, used in given.items() if used], "with --server: servers have loaded their model")
-        if ray is not None:
-            raise typer.BadParameter("cannot be used with --server; choose one of them", param_hint="--ray")
-    else:
-        refuse(["--api-key-file"] if api_key_file else [], "without --server")
+    if "text" not in questions:
+        _refuse_without_caption(exports, prefix, schema)
     addresses = read_addresses(server or [])
     part = _shard(shard)
-    if part is not None:
-        if exports.for_all:
-            reason = f"is one for all pictures, and this is shard {part}; `fastvlm merge` makes it of all shards"
-            raise typer.BadParameter(reason, param_hint=exports.for_all[0])
-        if shard is None and output is not None:
-            output = journal_of(output, part)
-    _check_outputs(output, exports)
+    output = _output_of(output, part, exports, launched=shard is None)
     choice = part_choice(frames, every, pages, resolution)
     found = find(paths or [], filelist, include or [], exclude or [], choice)
     fleet = None
@@ -244,58 +222,85 @@ def caption(
     exporter = Exporter(exports, found.found, fields=list(questions), generator=f"fastvlm-mlx {__version__}, {model}")
     if not dry_run:
         exporter.check()
-    holding = Holding(model=model, revision=revision, dtype=dtype.value if dtype else None)
-    folder, held, known = None, None, None
-    if fleet is not None:
-        known = {"weights": fleet.holds.weights, "dtype": fleet.holds.dtype}
-    elif (held := find_warm(holding) if warm and ray is None else None) is not None:
-        known = {"weights": held.weights, "dtype": held.dtype}
-    elif (folder := found_folder(model, revision) if dry_run else folder_of(model, revision)) is not None:
-        known = identity(folder, dtype)
-    config = GenerationConfig(max_tokens=max_tokens)
+    holder = find_holder(
+        model,
+        revision,
+        dtype,
+        fleet=fleet,
+        cluster=None if ray is None else Cluster(ray, ray_cores),
+        schema=followed,
+        batch=batch,
+        warm=warm,
+        fetch=not dry_run,
+    )
+    record_names = Names(found.found)
+    mine = found.found if part is None else [each for each in found.found if part.holds(record_names.of(each))]
     with ExitStack() as stack, PartReader(choice, note) as parts:
-        task = journal = None
-        if known is not None:
+        task, job, plan = None, None, Plan(mine, 0, 0)
+        if holder.identity is not None:
             task = Task(
                 questions=questions,
                 model=model,
-                **known,
+                **holder.identity,
                 system=system,
                 resolution=with_detail(resolution, detail),
                 background=background,
-                config=config,
+                config=GenerationConfig(max_tokens=max_tokens),
                 keep_openings=keep_openings,
                 sentence=sentence,
                 max_words=max_words,
                 prefix=prefix,
                 schema=followed,
             )
+            journal = None
             if output is not None and not (dry_run and not output.exists()):
                 journal = stack.enter_context(Journal(output, read_only=dry_run, notify=note))
-        job = CaptionJob(task, journal, mixed=force, parts=parts) if task else None
-        record_names = Names(found.found)
-        mine = found.found if part is None else [each for each in found.found if part.holds(record_names.of(each))]
-        plan = Plan(mine, 0, 0)
-        if job is not None:
+            job = CaptionJob(task, journal, mixed=force, parts=parts)
             plan = job.plan(mine, names=record_names, retry_errors=retry_errors, force=force)
             if part is not None and not dry_run:
                 job.keep_shard(part, len(mine), len(found.found))
         note(plan_line(found, plan, retry_errors, "" if part is None else f"{len(mine)} of them in shard {part}"))
         for unreadable in found.unreadable[:NAMED]:
             note(f"{unreadable.path}: {unreadable.reason}")
-        if dry_run or job is None or task is None or known is None:
+        if dry_run or job is None or task is None:
             return
         if fleet is not None and plan.todo:
             fleet.start(task)
-        cluster = None if ray is None else Cluster(ray, ray_cores)
-        options = Run(
-            model, revision, folder, dtype, known, held, fleet, cluster, followed, batch, force, output, json_progress
-        )
-        failed = plan.failed + run(job, plan, exporter, options)
+        failed = plan.failed + run(job, plan, exporter, holder, Run(force, output, json_progress))
         exporter.write_data_sets(job.record)
     note_exports(exporter)
     if failed or found.unreadable or exporter.failures:
         raise typer.Exit(CHECK_FAILED)
+
+
+def _check_combinations(given: Mapping[str, Any]) -> None:
+    """Refuses options that would change nothing beside others, by the values of all parameters."""
+    if not given["paths"] and not given["filelist"]:
+        raise typer.BadParameter("give pictures or folders, or names with --filelist", param_hint="PATH")
+    if given["server"] and given["ray"] is not None:
+        raise typer.BadParameter("cannot be used with --server; choose one of them", param_hint="--ray")
+    for name, options in _NEEDS.items():
+        if not given[name]:
+            refuse(_values(given, options), f"without {_option(name)}")
+    for name, (options, reason) in _REPLACES.items():
+        if given[name]:
+            refuse(_values(given, options), f"with {_option(name)}: {reason}")
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _values(given: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    return {_option(name): given[name] for name in names}
+
+
+def _refuse_without_caption(exports: "Exports", prefix: str, schema: str | None) -> None:
+    """Refuses what is for captions where there are none."""
+    needs = {"--txt, --xmp, --embed, --hf": exports.need_a_caption, "--prefix": prefix, "--schema": schema is not None}
+    for option, needed in needs.items():
+        if needed:
+            raise typer.BadParameter("--ask alone gives no caption; add --prompt", param_hint=option)
 
 
 def _prefix(prefix: str | None, max_words: int | None) -> str:
@@ -329,10 +334,29 @@ def field_questions(prompt: str | None, ask: list[str]) -> dict[str, str]:
     return questions
 
 
-def _check_outputs(output: Path | None, exports: "Exports") -> None:
-    """Finds out before the work whether its results can be written."""
+def _output_of(output: Path | None, part: "Shard | None", exports: "Exports", *, launched: bool) -> Path | None:
+    """The journal of this process, which with the other outputs can be written.
+
+    Args:
+        output: The one that was named.
+        part: Which shard this process has; None for all.
+        exports: The other outputs.
+        launched: Whether a launcher has given the shard, so that each process needs a journal of its own.
+
+    Raises:
+        typer.BadParameter: If a file is named twice, or one for all pictures would be written for a shard.
+        ConfigError: If a folder does not exist.
+        OutputError: If a file is in the way.
+    """
+    from fastvlm_mlx.jobs.shards import journal_of
     from fastvlm_mlx.outputs import check_output
 
+    if part is not None:
+        if exports.for_all:
+            reason = f"is one for all pictures, and this is shard {part}; `fastvlm merge` makes it of all shards"
+            raise typer.BadParameter(reason, param_hint=exports.for_all[0])
+        if launched and output is not None:
+            output = journal_of(output, part)
     paths = [path for path in (output, exports.csv) if path is not None]
     if len({path.absolute() for path in paths}) < len(paths):
         raise typer.BadParameter("is --output; name another file", param_hint="--csv")
@@ -341,6 +365,7 @@ def _check_outputs(output: Path | None, exports: "Exports") -> None:
             raise ConfigError(f"{printable(path)}: cannot be written, since its folder does not exist")
     if output is not None and output.exists():
         check_output(output)
+    return output
 
 
 def _shard(text: str | None) -> "Shard | None":

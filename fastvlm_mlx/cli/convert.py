@@ -86,7 +86,7 @@ def convert(
         method=method,
     )
     if not quantize and not options.given:
-        refuse(["--gate"] if gates else [], "without -q or another --q option: nothing is quantized")
+        refuse({"--gate": gates}, "without -q or another --q option: nothing is quantized")
     with usage_errors():
         quantization = options.request(output) if quantize or options.given else None
     check_request(gates, upload_repo)

@@ -2,11 +2,16 @@
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastvlm_mlx.cli.options import choices, user_path
+from fastvlm_mlx.cli.captioning import NAMED
+from fastvlm_mlx.cli.options import choices, refuse, user_path
+from fastvlm_mlx.cli.terminal import note
+
+if TYPE_CHECKING:
+    from fastvlm_mlx.jobs.exports import Exporter, Exports
 
 
 class XMPName(str, Enum):
@@ -33,3 +38,47 @@ WebDataset = Annotated[
     typer.Option(metavar="PREFIX", parser=user_path, help="Write PREFIX-000000.tar and so on, with the pictures."),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace descriptions that people have written, too.")]
+
+
+def chosen_exports(
+    *,
+    txt: bool,
+    xmp: bool,
+    xmp_name: XMPName | None,
+    embed: bool,
+    csv: Path | None,
+    hf: bool,
+    webdataset: Path | None,
+    overwrite: bool,
+) -> "Exports":
+    """The outputs that the options choose.
+
+    Raises:
+        typer.BadParameter: If one of them would change nothing.
+    """
+    from fastvlm_mlx.jobs.exports import Exports
+
+    if not xmp:
+        refuse({"--xmp-name": xmp_name}, "without --xmp")
+    if not (txt or xmp or embed):
+        refuse({"--overwrite": overwrite}, "without --txt, --xmp or --embed")
+    return Exports(
+        txt=txt,
+        xmp=xmp,
+        xmp_name=None if xmp_name is None else xmp_name.value,
+        embed=embed,
+        csv=csv,
+        hf=hf,
+        webdataset=webdataset,
+        overwrite=overwrite,
+    )
+
+
+def note_exports(exporter: "Exporter") -> None:
+    """Says what was not written, and why."""
+    for reason, count in exporter.left_out.items():
+        note(f"{count} text{'s' * (count > 1)} not written: {reason}")
+    for failure in exporter.failures[:NAMED]:
+        note(f"not written: {failure}")
+    if len(exporter.failures) > NAMED:
+        note(f"not written: {len(exporter.failures) - NAMED} more for such reasons")

@@ -112,7 +112,7 @@ def generate(
     if not images and prompt is None:
         raise typer.BadParameter("give an image, or a question with --prompt", param_hint="IMAGE")
     if not images:
-        refuse(["--resolution"] if is_given(context, "resolution") else [], "without an image")
+        refuse({"--resolution": is_given(context, "resolution")}, "without an image")
     if choice:
         from fastvlm_mlx.arguments import check_choices
 
@@ -135,7 +135,7 @@ def generate(
             check_choices(choice)
     elif not temperature:
         sampling = {"--top-p": top_p < 1, "--top-k": top_k > 0, "--min-p": min_p > 0, "--seed": seed is not None}
-        refuse([option for option, given in sampling.items() if given], "at temperature 0; give --temp, too")
+        refuse(sampling, "at temperature 0; give --temp, too")
 
     from fastvlm_mlx.cli.ranks import answer_together, launched
     from fastvlm_mlx.engine.options import GenerationConfig

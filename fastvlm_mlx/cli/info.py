@@ -34,7 +34,7 @@ def info(
     Nothing is downloaded or converted: of a model on the Hub only headers are read.
     """
     if model is None:
-        refuse(["--revision"] if revision else [], "without MODEL")
+        refuse({"--revision": revision}, "without MODEL")
     record = _machine() if model is None else _checkpoint(model, revision)
     if as_json:
         show_json(record)

@@ -6,10 +6,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastvlm_mlx.cli.captioning import note_exports
-from fastvlm_mlx.cli.exporting import Csv, Embed, Hf, Overwrite, Txt, WebDataset, Xmp, XmpName
+from fastvlm_mlx.cli.exporting import (
+    Csv,
+    Embed,
+    Hf,
+    Overwrite,
+    Txt,
+    WebDataset,
+    Xmp,
+    XmpName,
+    chosen_exports,
+    note_exports,
+)
 from fastvlm_mlx.cli.finding import find
-from fastvlm_mlx.cli.options import CHECK_FAILED, refuse, user_path
+from fastvlm_mlx.cli.options import CHECK_FAILED, user_path
 from fastvlm_mlx.cli.terminal import ByteProgress, note
 from fastvlm_mlx.errors import ConfigError
 from fastvlm_mlx.formatting import counted, printable
@@ -51,19 +61,11 @@ def merge(
     Where journals overlap, an answer counts more than an error, and a later journal more than an earlier one. Shards
     that are missing or not done are named, and make the exit code 3; merge again when they are there.
     """
-    from fastvlm_mlx.jobs.exports import Exports
     from fastvlm_mlx.jobs.merging import merge as merge_journals
     from fastvlm_mlx.outputs import check_output
 
-    exports = Exports(
-        txt=txt,
-        xmp=xmp,
-        embed=embed,
-        xmp_name=None if xmp_name is None else xmp_name.value,
-        csv=csv,
-        hf=hf,
-        webdataset=webdataset,
-        overwrite=overwrite,
+    exports = chosen_exports(
+        txt=txt, xmp=xmp, xmp_name=xmp_name, embed=embed, csv=csv, hf=hf, webdataset=webdataset, overwrite=overwrite
     )
     _check(journals, output, exports, pictures)
     check_output(output)
@@ -100,10 +102,6 @@ def _check(journals: list[Path], output: Path, exports: "Exports", pictures: lis
         raise typer.BadParameter("needs the pictures; name their folder with --pictures", param_hint=given[0])
     if pictures and not given:
         raise typer.BadParameter("would change nothing without --txt, --xmp or the like", param_hint="--pictures")
-    if not exports.xmp:
-        refuse(["--xmp-name"] if exports.xmp_name else [], "without --xmp")
-    if not (exports.txt or exports.xmp or exports.embed):
-        refuse(["--overwrite"] if exports.overwrite else [], "without --txt, --xmp or --embed")
 
 
 def _report(merged: "Merged", output: Path, journals: int) -> None:

@@ -307,12 +307,18 @@ def is_for_subcommand(context: typer.Context) -> bool:
     return True
 
 
-def refuse(options: Sequence[str], reason: str) -> None:
+def refuse(options: Sequence[str] | Mapping[str, object], reason: str) -> None:
     """Refuses the first of some options that were given and would change nothing.
+
+    Args:
+        options: Those that were given, or the values of options by name: None, False and empty lists were not.
+        reason: Such as `without --output`.
 
     Raises:
         BadParameter: If there is one.
     """
+    if isinstance(options, Mapping):
+        options = [name for name, value in options.items() if value is not None and value is not False and value != []]
     if options:
         raise typer.BadParameter(f"would change nothing {reason}", param_hint=options[0])
 

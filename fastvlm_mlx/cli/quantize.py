@@ -72,7 +72,8 @@ def quantize(
         method=method,
     )
     if dequantize:
-        refuse([*options.given, *(["--gate"] if gates else []), *(["--json"] if as_json else [])], "with --dequantize")
+        refuse(options.given, "with --dequantize")
+        refuse({"--gate": gates, "--json": as_json}, "with --dequantize")
     from fastvlm_mlx.convert.compare.probes import image_files
     from fastvlm_mlx.convert.pipeline import convert_and_quantize
     from fastvlm_mlx.convert.request import planned_request

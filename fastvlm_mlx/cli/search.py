@@ -140,7 +140,7 @@ def search(
             **{"--top": top, "--question": question, "--since": since, "--seconds": seconds, "--words": words},
             **{"--json": as_json, "--print0": print0, "--html": page, "--open": open_best, "--no-update": not update},
         }
-        refuse([name for name, value in given.items() if value not in (None, False)], "without QUERY")
+        refuse(given, "without QUERY")
     else:
         with usage_errors():
             query = check_query(query)
@@ -153,12 +153,12 @@ def search(
         with usage_errors("--html"):
             check_output(page)
     if words:
-        refuse([name for name, value in (("--question", question), ("--seconds", seconds)) if value], "with --words")
+        refuse({"--question": question, "--seconds": seconds}, "with --words")
     if as_json:
-        refuse(["--print0"] if print0 else [], "with --json")
+        refuse({"--print0": print0}, "with --json")
     if not update:
         given = {"--captions": captions, "--ask": ask, "--no-captions": no_captions, "--retry-errors": retry_errors}
-        refuse([name for name, value in given.items() if value], "with --no-update")
+        refuse(given, "with --no-update")
     if top is None and sys.stdout.isatty() and not as_json:
         top = _SHOWN
     wanted = Wanted(

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from unicodedata import combining, east_asian_width
 
-from fastvlm_mlx.cli.captioning import NAMED, folder_of, identity, progress_text
+from fastvlm_mlx.cli.captioning import NAMED, progress_text
+from fastvlm_mlx.cli.holders import folder_of, identity
 from fastvlm_mlx.cli.options import DEFAULT_PROMPT, DType
 from fastvlm_mlx.cli.terminal import LiveLine, is_terminal, note, show_json, warn_of_slow_blas
 from fastvlm_mlx.errors import ConfigError

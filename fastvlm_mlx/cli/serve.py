@@ -143,7 +143,7 @@ def serve(
         _refuse_with_background(context)
         start(model, revision=revision, dtype=dtype.value if dtype else None, max_batch=max_batch, idle=idle)
         return
-    refuse(["--idle"] if is_given(context, "idle") else [], "without --background")
+    refuse({"--idle": is_given(context, "idle")}, "without --background")
 
     from fastvlm_mlx.server.access import read_keys
     from fastvlm_mlx.server.settings import Settings

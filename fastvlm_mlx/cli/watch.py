@@ -177,11 +177,12 @@ def watch(
         show("\n".join(f"{each.name}  {each.title}" for each in found()))
         return
     if find is not None and task is not TaskName.find:
-        refuse(["--task"] if is_given(context, "task") else [], "with --find")
+        refuse({"--task": is_given(context, "task")}, "with --find")
         task = TaskName.find
     if task is TaskName.find and not (find or "").strip():
         raise typer.BadParameter("say what to find with --find, such as --find 'a red cup'", param_hint="--task")
-    refuse(["--find"] if find is not None and prompt is not None else [], "with --prompt")
+    if prompt is not None:
+        refuse({"--find": find}, "with --prompt")
     if prompt is not None and not prompt.strip():
         raise typer.BadParameter("the question is empty", param_hint="--prompt")
 

@@ -18,7 +18,7 @@ from fastvlm_mlx.errors import ConfigError, ImageError
 from fastvlm_mlx.formatting import printable
 from fastvlm_mlx.inputs.formats import DECODER_ERRORS, open_image, quiet
 from fastvlm_mlx.inputs.sources import Encoded
-from fastvlm_mlx.jobs.pictures import in_library
+from fastvlm_mlx.jobs.kinds import in_library
 from fastvlm_mlx.jobs.sidecars import Outcome
 from fastvlm_mlx.jobs.xmp import EMPTY_PACKET, read_xmp, with_description
 from fastvlm_mlx.outputs import replace_content

@@ -11,7 +11,8 @@ from fastvlm_mlx.formatting import printable
 from fastvlm_mlx.jobs.asking import Record
 from fastvlm_mlx.jobs.datasets import WebDataset, check_csv, check_metadata, write_csv, write_metadata
 from fastvlm_mlx.jobs.embedded import NotEmbeddedError, embed
-from fastvlm_mlx.jobs.pictures import Picture, in_library
+from fastvlm_mlx.jobs.kinds import in_library
+from fastvlm_mlx.jobs.pictures import Picture
 from fastvlm_mlx.jobs.sidecars import Habit, Outcome, shared_names, write_text, write_xmp
 from fastvlm_mlx.jobs.task import CAPTION
 

@@ -10,28 +10,13 @@ from fastvlm_mlx.errors import ConfigError, ImageError
 from fastvlm_mlx.formatting import printable
 from fastvlm_mlx.inputs.fragments import Fragment, Part, split_name
 from fastvlm_mlx.inputs.named import ANIMATION, FILM, PDF, is_live, kind_of_file
+from fastvlm_mlx.jobs.companions import LIVE_FILM, LIVE_PHOTO, Entry, split_extension, with_films, without_companions
+from fastvlm_mlx.jobs.kinds import LIBRARY, PICTURES, RAW, in_library, is_picture
 from fastvlm_mlx.jobs.patterns import Matcher, any_of, expand, is_pattern, split_recursive
 
-PICTURES = frozenset(
-    "jpg jpeg jpe jfif png gif bmp dib ppm pgm pbm pnm webp tif tiff ico tga jp2 j2k jpx qoi avif heic heif hif".split()
-)
-"""Extensions of pictures. What is in such a file turns out when it is read."""
-RAW = frozenset("dng cr2 cr3 crw nef nrw arw sr2 srf raf orf rw2 pef srw x3f rwl iiq 3fr erf mos mrw dcr kdc".split())
-"""Extensions of cameras' raw files, of which a decoder would find only the preview."""
-_COMPANIONS = frozenset(("txt", "xmp", "aae", "thm", "json"))
-"""Extensions of what is said about a picture beside it; such files are left out without a word."""
-_LIVE = ("heic", "jpg", "jpeg")
-_FILMS = ("mov", "mp4")
-"""Extensions of the two halves of a Live Photo."""
-_LIBRARY = ".photoslibrary"
 _ORIGINALS = ("originals", "Masters")
 _GENERATED = frozenset(("@eaDir", "__MACOSX"))
 """Folders of thumbnails and metadata that servers and archives put among pictures."""
-_MAGIC = re.compile(
-    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8[79]a|BM....\0\0\0\0|RIFF....WEBP|II\*\0|MM\0\*|P[1-6]\s+[0-9#]|qoif"
-    rb"|\0\0\0\x0cjP  |\xff\x4f\xff\x51|....ftyp(?:avi[fs]|hei[cxms]|hev[cx]|mif1|msf1)",
-    re.DOTALL,
-)
 _MOVING = frozenset(("gif", "webp", "png", "apng"))
 _NOT_TAKEN = {FILM: "a film, without --frames or --every", PDF: "a PDF, without --pages"}
 LIVE = "live"
@@ -151,16 +136,6 @@ def natural_key(name: str) -> tuple[list[str | int], str]:
     return parts, name
 
 
-class _Entry(NamedTuple):
-    """What a folder holds under a name; `live` is the picture that a film belongs to."""
-
-    name: str
-    path: str
-    is_folder: bool
-    is_file: bool
-    live: str = ""
-
-
 class _Search:
     """Collects pictures, each file once."""
 
@@ -214,8 +189,8 @@ class _Search:
             return
         folder, name = os.path.split(path)
         stem, extension = os.path.splitext(path)
-        beside = (f"{stem}.{other}" for other in _LIVE for other in (other, other.upper()))
-        live = next(filter(os.path.exists, beside), "") if extension[1:].lower() in _FILMS else ""
+        beside = (f"{stem}.{other}" for other in LIVE_PHOTO for other in (other, other.upper()))
+        live = next(filter(os.path.exists, beside), "") if extension[1:].lower() in LIVE_FILM else ""
         kind = "" if live and fragment is None else kind_of_file(path)
         if kind in (FILM, PDF) or (kind and (fragment or kind in self._kinds)):
             self._add_bundle(Picture(path, folder, in_library(path), kind, fragment))
@@ -223,7 +198,7 @@ class _Search:
         if fragment is not None:
             self._cannot_read(f"{path}{fragment.text}", "is neither a film nor a PDF, so it has no such part")
             return
-        self._look_at(_Entry(name, path, False, os.path.isfile(path), os.path.basename(live)), folder)
+        self._look_at(Entry(name, path, False, os.path.isfile(path), os.path.basename(live)), folder)
 
     def _walk(self, root: str, matches: Matcher | None = None) -> bool:
         """Searches a folder of any depth for what matches; returns whether anything does.
@@ -250,7 +225,7 @@ class _Search:
                 self._look_at(entry, root)
         return found
 
-    def _entries(self, folder: str, links: list[str], searched: set[tuple[int, int]]) -> list[_Entry]:
+    def _entries(self, folder: str, links: list[str], searched: set[tuple[int, int]]) -> list[Entry]:
         """What is in a folder, in natural order, but folders behind links, which are appended to `links`."""
         entries = []
         try:
@@ -267,15 +242,15 @@ class _Search:
                     if is_folder and entry.is_symlink():
                         links.append(entry.path)
                     else:
-                        entries.append(_Entry(entry.name, entry.path, is_folder, is_file))
+                        entries.append(Entry(entry.name, entry.path, is_folder, is_file))
         except OSError as err:
             self._cannot_read(folder, err.strerror or str(err))
         links.sort(key=natural_key)
-        if folder.lower().endswith(_LIBRARY):
+        if folder.lower().endswith(LIBRARY):
             entries = [entry for entry in entries if entry.name in _ORIGINALS]
-        return sorted(_without_companions(_with_films(entries)), key=lambda entry: natural_key(entry.name))
+        return sorted(without_companions(with_films(entries)), key=lambda entry: natural_key(entry.name))
 
-    def _look_at(self, entry: _Entry, root: str) -> None:
+    def _look_at(self, entry: Entry, root: str) -> None:
         """Adds a file to the pictures, or to what is skipped."""
         if self._include or self._exclude:
             below = os.path.relpath(entry.path, root or ".")
@@ -288,7 +263,7 @@ class _Search:
         if place in self._known:
             return
         self._known.add(place)
-        extension = _split(entry.name)[1]
+        extension = split_extension(entry.name)[1]
         if entry.live:
             self._skip(entry.path, f"film of the Live Photo {printable(entry.live, 60)}")
         elif not entry.is_file and not os.path.exists(entry.path):
@@ -302,10 +277,10 @@ class _Search:
                 known = extension in PICTURES
                 is_sought = not known or (ANIMATION in self._kinds and extension in _MOVING)
                 kind = kind_of_file(entry.path) if is_sought else ""
-                picture = Picture(entry.path, root, read_only=_LIBRARY in place.lower())
+                picture = Picture(entry.path, root, read_only=LIBRARY in place.lower())
                 if kind and kind in self._kinds:
                     self.pictures.found.append(picture._replace(kind=kind))
-                elif known or _is_picture(entry.path):
+                elif known or is_picture(entry.path):
                     self.pictures.found.append(picture)
                 else:
                     self._skip(entry.path, _NOT_TAKEN.get(kind, "not a picture"))
@@ -329,53 +304,9 @@ class _Search:
         self.pictures.unreadable.append(Skipped(path, reason))
 
 
-def in_library(path: str) -> bool:
-    """Whether a path is in a library of Apple's Photos, where nothing may be written."""
-    return _LIBRARY in path.lower() or _LIBRARY in os.path.realpath(os.path.dirname(path)).lower()
-
-
 def _kind(entry: "os.DirEntry[str]") -> tuple[bool, bool]:
     """Whether an entry is a folder and whether it is a file, behind a link, too; neither if the link leads nowhere."""
     try:
         return entry.is_dir(), entry.is_file()
     except OSError:
         return False, False
-
-
-def _split(name: str) -> tuple[str, str]:
-    """The name without its extension and the extension, both without case."""
-    stem, dot, extension = name.casefold().rpartition(".")
-    return (stem, extension) if dot else (extension, "")
-
-
-def _with_films(entries: list[_Entry]) -> list[_Entry]:
-    """Marks the film of each Live Photo, which has the picture's name, in a Photos library with `_3` after it."""
-    parts = [_split(entry.name) for entry in entries]
-    if not any(extension in _FILMS for _, extension in parts):
-        return entries
-    pictures = {stem: entry.name for entry, (stem, extension) in zip(entries, parts, strict=True) if extension in _LIVE}
-    return [
-        entry._replace(live=pictures.get(stem) or pictures.get(stem.removesuffix("_3"), ""))
-        if extension in _FILMS
-        else entry
-        for entry, (stem, extension) in zip(entries, parts, strict=True)
-    ]
-
-
-def _without_companions(entries: list[_Entry]) -> list[_Entry]:
-    """Leaves out what is said about a picture beside it."""
-    named = [(entry, *_split(entry.name)) for entry in entries]
-    pictures = {
-        name for entry, stem, extension in named if extension in PICTURES for name in (stem, entry.name.casefold())
-    }
-    return [
-        entry
-        for entry, stem, extension in named
-        if entry.name != "metadata.jsonl" and not (extension in _COMPANIONS and stem in pictures)
-    ]
-
-
-def _is_picture(path: str) -> bool:
-    """Whether a file begins like a picture."""
-    with open(path, "rb", buffering=0) as file:
-        return _MAGIC.match(file.read(32)) is not None

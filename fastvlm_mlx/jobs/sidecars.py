@@ -13,7 +13,7 @@ from typing import Literal
 
 from fastvlm_mlx.errors import ConfigError
 from fastvlm_mlx.formatting import printable
-from fastvlm_mlx.jobs.pictures import in_library
+from fastvlm_mlx.jobs.kinds import in_library
 from fastvlm_mlx.jobs.xmp import XMP, read_xmp, with_description
 from fastvlm_mlx.outputs import write_output
 
