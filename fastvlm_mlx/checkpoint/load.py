@@ -1,6 +1,6 @@
 """Loads the model in a converted folder: config.json and tensors, strictly."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +9,13 @@ from mlx.utils import tree_flatten, tree_unflatten
 from fastvlm_mlx.arguments import choice
 from fastvlm_mlx.backend import compute_dtype, device, mx
 from fastvlm_mlx.checkpoint import fusing
+from fastvlm_mlx.checkpoint.casting import cast_on_streams
 from fastvlm_mlx.checkpoint.folder import checked_files, read_files
 from fastvlm_mlx.checkpoint.slices import read_slices
 from fastvlm_mlx.config import ModelConfig
 from fastvlm_mlx.errors import CheckpointError
 from fastvlm_mlx.formatting import names, printable
-from fastvlm_mlx.model.device import prepare
+from fastvlm_mlx.model.device import check_compiler, prepare
 from fastvlm_mlx.model.fastvlm import FastVLM
 from fastvlm_mlx.model.quantized import quantize_layers
 from fastvlm_mlx.model.sharding import connect, narrow
@@ -53,9 +54,11 @@ def load_model(
     with turn():
         target = getattr(mx, name) if name else compute_dtype(config.dtype)
         streams = worker_streams(_READERS) if device() == "cpu" else [load_stream()]
+        if device() == "cpu":
+            check_compiler()
         if group is None:
             files = checked_files(folder)
-            weights = _cast_on_streams([read_files(files, stream) for stream in streams], streams, target)
+            weights = cast_on_streams([read_files(files, stream) for stream in streams], streams, target)
         else:
             weights = read_slices(folder, config, group.rank(), group.size(), target)
         _check_depths(folder, weights, config)
@@ -99,20 +102,6 @@ def dtype_name(dtype: str | mx.Dtype | None) -> str | None:
         return None
     name = str(dtype).removeprefix("mlx.core.") if isinstance(dtype, mx.Dtype) else dtype
     return choice(name, "dtype", ("float16", "bfloat16", "float32"))
-
-
-def _cast_on_streams(
-    readings: list[dict[str, mx.array]], streams: Sequence[mx.Stream], dtype: mx.Dtype
-) -> dict[str, mx.array]:
-    """Takes each tensor from one of several readings of the same files, about as many bytes from each, and casts it."""
-    weights, sizes = {}, [0] * len(readings)
-    for name in readings[0]:
-        reader = sizes.index(min(sizes))
-        value = readings[reader][name]
-        sizes[reader] += value.nbytes
-        castable = mx.issubdtype(value.dtype, mx.floating) and value.dtype != dtype
-        weights[name] = value.astype(dtype, stream=streams[reader]) if castable else value
-    return weights
 
 
 def _flat(tree: Any) -> list[tuple[str, mx.array]]:

@@ -37,7 +37,7 @@ def prepare_tower(tower: FastViTHD) -> "PreparedTower":
     with turn():
         if device() == "gpu":
             return PreparedTower(tower, mx.compile(tower), waits=False)
-        _check_compiler()
+        check_compiler()
         if tower.stem[0].bias.dtype != mx.float32:
             return PreparedTower(tower, tower, waits=False)
         store_by_hidden_unit(tower)
@@ -45,7 +45,7 @@ def prepare_tower(tower: FastViTHD) -> "PreparedTower":
 
 
 @functools.cache
-def _check_compiler() -> None:
+def check_compiler() -> None:
     """Turns MLX's compiler off where its kernels cannot be built or loaded; tries the one that every model needs."""
     try:
         if kernels.is_usable():

@@ -34,6 +34,9 @@ from fastvlm_mlx.model.vision import (
     Stage,
 )
 
+_STRIP = 32
+"""Rows of a matrix that are transposed at once."""
+
 
 def _tile(width: int) -> int:
     """How many outputs of a row share a window: the divisor of `width` nearest 8.
@@ -274,6 +277,18 @@ def _stage_layers(stage: Stage, streams: Streams) -> list[Callable[[Parts], Part
         elif isinstance(block, AttentionBlock):
             layers += [CPUAttention(block.norm, block.token_mixer, streams), CPUConvFFN(block.conv_ffn, streams)]
     return layers
+
+
+def is_by_hidden_unit(name: str) -> bool:
+    """Whether a weight of a model is one that `store_by_hidden_unit` lays out by its inputs."""
+    return name.startswith("vision_tower.") and name.endswith(".conv_ffn.fc2.weight")
+
+
+def by_inputs(weight: mx.array) -> mx.array:
+    """A matrix (out, in), laid out by its inputs; strips of its rows stay in the cache while they are turned."""
+    count, rest = divmod(weight.shape[0], _STRIP)
+    strips = mx.split(weight, count) if count and not rest else [weight]
+    return mx.concatenate([strip.T for strip in strips], axis=1).T
 
 
 def store_by_hidden_unit(tower: FastViTHD) -> None:
