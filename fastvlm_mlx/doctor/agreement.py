@@ -107,7 +107,7 @@ def _is_floating(array: mx.array) -> bool:
     return bool(mx.issubdtype(array.dtype, mx.floating))
 
 
-def _allowed_whole(precision: str) -> tuple[float, str]:
+def allowed_whole(precision: str) -> tuple[float, str]:
     """The largest relative error of all segments in a row that is no fault, and why."""
     return _WHOLE * allowed(precision)[0], f"{_WHOLE} segments in a row, each with an error of its own"
 
@@ -201,13 +201,13 @@ def compare_whole(candidate: FastVLM, reference: FastVLM, probe: Probe, steps: i
             x = run(x)
         return x
 
-    yield _compared("visual tokens", precision, ours, values(visual), _allowed_whole)
+    yield _compared("visual tokens", precision, ours, values(visual), allowed_whole)
     with on_device():
         mine = ours()
         mx.eval(mine)
         logits, _ = _follow(candidate, prompt, mine, tokens=tokens)
-    yield _compared("logits after the prompt", precision, lambda: mx.array(logits[0]), expected[0], _allowed_whole)
-    yield _compared("logits while decoding", precision, lambda: mx.array(logits), expected, _allowed_whole)
+    yield _compared("logits after the prompt", precision, lambda: mx.array(logits[0]), expected[0], allowed_whole)
+    yield _compared("logits while decoding", precision, lambda: mx.array(logits), expected, allowed_whole)
     yield _same_tokens(precision, logits, expected)
 
 
@@ -234,7 +234,7 @@ def _follow(
 
 def _same_tokens(precision: str, logits: npt.NDArray[Any], expected: npt.NDArray[Any]) -> Check:
     """The check that both prefer the same tokens; where two are as good as equal, either is right."""
-    limit = _allowed_whole(precision)[0]
+    limit = allowed_whole(precision)[0]
     mine, theirs = logits.argmax(axis=-1), expected.argmax(axis=-1)
     steps = np.arange(len(expected))
     margin = expected[steps, theirs] - expected[steps, mine]

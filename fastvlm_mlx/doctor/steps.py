@@ -54,7 +54,8 @@ def examination_steps(subject: Subject, demo: Subject) -> list[Step]:
         return checked
 
     def answers() -> Iterator[Check]:
-        return demo_answers(demo.candidate.model, demo.candidate.processor, shipped_questions())
+        candidate = demo.candidate
+        return demo_answers(candidate.model, candidate.processor, shipped_questions(), lambda: demo.reference)
 
     def load() -> Iterator[Check]:
         try:
