@@ -86,6 +86,7 @@ class Teller:
             "finish_reason": result.finish_reason,
             "frames": description.frames,
             "dropped": description.dropped,
+            "outdated": description.outdated,
         }
         if self._log is not None:
             self._log.add(record)
@@ -119,9 +120,13 @@ class Teller:
             values = {"FASTVLM_TIME": f"{time:.3f}", "FASTVLM_SOURCE": str(self._facts["source"])}
             self._hook.run(text, values, each=each)
 
-    def gone(self) -> None:
-        """Leaves unspoken what is out of date."""
-        if self._speaker is not None:
+    def gone(self, *, cut: bool) -> None:
+        """Leaves unspoken what is out of date; falls silent if another scene is there."""
+        if self._speaker is None:
+            return
+        if cut:
+            self._speaker.interrupt()
+        else:
             self._speaker.forget()
 
     def note(self, message: str, spoken: str | None = None) -> None:

@@ -25,6 +25,7 @@ class Answer:
         arrived: The frame.
         look: What the look at it gave; None if a person asks about an earlier one.
         kind: Why it was asked: `change`, `heartbeat`, `now` or `question`.
+        stood: Whether its picture stood still, or has done so since.
         question: That of a person.
         is_spared: Whether a small change lets it end, since the one before it was cancelled for one.
         pieces: Those that have come.
@@ -39,6 +40,7 @@ class Answer:
     arrived: Arrived
     look: Look | None
     kind: str
+    stood: bool
     question: str | None = None
     is_spared: bool = False
     pieces: list[GenerationResult] = field(default_factory=list)
@@ -53,11 +55,6 @@ class Answer:
     def by_person(self) -> bool:
         """Whether a person asked for it, who gets it whatever it says."""
         return self.kind in ("now", "question")
-
-    @property
-    def stood(self) -> bool:
-        """Whether its picture stood still."""
-        return self.look is None or self.look.settled
 
     @property
     def is_of_new_scene(self) -> bool:

@@ -43,6 +43,7 @@ class Description:
         result: The answer with its statistics.
         frames: That came so far.
         dropped: Of those, how many a newer one took the place of.
+        outdated: Answers that were not told so far, or not to their end, since what they were about was gone.
     """
 
     time: float
@@ -55,6 +56,7 @@ class Description:
     result: GenerationResult
     frames: int
     dropped: int
+    outdated: int
 
 
 class Audience(Protocol):
@@ -69,8 +71,8 @@ class Audience(Protocol):
     def cue(self, cue: Cue) -> None:
         """What could be seen, when it is gone."""
 
-    def gone(self) -> None:
-        """What was told last cannot be seen any more."""
+    def gone(self, *, cut: bool) -> None:
+        """What was told last cannot be seen any more; `cut` if another scene is there instead."""
 
     def note(self, message: str) -> None:
         """Something about the watching itself."""

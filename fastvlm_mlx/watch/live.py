@@ -12,7 +12,7 @@ from fastvlm_mlx.generation.result import whole
 from fastvlm_mlx.watch.answer import Answer
 from fastvlm_mlx.watch.audience import Audience, Description, Told
 from fastvlm_mlx.watch.changes import LEAST_CHANGE, Look, Scenes, is_dark, sign
-from fastvlm_mlx.watch.newest import Arrived, Newest
+from fastvlm_mlx.watch.newest import Arrived, Freshness, Newest
 from fastvlm_mlx.watch.outputs import Cue
 from fastvlm_mlx.watch.sentences import same, says_nothing
 
@@ -26,6 +26,10 @@ _STARVED = 8.0
 """Seconds without a word after which it is said that scenes follow one another faster than answers come."""
 _AGAIN = 60.0
 """Seconds after which that may be said again."""
+_OLDEST = 3.0
+"""Seconds that a description of a picture that moves may be old; what stands still is looked at again instead."""
+_SHORT = 0.2
+"""Seconds that a scene lasts, at most, beyond the last look that showed it."""
 _TICK = 0.25
 """Seconds after which the loop looks around without being called: for the heartbeat."""
 
@@ -34,9 +38,10 @@ class Live:
     """Watches a stream: only its newest frame counts.
 
     The model is asked when the picture has changed and stands still, and about a picture that moves all the time,
-    every `every` seconds. What is on its way is cancelled as soon as another picture is there, and a sentence waits
-    while the picture changes, so that nothing is told of what is gone. Something small that changes again and again,
-    such as a clock, does not cancel two answers in a row. Only the engine's thread uses the model.
+    every `every` seconds. What is on its way is cancelled as soon as another picture is there. A sentence waits while
+    the picture changes, and for a frame that has only just come, so that nothing is told of what is gone, however slow
+    the machine is. Something small that changes again and again, such as a clock, does not cancel two answers in a row.
+    Only the engine's thread uses the model.
 
     Args:
         newest: The frames.
@@ -47,6 +52,9 @@ class Live:
         every: Seconds between two pictures that the model is asked about, at least.
         heartbeat: Seconds after which it is asked though nothing seems to have changed; 0 for never.
         least: See `Scenes`.
+
+    Attributes:
+        outdated: Answers that were not told, or not to their end, since what they were about was gone.
     """
 
     def __init__(
@@ -61,6 +69,7 @@ class Live:
         heartbeat: float = 30.0,
         least: float = LEAST_CHANGE,
     ) -> None:
+        self.outdated = 0
         self._bell = threading.Event()
         self._newest = newest(self._bell.set)
         self._engine = engine
@@ -79,6 +88,9 @@ class Live:
         self._cue_stood = True
         self._held: Arrived | None = None
         self._asked = 0.0
+        self._seen = 0.0
+        self._freshness = Freshness()
+        self._is_wanted = False
         self._silent: float | None = None
         self._spares = False
         self._is_paused = self._is_left = False
@@ -131,16 +143,31 @@ class Live:
             return
         self._arrived = arrived
         self._look = look = self._scenes.look(arrived.frame.time, sign(arrived.frame.pixels))
-        if not (look.changed and look.settled):
+        if not look.changed:
+            self._seen = look.time
+            if look.settled:
+                self._cue_stood = True
+                if self._answer is not None:
+                    self._answer.stood = True
+        if not (look.changed and look.ready):
             return
-        if self._cue is not None:
-            self._end_cue(look.since if self._cue_stood else look.time)
-            self._audience.gone()
         answer = self._answer
-        if answer is not None and not answer.by_person and (look.cut or not answer.is_spared):
-            self._cancel()
-            self._spares = not look.cut
-            self._starve()
+        if look.settled and self._cue is not None:
+            self._end_cue(min(look.since, self._seen + _SHORT) if self._cue_stood else look.time)
+            self._audience.gone(cut=look.cut and not self._is_wanted)
+        if answer is not None and (look.settled or answer.stood) and self._contradicts(look, answer):
+            self._drop(cut=look.cut)
+
+    def _contradicts(self, look: Look, answer: Answer) -> bool:
+        """Whether a picture that has changed makes an answer on its way untrue."""
+        return not answer.by_person and (look.cut or not answer.is_spared)
+
+    def _drop(self, *, cut: bool) -> None:
+        """Ends an answer that is out of date."""
+        self.outdated += 1
+        self._cancel()
+        self._spares = not cut
+        self._starve()
 
     def _starve(self) -> None:
         """Says that scenes follow one another faster than answers come, once that has been so for a while."""
@@ -185,7 +212,8 @@ class Live:
         assert arrived is not None
         request = self._request(arrived.frame.pixels, question)
         handle = self._engine.submit(request, on_change=lambda _: self._bell.set())
-        self._answer = Answer(handle, arrived, look, kind, question, is_spared=self._spares)
+        stood = look is None or look.settled
+        self._answer = Answer(handle, arrived, look, kind, stood, question, is_spared=self._spares)
 
     def _cancel(self) -> None:
         """Ends the answer on its way; what was told of it stays told."""
@@ -204,7 +232,10 @@ class Live:
         if not answer.read():
             self._answer = None
             return
-        if self._is_doubtful(answer):
+        if self._is_doubtful(answer) or not self._is_known(answer):
+            return
+        if answer.waiting and not answer.stood and time.monotonic() - answer.arrived.moment > _OLDEST:
+            self._drop(cut=True)
             return
         while answer.waiting:
             self._tell_sentence(answer, answer.waiting.popleft())
@@ -215,11 +246,13 @@ class Live:
     def _is_doubtful(self, answer: Answer) -> bool:
         """Whether the picture is changing, so that it is not known whether the answer still holds."""
         look = self._look
-        if answer.by_person or not answer.stood or look is None or not look.changed:
-            return False
-        if answer.is_spared and not look.cut:
-            return False
-        return not look.ready or look.settled
+        return answer.stood and look is not None and look.changed and self._contradicts(look, answer)
+
+    def _is_known(self, answer: Answer) -> bool:
+        """Whether the newest frame has come just now, so that what it shows is there."""
+        if answer.by_person or self._arrived is None or self._newest.ended:
+            return True
+        return self._freshness.holds(self._arrived.moment, time.monotonic())
 
     def _tell_sentence(self, answer: Answer, raw: str) -> None:
         if says_nothing(raw):
@@ -231,6 +264,7 @@ class Live:
             self._cue, self._cue_stood = (self._now(), answer.all), answer.stood
         if not answer.by_person and any(same(text, known) for known in self._known):
             return
+        self._is_wanted = answer.by_person
         first = not answer.told
         if first:
             answer.age = time.monotonic() - answer.arrived.moment
@@ -254,6 +288,7 @@ class Live:
                 result=whole(answer.pieces),
                 frames=self._newest.count,
                 dropped=self._newest.dropped,
+                outdated=self.outdated,
             )
         )
 
@@ -272,12 +307,12 @@ class Live:
                 self._cancel()
                 self._is_paused = not self._is_paused
                 self._end_cue(self._now())
-                self._audience.gone()
+                self._audience.gone(cut=False)
                 self._audience.note("paused; p goes on" if self._is_paused else "watching again")
             case "hold":
                 self._cancel()
                 self._held = self._arrived
-                self._audience.gone()
+                self._audience.gone(cut=False)
             case "ask":
                 held, self._held = self._held, None
                 if question and held is not None:
@@ -288,5 +323,6 @@ class Live:
     def _repeat(self) -> None:
         if not self._known:
             self._audience.note("nothing has been described yet")
+        self._is_wanted = True
         for number, text in enumerate(self._known):
             self._audience.sentence(Told(text=text, first=not number, again=True, urgent=not number))

@@ -9,6 +9,10 @@ from typing import NamedTuple
 
 from fastvlm_mlx.inputs.frames import Frame, Stream
 
+_FRESH = 0.25
+"""Seconds since a frame came, within which it shows what is there now."""
+_NO_FRAME = 2.0
+"""Seconds without a frame after which the picture is taken to be as it was: some sources only send what is new."""
 _LATE = 1.0
 """Seconds by which a frame of a film may be late."""
 
@@ -85,6 +89,21 @@ class Newest:
         finally:
             self._ended = True
             self._bell()
+
+
+class Freshness:
+    """Whether it is known what a stream shows now, although the machine or this process may have stood still."""
+
+    def __init__(self) -> None:
+        self._waits: float | None = None
+
+    def holds(self, moment: float, now: float) -> bool:
+        """Whether the newest frame, of `moment`, has only just come, or none has come in spite of waiting for one."""
+        if now - moment <= _FRESH:
+            self._waits = None
+            return True
+        self._waits = now if self._waits is None else self._waits
+        return now - self._waits > _NO_FRAME
 
 
 def paced(stream: Stream, sleep: Callable[[float], object] = time.sleep) -> Iterator[Frame]:

@@ -15,9 +15,10 @@ from fastvlm_mlx.watch.audience import Description, Told
 from fastvlm_mlx.watch.live import Live
 from fastvlm_mlx.watch.newest import Arrived
 from fastvlm_mlx.watch.outputs import Cue
-from tests.watch.pictures import BLACK, FakeEngine, Pixels, scene, with_spot
+from tests.watch.pictures import BLACK, FakeEngine, Pixels, piece, scene, with_spot
 
 A, B, C = scene(0), scene(1), scene(2)
+NO_FRAME: Pixels = BLACK[:0]
 Script = Iterator[Pixels]
 
 
@@ -33,7 +34,7 @@ class Play:
         self.descriptions: list[Description] = []
         self.cues: list[Cue] = []
         self.notes: list[str] = []
-        self.gone_count = 0
+        self.gone_calls: list[bool] = []
         self.count = self.dropped = 0
         self.ended = False
         self._script = script(self)
@@ -60,6 +61,9 @@ class Play:
     def take(self) -> Arrived | None:
         pixels = next(self._script, None)
         self._bell()
+        if pixels is NO_FRAME:
+            self.now += 0.1
+            return None
         if pixels is None:
             self.ended = True
             if self.engine.handles:
@@ -81,8 +85,8 @@ class Play:
     def cue(self, cue: Cue) -> None:
         self.cues.append(cue)
 
-    def gone(self) -> None:
-        self.gone_count += 1
+    def gone(self, *, cut: bool) -> None:
+        self.gone_calls.append(cut)
 
     def note(self, message: str) -> None:
         self.notes.append(message)
@@ -158,6 +162,122 @@ def test_a_sentence_waits_while_something_passes_by(monkeypatch: pytest.MonkeyPa
         assert play.told == ["A red ball."]
 
     assert Play(script, monkeypatch).run().of(A)
+
+
+def test_a_sentence_waits_for_a_frame_that_shows_what_is_there_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    def script(play: Play) -> Script:
+        yield from many(A)
+        yield from many(NO_FRAME, 4)
+        play.engine.end("A red ball.")
+        yield from many(NO_FRAME, 10)
+        assert play.told == []
+        yield A
+        yield NO_FRAME
+        assert play.told == ["A red ball."]
+
+    Play(script, monkeypatch).run()
+
+
+def test_after_a_sleep_of_the_machine_nothing_is_told_of_what_was_there_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def script(play: Play) -> Script:
+        yield from many(A)
+        play.now += 3600
+        play.engine.end("A red ball.")
+        yield from many(NO_FRAME, 3)
+        yield from many(B)
+        play.engine.end("A blue ball.")
+        yield from many(B)
+
+    play = Play(script, monkeypatch).run()
+    assert (play.told, play.live.outdated) == (["A blue ball."], 1)
+    assert [each.outdated for each in play.descriptions] == [1]
+
+
+def test_a_source_that_sends_only_what_is_new_is_told_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    def script(play: Play) -> Script:
+        yield from many(A)
+        play.engine.end("A red ball.")
+        yield from many(NO_FRAME, 30)
+        assert play.told == ["A red ball."]
+
+    Play(script, monkeypatch).run()
+
+
+def test_looks_that_are_rare_show_that_a_scene_is_gone_although_nothing_stands_still(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def script(play: Play) -> Script:
+        yield from many(A)
+        for number in range(4):  # no two looks at the same scene
+            play.now += 2
+            play.count += 20
+            yield scene(50 + number)
+        play.engine.handles[0].add([piece("A red ball.", "stop")])
+        yield scene(60)
+
+    play = Play(script, monkeypatch).run()
+    assert play.told == []
+    assert play.engine.handles[0].cancelled
+
+
+def test_what_moves_is_not_described_by_a_frame_that_is_long_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def script(play: Play) -> Script:
+        yield from moving(20)
+        play.now += 5
+        play.engine.end("A ball that rolls.")
+        yield from moving(20, 80)
+        play.engine.end("A ball at rest.")
+        yield from moving(3, 110)
+
+    play = Play(script, monkeypatch).run()
+    assert (play.told, play.live.outdated) == (["A ball at rest."], 1)
+
+
+def test_a_cue_ends_soon_after_the_last_look_at_its_scene(monkeypatch: pytest.MonkeyPatch) -> None:
+    def script(play: Play) -> Script:
+        yield from many(A)
+        play.engine.end("A red ball.")
+        yield from many(A)
+        play.count += 50  # frames that nobody had the time to look at
+        yield from many(B)
+
+    [cue] = Play(script, monkeypatch).run().cues
+    assert cue.end == pytest.approx(1.0 + 0.2)
+
+
+def test_a_picture_that_comes_to_rest_counts_as_one_that_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    def script(play: Play) -> Script:
+        yield from moving(12)
+        yield from many(play.asked[-1], 8)
+        play.now += 5  # its description is old, and still true
+        play.engine.end("A ball at rest.")
+        yield from many(play.asked[-1], 8)
+        yield from moving(8, 80)
+        yield from many(B)
+
+    play = Play(script, monkeypatch).run()
+    assert play.told == ["A ball at rest."]
+    assert play.cues[0].end == pytest.approx(2.9)
+
+
+def test_speech_of_a_scene_that_is_gone_ends_and_an_answer_to_a_person_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def script(play: Play) -> Script:
+        for pixels, what in ((A, ""), (B, "now"), (C, "repeat"), (A, "")):
+            yield from many(pixels)
+            play.engine.end(f"Ball {play.count}.")
+            yield from many(pixels)
+            if what:
+                play.live.order(what)
+                yield from many(pixels)
+                if what == "now":
+                    play.engine.end("A ball.")
+                    yield from many(pixels)
+
+    assert Play(script, monkeypatch).run().gone_calls == [True, False, False]
 
 
 def test_of_a_picture_that_moves_all_the_time_something_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,7 +390,7 @@ def test_black_is_not_asked_about_and_ends_what_was_told(monkeypatch: pytest.Mon
     play = Play(script, monkeypatch).run()
     assert play.of(A)
     assert play.cues == [Cue(1.1, 1.6, "A red ball.")]
-    assert play.gone_count == 1
+    assert play.gone_calls == [True]
 
 
 def test_a_cue_lasts_from_when_it_is_told_until_the_scene_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
