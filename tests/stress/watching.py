@@ -184,14 +184,18 @@ def read_cues(text: str) -> list[Cue]:
 
 
 def compare(shown: list[Shown], cues: list[Cue]) -> dict[str, Any]:
-    """How many scenes were told right, and what was told of scenes that were not there."""
-    right = as_still = 0
+    """How many scenes were told right, how many were not told, and what was told of scenes that were not there.
+
+    The second is no error of what tells, which can be slower than the scenes; the third is.
+    """
+    right = as_still = missing = 0
     starts, ends, wrong = [], [], []
     for scene in shown:
         over = [cue for cue in cues if min(cue.end, scene.end) - max(cue.start, scene.start) > _OVERLAP]
         texts = {cue.text for cue in over}
         right += scene.truth in texts
         as_still += scene.still in texts
+        missing += not texts & {scene.truth, scene.still}
         wrong += [(cue, scene) for cue in over if cue.text not in (scene.truth, scene.still)]
         for cue in over:
             if cue.text == scene.still:
@@ -202,14 +206,19 @@ def compare(shown: list[Shown], cues: list[Cue]) -> dict[str, Any]:
         "cues": len(cues),
         "right": right,
         "as the model says of the still": as_still,
+        "missing": missing,
         "the model's own errors on stills": sum(scene.truth != scene.still for scene in shown),
         "texts over other scenes": len(wrong),
-        "start late, median": round(median(starts), 2),
-        "start late, most": round(max(starts), 2),
-        "end late, median": round(median(ends), 2),
-        "end late, most": round(max(ends), 2),
+        **_late("start", starts),
+        **_late("end", ends),
         "wrong": [f"{cue} over {scene}" for cue, scene in wrong[:20]],
     }
+
+
+def _late(name: str, seconds: list[float]) -> dict[str, float]:
+    if not seconds:
+        return {}
+    return {f"{name} late, median": round(median(seconds), 2), f"{name} late, most": round(max(seconds), 2)}
 
 
 @contextmanager
@@ -268,7 +277,10 @@ def main() -> None:
         if arguments.live:
             records = [json.loads(line) for line in log.read_text().splitlines()]
             ages = [each["age"] for each in records if each["shown"]]
-            report |= {"age, median": median(ages), "age, most": max(ages), "dropped": records[-1]["dropped"]}
+            took = [each["seconds"] for each in records]
+            report |= {"answer took, median": median(took), "answer took, most": max(took)}
+            report |= {"age, median": median(ages), "age, most": max(ages)}
+            report |= {"frames dropped": records[-1]["dropped"], "answers out of date": records[-1]["outdated"]}
     wrong = report.pop("wrong")
     sys.stdout.write(json.dumps(report, indent=1) + "\n" + "".join(f"{each}\n" for each in wrong))
 
