@@ -23,6 +23,7 @@ from fastvlm_mlx.cli.options import (
 from fastvlm_mlx.cli.terminal import ByteProgress, LiveLine, note, show, warn_of_slow_blas
 from fastvlm_mlx.cli.usage import is_given
 from fastvlm_mlx.errors import FastVLMError
+from fastvlm_mlx.formatting import counted
 
 if TYPE_CHECKING:
     from fastvlm_mlx.cli.watching import Teller
@@ -124,7 +125,7 @@ def watch(
         typer.Option(
             metavar="COMMAND",
             help="Run this, without a shell, whenever something new is told; it gets the text on stdin and as "
-            "$FASTVLM_TEXT.",
+            "$FASTVLM_TEXT, and has 60 s.",
         ),
     ] = None,
     every: Annotated[
@@ -286,6 +287,8 @@ def _watch_live(
         finally:
             stream.close()
             watcher.newest.join(2)
+            if watcher.outdated:
+                note(f"{counted(watcher.outdated, 'description')} not told: what they were about was gone")
 
 
 def _watch_film(

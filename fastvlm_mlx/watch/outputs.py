@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import threading
 from collections.abc import Callable, Mapping
@@ -21,6 +22,9 @@ from fastvlm_mlx.schema import parse_object
 FORMATS = ("text", "jsonl", "srt", "vtt")
 _JOIN = 0.5
 """Seconds between two cues of the same text that make one cue."""
+HOOK_SECONDS = 60.0
+"""That a command may take which is run at a change."""
+_MOST_LATE = 3
 _SHORTEST = 0.2
 """Seconds of a cue; what was there for less cannot be read."""
 
@@ -168,17 +172,19 @@ class Hook:
     """A user's command, run whenever something new is told.
 
     The text is its standard input and FASTVLM_TEXT in its environment; no shell sees it. One runs at a time; what is
-    told meanwhile waits, and only the newest of it.
+    told meanwhile waits, and only the newest of it. One that does not end in time is ended, with all that it has
+    started; after three in a row, none is run any more.
 
     Args:
         command: Words as a shell divides them.
-        notify: Is told once if the command fails.
+        notify: Is told once if the command fails, if it does not end in time, and if it is given up.
+        limit: Seconds that it may take.
 
     Raises:
         ConfigError: If there is no such program.
     """
 
-    def __init__(self, command: str, notify: Callable[[str], None]) -> None:
+    def __init__(self, command: str, notify: Callable[[str], None], *, limit: float = HOOK_SECONDS) -> None:
         try:
             self._words = shlex.split(command)
         except ValueError as err:
@@ -188,9 +194,11 @@ class Hook:
             raise ConfigError(f"{name}: there is no such program to run at a change; check the name and $PATH")
         self._words[0] = os.path.expanduser(self._words[0])
         self._notify = notify
+        self._limit = limit
+        self._late = 0
         self._waiting: tuple[str, dict[str, str]] | None = None
         self._changed = threading.Condition()
-        self._busy = self._closed = self._failed = False
+        self._busy = self._failed = False
         self._thread = threading.Thread(target=self._run, name="fastvlm-on-change", daemon=True)
         self._thread.start()
 
@@ -206,6 +214,8 @@ class Hook:
         with self._changed:
             if each:
                 self._changed.wait_for(lambda: self._waiting is None)
+            if self._late >= _MOST_LATE:
+                return
             self._waiting = text, environment
             self._changed.notify_all()
 
@@ -224,12 +234,35 @@ class Hook:
                 (text, environment), self._waiting, self._busy = self._waiting, None, True
                 self._changed.notify_all()
             try:
-                done = subprocess.run(
-                    self._words, input=text.encode(), env=environment, start_new_session=True, check=False
-                )
-                problem = f"ended with exit code {done.returncode}" if done.returncode else ""
-            except OSError as err:
-                problem = f"cannot be run ({err.strerror or err})"
+                problem = self._execute(text, environment)
+                self._late = 0
+            except subprocess.TimeoutExpired:
+                problem = f"has not ended within {self._limit:g} s, and was ended"
+                self._late += 1
+            name = f"--on-change: {printable(self._words[0], 100)}"
             if problem and not self._failed:
                 self._failed = True
-                self._notify(f"--on-change: {printable(self._words[0], 100)} {problem}")
+                self._notify(f"{name} {problem}")
+            if self._late == _MOST_LATE:
+                with self._changed:
+                    self._waiting = None
+                self._notify(f"{name} has not ended in time {_MOST_LATE} times in a row; it is not run any more")
+
+    def _execute(self, text: str, environment: dict[str, str]) -> str:
+        """Runs the command to its end; returns what went wrong.
+
+        Raises:
+            TimeoutExpired: If it took too long, and was ended.
+        """
+        try:
+            process = subprocess.Popen(self._words, stdin=subprocess.PIPE, env=environment, start_new_session=True)
+        except OSError as err:
+            return f"cannot be run ({err.strerror or err})"
+        with process:
+            try:
+                process.communicate(text.encode(), self._limit)
+            except subprocess.TimeoutExpired:
+                with suppress(OSError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                raise
+        return f"ended with exit code {process.returncode}" if process.returncode else ""

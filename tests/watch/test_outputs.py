@@ -132,6 +132,31 @@ def test_a_command_that_fails_is_noted_once() -> None:
     assert notes == ["--on-change: sh ended with exit code 7"]
 
 
+def test_a_command_that_hangs_is_ended_with_what_it_started_and_given_up(tmp_path: Path) -> None:
+    notes: list[str] = []
+    command = f"sh -c 'cat >> {tmp_path}/ran; sleep 60 & echo $! >> {tmp_path}/started; wait'"
+    hook = Hook(command, notes.append, limit=0.3)
+    for text in "abcdef":
+        hook.run(text, {}, each=True)
+    assert hook.finish(30)
+    assert notes == [
+        "--on-change: sh has not ended within 0.3 s, and was ended",
+        "--on-change: sh has not ended in time 3 times in a row; it is not run any more",
+    ]
+    assert (tmp_path / "ran").read_text() == "abc"
+    for process in (tmp_path / "started").read_text().split():
+        state = Path(f"/proc/{process}/stat")
+        assert not state.exists() or ") Z " in state.read_text()
+
+
+def test_a_command_that_is_slow_now_and_then_is_not_given_up(tmp_path: Path) -> None:
+    hook = Hook(f"sh -c 'read x; echo $x >> {tmp_path}/ran; if [ $x != c ]; then sleep 60; fi'", [].append, limit=0.3)
+    for text in "abcd":
+        hook.run(f"{text}\n", {}, each=True)
+    assert hook.finish(30)
+    assert (tmp_path / "ran").read_text().split() == ["a", "b", "c", "d"]
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [("", "no such program"), ("no-such-program x", "no-such-program: there is no such"), ("'", "cannot be read")],
