@@ -85,12 +85,14 @@ def expand(sources: list[Any], *, frames: int | None, resolution: "Resolution") 
     Raises:
         ImageError: If one that holds several pictures cannot be read, or is a device that shows nothing.
     """
-    from fastvlm_mlx.inputs.named import is_plain
+    from fastvlm_mlx.inputs.named import is_plain, meant
 
     found: list[tuple[Any, str]] = []
     for source in sources:
         name = "<stdin>" if isinstance(source, bytes) else shortened(source)
         if is_plain(source, animations=frames is not None):
+            if isinstance(source, str) and (near := meant(source)):
+                raise ImageError(f"{printable(source)}: no such source; did you mean {printable(near)}?")
             found.append((source, name))
             continue
         from fastvlm_mlx.inputs.views import MOST_TOGETHER, Choice, views

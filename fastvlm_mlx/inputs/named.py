@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Sequence
 
 HEAD_BYTES = 2048
 """Bytes at the beginning of a file that tell its kind."""
@@ -38,6 +39,17 @@ def is_live(name: str) -> bool:
     """Whether a name means what a device shows now, not a file; a file of that name comes first."""
     live = name.partition(":")[0] in _LIVE if name.startswith("@") else name.lower().startswith(_LIVE_SCHEMES)
     return live and not os.path.lexists(name)
+
+
+def meant(name: str, devices: Sequence[str] = _LIVE) -> str:
+    """Which device a name may mean: `@camera` for `@camrea`; empty if it is like none, or is a file."""
+    if not name.startswith("@") or os.path.lexists(name):
+        return ""
+    from difflib import get_close_matches
+
+    device, colon, which = name.partition(":")
+    near = get_close_matches(device.lower(), devices, 1)
+    return f"{near[0]}{colon}{which}" if near else ""
 
 
 def kind_of(head: bytes) -> str:

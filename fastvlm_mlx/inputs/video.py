@@ -17,6 +17,7 @@ from fastvlm_mlx.formatting import printable
 from fastvlm_mlx.inputs.cameras import CAMERA, camera_places, list_cameras
 from fastvlm_mlx.inputs.decoding import Place
 from fastvlm_mlx.inputs.frames import MAX_RATE, Frame, Stream
+from fastvlm_mlx.inputs.named import meant
 from fastvlm_mlx.inputs.playing import VideoStream
 from fastvlm_mlx.inputs.screen import SCREEN, WINDOW, ScreenStream, is_screen, screens, windows
 
@@ -117,7 +118,9 @@ def _place(name: str) -> Place:
     if name == TEST:
         return _graph(_PATTERN, name)
     if name.startswith("@") and not os.path.lexists(name):
-        raise ImageError(f"{printable(name)}: no such source; there are {CAMERA}, {SCREEN}, {WINDOW}:TITLE and {TEST}")
+        near = meant(name, (CAMERA, SCREEN, WINDOW, TEST))
+        known = f"there are {CAMERA}, {SCREEN}, {WINDOW}:TITLE and {TEST}"
+        raise ImageError(f"{printable(name)}: no such source; {f'did you mean {printable(near)}?' if near else known}")
     if name.lower().startswith("lavfi:"):
         return _graph(name[6:], printable(name))
     if _URL.match(name):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from fastvlm_mlx.errors import ConfigError, ImageError
 from fastvlm_mlx.formatting import printable
 from fastvlm_mlx.inputs.fragments import Fragment, Part, split_name
-from fastvlm_mlx.inputs.named import ANIMATION, FILM, PDF, is_live, kind_of_file
+from fastvlm_mlx.inputs.named import ANIMATION, FILM, PDF, is_live, kind_of_file, meant
 from fastvlm_mlx.jobs.companions import LIVE_FILM, LIVE_PHOTO, Entry, split_extension, with_films, without_companions
 from fastvlm_mlx.jobs.kinds import LIBRARY, PICTURES, RAW, in_library, is_picture
 from fastvlm_mlx.jobs.patterns import Matcher, any_of, expand, is_pattern, split_recursive
@@ -167,7 +167,8 @@ class _Search:
         if os.path.lexists(path):
             self._add_path(path, fragment)
         elif not is_pattern(name):
-            self._cannot_read(name, "no such file")
+            near = meant(name)
+            self._cannot_read(name, f"no such source; did you mean {printable(near)}?" if near else "no such file")
         elif not self._add_matches(name):
             self._cannot_read(name, "no file matches this pattern")
 

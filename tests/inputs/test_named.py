@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from fastvlm_mlx.inputs.named import is_live, is_plain, kind_of
+from fastvlm_mlx.inputs.named import is_live, is_plain, kind_of, meant
 
 
 @pytest.mark.parametrize(
@@ -63,6 +63,20 @@ def test_devices_are_not_files_unless_a_file_has_their_name(tmp_path: Path, monk
 )
 def test_only_what_holds_several_pictures_is_not_plain(source: object, plain: bool) -> None:
     assert is_plain(source) == plain
+
+
+@pytest.mark.parametrize(
+    ("name", "device"),
+    [("@camrea", "@camera"), ("@Screen:2", "@screen:2"), ("@clipbord", "@clipboard"), ("@x", ""), ("camrea", "")],
+)
+def test_a_misspelt_device_is_recognised(name: str, device: str) -> None:
+    assert meant(name) == device
+
+
+def test_a_file_whose_name_is_like_a_device_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "@camrea").touch()
+    assert meant("@camrea") == ""
 
 
 def test_nothing_is_read_of_a_pipe(tmp_path: Path) -> None:

@@ -253,3 +253,7 @@ def test_a_picture_takes_less_than_two_kilobytes_and_a_twentieth_of_a_millisecon
     tracemalloc.stop()
     assert len(found.found) == count
     assert peak < 2000 * count
+
+
+def test_a_misspelt_device_is_named() -> None:
+    assert find_pictures(["@scren"]).unreadable == [("@scren", "no such source; did you mean @screen?")]
