@@ -26,6 +26,9 @@ USUAL_RATE = 25.0
 
 # Errors in a row after which a damaged film is taken to be at its end.
 _MOST_ERRORS = 200
+# Formats in which frames follow one another without a pause, and the seconds, or frames, from which one is a hole.
+_STEADY = ("mpegts", "mpeg")
+_HOLE_SECONDS, _HOLE_STEPS = 1.0, 10
 # Seconds that decoding on may take in films without an index; beyond, a seek is tried.
 _WORTH_A_SEEK = 8.0
 # Seconds that `close` waits for a thread that is reading; after that, that thread closes.
@@ -247,8 +250,15 @@ class Decoder:
             if last is not None and at <= last:
                 self._shift += last + self.step - at
                 at = last + self.step
+            elif last is not None and self._is_hole(at - last):
+                self._complain("damaged")
         self._last = at
         return at
+
+    def _is_hole(self, seconds: float) -> bool:
+        """Whether so long a time between two frames shows that some are missing."""
+        steady = self._container.format.name in _STEADY
+        return steady and seconds > max(_HOLE_SECONDS, _HOLE_STEPS * self.step)
 
     def pixels(self, image: Any) -> NDArray[np.uint8]:
         """A frame (H, W, 3) as upright RGB with square pixels.

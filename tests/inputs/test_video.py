@@ -80,6 +80,8 @@ def test_the_test_pattern_comes_by_the_clock_and_can_be_closed_by_another_thread
     ("name", "message"),
     [
         ("missing.mp4", "missing.mp4: no such file"),
+        ("@camrea:1", "@camrea:1: no such source; did you mean @camera:1?"),
+        ("@clipboard", "@clipboard: no such source; there are @camera, @screen, @window:TITLE and @test"),
         ("/", "/: is a folder, not a film"),
         ("lavfi:nosuch", "lavfi:nosuch: cannot be read (Filter not found)"),
         ("lavfi:anullsrc", "lavfi:anullsrc: has no video track"),
@@ -140,6 +142,17 @@ def test_a_film_that_was_cut_says_where_it_ends(tmp_path: Path) -> None:
     assert notes == [
         f"{film}: incomplete: it should last 5.9 s, and ends after {frames[-1].time:.1f} s; what can be read is used"
     ]
+
+
+def test_a_hole_in_a_stream_that_was_recorded_is_said_once(tmp_path: Path) -> None:
+    times = [number / 10 for number in range(60) if not 10 <= number < 30 and not 40 <= number < 55]
+    frames, notes = frames_of(films.write(tmp_path / "film.ts", times, gop=1))
+    np.testing.assert_allclose([frame.time for frame in frames], times, atol=1e-3)
+    assert notes == [f"{tmp_path / 'film.ts'}: damaged after 0.9 s; what can be read is used"]
+
+
+def test_a_picture_that_stands_still_for_long_is_no_hole_where_films_may_pause(tmp_path: Path) -> None:
+    assert frames_of(films.write(tmp_path / "film.mp4", [0.0, 0.1, 5.0]))[1] == []
 
 
 def test_a_film_without_a_video_track_says_so(tmp_path: Path) -> None:
