@@ -15,46 +15,26 @@ end tokens are ignored.
 """
 
 import argparse
-import base64
-import json
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 from peers import where
 from recording import write_report, write_tables
 
-from fastvlm_mlx import Engine, stream_generate
+from fastvlm_mlx import stream_generate
 from fastvlm_mlx.bench.candidate import Candidate
+from fastvlm_mlx.bench.clients import Body, Clients, ServedAnswer, question
 from fastvlm_mlx.bench.conditions import Conditions, conditions
 from fastvlm_mlx.bench.images import Images
+from fastvlm_mlx.cli.throughput import served
 from fastvlm_mlx.formatting import as_markdown
-from fastvlm_mlx.server.app import make_app
-from fastvlm_mlx.server.run import Running
-from fastvlm_mlx.server.service import Service
-from fastvlm_mlx.server.settings import Settings
-from fastvlm_mlx.server.sockets import listen
 
-HERE = Path(__file__).resolve().parent
 PROMPT, SECOND = "Describe the image.", "How many things are there?"
 ROWS = 8
 """That are decoded while another request joins."""
-
-Body = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a client saw: seconds from its connection to each piece of text, and the tokens of the answer."""
-
-    pieces: list[float]
-    tokens: int
 
 
 @dataclass
@@ -80,7 +60,7 @@ class Bench:
         options: Of the command line.
     """
 
-    def __init__(self, candidate: Candidate, port: int, clients: "Clients", options: argparse.Namespace) -> None:
+    def __init__(self, candidate: Candidate, port: int, clients: Clients, options: argparse.Namespace) -> None:
         self._candidate = candidate
         self._port = port
         self._clients = clients
@@ -94,16 +74,8 @@ class Bench:
         return self._images(self._shown)
 
     def _body(self, picture: bytes, prompt: str = PROMPT, tokens: int | None = None) -> Body:
-        url = f"data:image/jpeg;base64,{base64.b64encode(picture).decode()}"
-        image = {"type": "image_url", "image_url": {"url": url}}
-        return {
-            "messages": [{"role": "user", "content": [image, {"type": "text", "text": prompt}]}],
-            "resolution": self._options.resolution,
-            "max_tokens": self._options.max_tokens if tokens is None else tokens,
-            "ignore_eos": True,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
+        max_tokens = self._options.max_tokens if tokens is None else tokens
+        return question(picture, prompt, self._options.resolution, max_tokens)
 
     def first_tokens(self) -> None:
         """Measures first tokens, without the server and with it, and those of second questions."""
@@ -149,52 +121,9 @@ class Bench:
         self.samples.step.append(median(late_step(answer) for answer in others))
 
 
-def late_step(answer: Answer) -> float:
+def late_step(answer: ServedAnswer) -> float:
     """The usual time between two pieces of an answer."""
     return median(after - before for before, after in zip(answer.pieces, answer.pieces[1:], strict=False))
-
-
-class Clients:
-    """A process that asks; leave the context to end it."""
-
-    def __enter__(self) -> "Clients":
-        command = [sys.executable, str(HERE / "clients.py")]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.communicate()
-
-    def ask(self, port: int, bodies: list[Body], at_once: int = 1, late: int = 0) -> list[Answer]:
-        """The answers to questions, of which so many are asked at once.
-
-        Args:
-            port: Of the server.
-            bodies: The questions.
-            at_once: How many clients there are.
-            late: How many of the questions, at the end, are asked when all others have had their third piece.
-        """
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        job = {"port": port, "bodies": bodies, "at_once": at_once, "late": late}
-        self._process.stdin.write(json.dumps(job) + "\n")
-        self._process.stdin.flush()
-        return [Answer(**answer) for answer in json.loads(self._process.stdout.readline())]
-
-
-@contextmanager
-def served(candidate: Candidate, rows: int) -> Iterator[int]:
-    """The port at which a model is served."""
-    settings = Settings(port=0)
-    service = Service(candidate.name, settings)
-    queue = settings.max_queue + settings.max_choices
-    sockets = listen(settings)
-    with (
-        Engine(candidate.model, candidate.processor, max_batch=rows, queue_size=queue) as engine,
-        Running(make_app(service, settings), service, settings, sockets),
-    ):
-        service.start(engine)
-        yield sockets[0].getsockname()[1]
 
 
 def measure(candidate: Candidate, options: argparse.Namespace) -> Samples:

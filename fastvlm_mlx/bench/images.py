@@ -3,17 +3,23 @@
 import hashlib
 import io
 import math
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastvlm_mlx.errors import ImageError
+from fastvlm_mlx.errors import ConfigError, ImageError
 from fastvlm_mlx.inputs.images import load_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 MEGAPIXELS = 1.2
+FORMAT = "JPEG"
+HEIF = "HEIF"
+"""Pillow's name of HEIC's format."""
+FORMATS = {FORMAT: "JPEG", HEIF: "HEIC", "WEBP": "WebP", "PNG": "PNG"}
+"""By Pillow's names, the usual ones."""
 _MARK = 32
 """Side in pixels of the square that makes each copy different."""
 _GRID = 64
@@ -28,21 +34,26 @@ class Images:
             become PNG.
         name: The name of `source` in messages.
         megapixels: Of synthetic images; 1.2 are 1280×960, 12 are 4032×3024.
+        form: Pillow's name of the format of synthetic images; HEIF needs pillow-heif.
 
     Attributes:
         megapixels: The same; None for copies.
+        form: Of all images.
 
     Raises:
         ImageError: If `source` is not an image.
+        ConfigError: If pillow-heif is needed and not installed.
     """
 
-    def __init__(self, source: bytes | None = None, name: str = "image", megapixels: float = MEGAPIXELS) -> None:
+    def __init__(
+        self, source: bytes | None = None, name: str = "image", megapixels: float = MEGAPIXELS, form: str = FORMAT
+    ) -> None:
         self.megapixels = megapixels if source is None else None
         width = math.ceil(math.sqrt(megapixels * 1e6 * 4 / 3) / _GRID) * _GRID
         self._size = width, width * 3 // 4
         self.sha256 = None if source is None else hashlib.sha256(source).hexdigest()
         self._original: Image | None = None
-        self._format = "JPEG"
+        self.form = form
         if source is not None:
             import PIL.Image
 
@@ -51,7 +62,9 @@ class Images:
             except ImageError as err:
                 raise ImageError(f"{name}: {err}") from err
             with PIL.Image.open(io.BytesIO(source)) as opened:
-                self._format = opened.format if opened.format in ("JPEG", "WEBP") else "PNG"
+                self.form = opened.format if opened.format in ("JPEG", "WEBP") else "PNG"
+        elif form == HEIF:
+            _learn_to_write_heif()
 
     def __call__(self, number: int) -> bytes:
         """Returns the encoded bytes of image `number`."""
@@ -59,7 +72,7 @@ class Images:
         image = _synthetic(random, *self._size) if self._original is None else self._original.copy()
         image.paste(tuple(random.integers(0, 256, 3).tolist()), (0, 0, _MARK, _MARK))
         encoded = io.BytesIO()
-        image.save(encoded, self._format, quality=90)
+        image.save(encoded, self.form, quality=90)
         return encoded.getvalue()
 
 
@@ -70,3 +83,18 @@ def _synthetic(random: np.random.Generator, width: int, height: int) -> "Image":
     clouds = Image.fromarray(random.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((width, height))
     grain = random.normal(0, 6, (height, width, 1))
     return Image.fromarray((np.asarray(clouds) + grain).clip(0, 255).astype(np.uint8))
+
+
+def _learn_to_write_heif() -> None:
+    """Lets Pillow write HEIF; the package itself only reads it.
+
+    Raises:
+        ConfigError: If pillow-heif is not installed.
+    """
+    try:
+        pillow_heif = import_module("pillow_heif")
+    except ImportError as err:
+        raise ConfigError(
+            "images in HEIC are written by pillow-heif, which is not installed: pip install pillow-heif"
+        ) from err
+    pillow_heif.register_heif_opener()

@@ -209,6 +209,7 @@ def measure(
             process_peak_bytes=peak_resident_bytes(),
         ),
         megapixels=images.megapixels,
+        form=images.form,
         metrics={
             name: Metric(unit="tokens/s" if name == "decode_rate" else "s", samples=tuple(values))
             for name, values in samples.items()

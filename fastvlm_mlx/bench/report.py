@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvlm_mlx.bench.conditions import Conditions
-from fastvlm_mlx.bench.images import MEGAPIXELS
+from fastvlm_mlx.bench.images import FORMAT, FORMATS, MEGAPIXELS
 from fastvlm_mlx.bench.records import record
 from fastvlm_mlx.bench.statistics import Metric, change_interval
 from fastvlm_mlx.errors import ConfigError
@@ -79,6 +79,7 @@ class Row:
         memory: After the last run.
         metrics: By name.
         megapixels: Of the synthetic images; None for copies of a given one.
+        form: The format of the images, by Pillow's name.
     """
 
     model: str
@@ -92,6 +93,7 @@ class Row:
     memory: Memory
     metrics: Mapping[str, Metric] = field(repr=False)
     megapixels: float | None = MEGAPIXELS
+    form: str = FORMAT
 
     def median(self, metric: str) -> float | None:
         """Returns the median of a metric; None if the row does not have it."""
@@ -104,9 +106,10 @@ class Row:
 
     @property
     def setup(self) -> tuple[str, str, str, str]:
-        """What is measured apart from the model: the decoder's precision, the resolution, its pixels, large images."""
+        """What is measured apart from the model: the decoder's precision, the resolution, its pixels, other images."""
         size = "" if self.megapixels in (None, MEGAPIXELS) else f", images of {self.megapixels:g} megapixels"
-        return self.precision["language_model"], str(self.resolution), str(self.pixels), size
+        form = "" if self.megapixels is None or self.form == FORMAT else f", {FORMATS.get(self.form, self.form)}"
+        return self.precision["language_model"], str(self.resolution), str(self.pixels), size + form
 
     def to_dict(self) -> dict[str, Any]:
         """Returns a JSON object."""

@@ -4,6 +4,7 @@ import csv
 import io
 from collections.abc import Sequence
 
+from fastvlm_mlx.bench.images import FORMATS
 from fastvlm_mlx.bench.measure import PHASES
 from fastvlm_mlx.bench.report import Report, Row
 from fastvlm_mlx.formatting import as_blocks
@@ -36,11 +37,26 @@ def _blocks(rows: Sequence[Row], width: int) -> str:
 
 
 def _table(rows: Sequence[Row]) -> list[list[str]]:
-    head = ["model", "precision", "px", "megapixels", "visual", "prompt", "wall TTFT", "p90", "cold TTFT", "paper TTFT"]
+    head = [
+        "model",
+        "precision",
+        "px",
+        "megapixels",
+        "format",
+        "visual",
+        "prompt",
+        "wall TTFT",
+        "p90",
+        "cold TTFT",
+        "paper TTFT",
+    ]
     head += [*_TITLES, "tokens/s", "peak GB"]
     lines = [_line(row) for row in rows]
-    if len({row.megapixels for row in rows}) == 1:
-        lines = [[*line[:3], "", *line[4:]] for line in lines]
+    alike = [len({value(row) for row in rows}) == 1 for value in (lambda row: row.megapixels, lambda row: row.form)]
+    lines = [
+        [*line[:3], *("" if same else cell for same, cell in zip(alike, line[3:5], strict=True)), *line[5:]]
+        for line in lines
+    ]
     filled = [column for column in range(len(head)) if any(line[column] for line in lines)]
     return [[line[column] for column in filled] for line in (head, *lines)]
 
@@ -56,6 +72,7 @@ def _line(row: Row) -> list[str]:
         _precision(row),
         row.size,
         "" if row.megapixels is None else f"{row.megapixels:g}",
+        FORMATS.get(row.form, row.form),
         str(row.tokens.visual),
         str(row.tokens.prompt),
         _milliseconds(row, "wall_ttft"),
@@ -77,10 +94,12 @@ def as_csv(report: Report) -> str:
     """Returns CSV with one line for each sample."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["model", "precision", "resolution", "pixels", "megapixels", "metric", "unit", "run", "value"])
+    writer.writerow(
+        ["model", "precision", "resolution", "pixels", "megapixels", "format", "metric", "unit", "run", "value"]
+    )
     for row in report.rows:
         for name, metric in row.metrics.items():
             for run, value in enumerate(metric.samples, start=1):
-                setup = *row.setup[:-1], "" if row.megapixels is None else row.megapixels
+                setup = *row.setup[:-1], "" if row.megapixels is None else row.megapixels, row.form
                 writer.writerow([row.model, *setup, name, metric.unit, run, value])
     return text.getvalue()

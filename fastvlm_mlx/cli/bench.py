@@ -1,10 +1,7 @@
 """`fastvlm bench`: measures the time to first token, computes the cost of a model, compares two reports."""
 
-import os
 import shutil
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -12,21 +9,20 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
+from fastvlm_mlx.cli.candidates import Models, RandomWeights, check_models, load_candidates, names
 from fastvlm_mlx.cli.compare import compare
 from fastvlm_mlx.cli.options import (
-    DEFAULT_MODEL,
     DEFAULT_PROMPT,
-    MODEL_HELP,
     LoadDType,
     Revision,
     choices,
-    complete_model,
     is_for_subcommand,
     parse_resolution,
     refuse,
     user_path,
 )
-from fastvlm_mlx.cli.terminal import ByteProgress, LiveLine, note, show, warn_of_slow_blas
+from fastvlm_mlx.cli.terminal import LiveLine, show, warn_of_slow_blas
+from fastvlm_mlx.cli.throughput import throughput
 from fastvlm_mlx.cli.usage import Command, CommandGroup, is_given
 from fastvlm_mlx.errors import ConfigError
 from fastvlm_mlx.formatting import as_blocks, as_markdown
@@ -38,6 +34,7 @@ if TYPE_CHECKING:
 _UNUSED_BY_COST = {
     "--image": "image",
     "--megapixels": "megapixels",
+    "--format": "formats",
     "--prompt": "prompt",
     "--runs": "runs",
     "--warmup": "warmup",
@@ -50,39 +47,26 @@ _UNUSED_BY_COST = {
 _STDOUT = Path("-")
 """The file that stands for stdout."""
 
+
+class Format(str, Enum):
+    """Formats of images."""
+
+    jpeg = "jpeg"
+    heic = "heic"
+    webp = "webp"
+
+
 app = typer.Typer(cls=CommandGroup, invoke_without_command=True, rich_markup_mode=None)
 app.command(cls=Command, short_help="Compare two reports.")(compare)
-
-
-class Size(str, Enum):
-    """The released models."""
-
-    small = "0.5b"
-    medium = "1.5b"
-    large = "7b"
+app.command(cls=Command, short_help="Measure many questions at once.")(throughput)
 
 
 @app.callback()
 def bench(
     context: typer.Context,
-    models: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--model",
-            "-m",
-            metavar="NAME",
-            help=f"{MODEL_HELP} Repeatable. [env var: FASTVLM_MODEL] [default: {DEFAULT_MODEL}]",
-            autocompletion=complete_model,
-        ),
-    ] = None,
+    models: Models = None,
     revision: Revision = None,
-    random_weights: Annotated[
-        list[Size] | None,
-        typer.Option(
-            metavar=choices(Size),
-            help="Instead of a model: the full architecture of this size, random, no download. Repeatable.",
-        ),
-    ] = None,
+    random_weights: RandomWeights = None,
     image: Annotated[
         Path | None,
         typer.Option(
@@ -98,6 +82,14 @@ def bench(
             min=0.01,
             max=200,
             help="Size of the synthetic images, such as 12 for a phone's; repeatable. [default: 1.2]",
+        ),
+    ] = None,
+    formats: Annotated[
+        list[Format] | None,
+        typer.Option(
+            "--format",
+            metavar=choices(Format),
+            help="Format of the synthetic images; repeatable. HEIC is written by pillow-heif. [default: jpeg]",
         ),
     ] = None,
     prompt: Annotated[str, typer.Option("--prompt", "-p", metavar="TEXT", help="The question.")] = DEFAULT_PROMPT,
@@ -167,12 +159,9 @@ def bench(
     """
     if is_for_subcommand(context):
         return
-    if random_weights and models:
-        raise typer.BadParameter("give models or random weights, not both", param_hint="--random-weights")
+    check_models(models, revision, random_weights)
     if random_weights and cold:
         raise typer.BadParameter("a cold start needs a model on disk, not random weights", param_hint="--cold")
-    if random_weights:
-        refuse({"--revision": revision}, "with random weights")
     files = {option: path for option, path in (("--json", json_file), ("--csv", csv_file), ("--plot", plot)) if path}
     for option in files:
         if cost:
@@ -185,31 +174,23 @@ def bench(
     if cost and is_given(context, "resolutions") and any(isinstance(side, str) for side in resolutions or ()):
         raise typer.BadParameter("--cost needs pixels, not auto", param_hint="--resolution")
     if image:
-        refuse({"--megapixels": megapixels}, "with --image")
+        refuse({"--megapixels": megapixels, "--format": formats}, "with --image")
     if plot:
         from fastvlm_mlx.bench.plot import SUFFIXES
 
         if plot.suffix not in SUFFIXES:
             raise typer.BadParameter(f"ends in none of {', '.join(SUFFIXES)}", param_hint="--plot")
-    names = list(models or [os.environ.get("FASTVLM_MODEL") or DEFAULT_MODEL])
     if cost:
         sides = [side for side in resolutions or () if not isinstance(side, str)] or [256, 512, 1024]
-        _print_costs([size.value for size in random_weights or ()], names, revision, sides, markdown)
+        _print_costs([size.value for size in random_weights or ()], names(models), revision, sides, markdown)
         return
 
-    from fastvlm_mlx.bench.candidate import Candidate
-
-    dtype_name = dtype.value if dtype else None
-    candidates = (
-        (Candidate.random(size.value, dtype=dtype_name) for size in random_weights)
-        if random_weights
-        else _load_each(names, revision, dtype_name)
-    )
     outputs = Outputs(json_file, csv_file, plot, markdown)
     _measure(
-        candidates,
+        load_candidates(models, revision, random_weights, dtype.value if dtype else None),
         image,
         megapixels or [],
+        formats or [],
         prompt,
         resolutions or [None],
         outputs,
@@ -218,23 +199,6 @@ def bench(
         warmup=warmup,
         max_tokens=max_tokens,
     )
-
-
-def _load_each(names: list[str], revision: str | None, dtype: str | None) -> Iterator["Candidate"]:
-    """The models one after the other; a mistake in a name costs no download of another one."""
-    from fastvlm_mlx.resolve import check_names
-
-    check_names([(name, revision) for name in names])
-    for name in names:
-        yield _load(name, revision, dtype)
-
-
-def _load(name: str, revision: str | None, dtype: str | None) -> "Candidate":
-    from fastvlm_mlx.bench.candidate import Candidate
-
-    with LiveLine() as line, ByteProgress() as progress:
-        line.wait_for(f"loading {name}")
-        return Candidate.load(name, dtype=dtype, revision=revision, notify=note, progress=progress)
 
 
 def _print_costs(
@@ -282,6 +246,7 @@ def _measure(
     candidates: "Iterable[Candidate]",
     image: Path | None,
     megapixels: Sequence[float],
+    formats: Sequence[Format],
     prompt: str,
     resolutions: "Sequence[Resolution]",
     outputs: Outputs,
@@ -294,7 +259,7 @@ def _measure(
     import json
 
     from fastvlm_mlx.bench.conditions import conditions
-    from fastvlm_mlx.bench.images import Images
+    from fastvlm_mlx.bench.images import HEIF, MEGAPIXELS, Images
     from fastvlm_mlx.bench.measure import measure
     from fastvlm_mlx.bench.plot import check_plot, plot
     from fastvlm_mlx.bench.report import Report, Settings
@@ -306,7 +271,13 @@ def _measure(
     for path in outputs.files:
         check_output(path)
     given = Images(image.read_bytes() if image else None, str(image))
-    sizes = [Images(megapixels=size) for size in dict.fromkeys(megapixels)] or [given]
+    shown = [given]
+    if megapixels or formats:
+        shown = [
+            Images(megapixels=size, form={Format.heic: HEIF}.get(form, form.value.upper()))
+            for size in dict.fromkeys(megapixels or [MEGAPIXELS])
+            for form in dict.fromkeys(formats or [Format.jpeg])
+        ]
     warn_of_slow_blas()
     before = conditions()
     with LiveLine() as line:
@@ -322,9 +293,9 @@ def _measure(
                 cold=cold,
                 progress=partial(_show_run, line, candidate.name, resolution),
             )
-            for candidate in _distinct(candidates)
+            for candidate in candidates
             for resolution in resolutions
-            for images in sizes
+            for images in shown
         ]
     settings = Settings(prompt=prompt, image_sha256=given.sha256, runs=runs, warmup=warmup, max_tokens=max_tokens)
     report = Report(conditions=before, settings=settings, rows=tuple(rows))
@@ -344,15 +315,6 @@ def _measure(
             failures.append(str(err))
     if failures:
         raise ConfigError("; ".join(failures))
-
-
-def _distinct(candidates: "Iterable[Candidate]") -> "Iterator[Candidate]":
-    """Yields the candidates; of several with one name, the later ones with a number, to tell their rows apart."""
-    names: Counter[str] = Counter()
-    for candidate in candidates:
-        names[candidate.name] += 1
-        number = names[candidate.name]
-        yield candidate if number == 1 else replace(candidate, name=f"{candidate.name} ({number})")
 
 
 def _width() -> int:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastvlm_mlx.cli.bench import Size
+from fastvlm_mlx.cli.candidates import Size
 from fastvlm_mlx.cli.options import CHECK_FAILED, MODEL_HELP, choices, complete_model
 from fastvlm_mlx.cli.terminal import ByteProgress, LiveLine, complain, note, show, show_json
 

@@ -154,7 +154,7 @@ def test_a_report_may_go_to_stdout_and_the_table_then_goes_to_stderr(
     assert json.loads(result.stdout)["rows"][0]["model"] == "0.5b"
     assert result.stderr.startswith("0.5b, float16: medians of 10 runs, times in ms\n")
     assert invoke("-m", "demo", "--csv", "-").stdout.startswith(
-        "model,precision,resolution,pixels,megapixels,metric,unit,run"
+        "model,precision,resolution,pixels,megapixels,format,metric,unit,run"
     )
     assert invoke("-m", "demo", "--csv", "-", "--json", "-").exit_code == 2
     assert list(tmp_path.iterdir()) == []
@@ -176,6 +176,17 @@ def test_images_of_several_sizes_have_a_row_each(measured: list[str], monkeypatc
     lines = invoke("-m", "demo", "--megapixels", "1.2", "--megapixels", "12", "--markdown").stdout.splitlines()
     assert [line.split("|")[4].strip() for line in lines if "0.5b" in line] == ["1.2", "12"]
     assert "megapixels" not in invoke("-m", "demo").stdout
+
+
+def test_images_of_several_formats_have_a_row_each(measured: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        bench, "measure", lambda *_, images, **__: make_row(megapixels=images.megapixels, form=images.form)
+    )
+    options = ("-m", "demo", "--megapixels", "1.2", "--megapixels", "12", "--format", "jpeg", "--format", "webp")
+    lines = invoke(*options, "--markdown").stdout.splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[4:6]] for line in lines if "0.5b" in line]
+    assert cells == [["1.2", "JPEG"], ["1.2", "WebP"], ["12", "JPEG"], ["12", "WebP"]]
+    assert "format" not in invoke("-m", "demo").stdout
 
 
 def test_the_size_of_a_given_image_is_its_own(measured: list[str]) -> None:
@@ -258,3 +269,15 @@ def test_a_file_that_holds_no_report_is_refused(tmp_path: Path, content: str, me
     assert result.exit_code == 1
     assert result.stderr.startswith(f"error: {path}: ")
     assert message in result.stderr
+
+
+def test_many_questions_at_once_are_measured_in_one_process_and_through_a_server(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    options = ("-m", str(APPLE / "reparam"), "-b", "1", "-c", "2", "--runs", "1", "-n", "2", "-r", "64")
+    result = invoke("throughput", *options, "--megapixels", "0.01", "--json", str(report), "--markdown")
+    assert result.exit_code == 0, result.stderr
+    assert [line.split("|")[1].strip() for line in result.stdout.splitlines()[4:]] == ["one process", "server"]
+    values = json.loads(report.read_text())
+    assert values["settings"]["max_tokens"] == 2
+    assert [(row["way"], row["at_once"]) for row in values["rows"]] == [("one process", 1), ("server", 2)]
+    assert str(tmp_path) not in report.read_text()
