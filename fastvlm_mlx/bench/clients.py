@@ -107,8 +107,8 @@ def main() -> None:
 
         with ThreadPoolExecutor(job["at_once"]) as pool:
             answers = list(pool.map(ask, range(len(job["bodies"]))))
-        sys.stdout.write(json.dumps(answers) + "\n")
-        sys.stdout.flush()
+        with open(1, "w", closefd=False) as output:  # stdout is for the process that asks, not for people
+            output.write(json.dumps(answers) + "\n")
 
 
 def _ask(port: int, body: dict[str, Any], ready: threading.Barrier | None) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def _ask(port: int, body: dict[str, Any], ready: threading.Barrier | None) -> di
     connection.request("POST", PATH, data, {"Content-Type": "application/json"})
     response = connection.getresponse()
     if response.status != 200:
-        raise SystemExit(f"error: {response.status} {response.read().decode()}")
+        raise RuntimeError(f"{response.status} {response.read().decode()}")
     pieces: list[float] = []
     tokens = 0
     while line := response.readline():
