@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 _MESSAGE_BYTES = 1024
 _PATIENCE = 2.0
 """Seconds that the first process has to say what is wrong, before the end of another one makes the launcher end it."""
+_MEETING_SECONDS = 180.0
+"""Within which all processes of a launch have to be there."""
+_LOST = "connection to a peer was lost"
+"""What MLX says when another process has ended."""
 
 
 def launched() -> bool | None:
@@ -51,31 +55,68 @@ def answer_together(asked: Asked, holding: "Holding", showing: "Showing") -> Non
     from fastvlm_mlx.inputs.images import load_image
 
     question = asked.question
-    try:
-        group = mx.distributed.init(strict=True)
-    except RuntimeError as err:
-        raise ConfigError(f"the launched processes cannot find one another ({printable(err)})") from err
+    group = meet()
     images: list[Any] = []
-    with _agreed(group):
-        read = partial(load_image, background=question.background, notify=showing.transparent)
-        images = [load_named(read, source, has_prompt=asked.has_prompt) for source in asked.sources]
-    with _agreed(group):
-        showing.line.wait_for(f"loading {holding.model}")
-        with ByteProgress() as progress:
-            network, processor = load(
-                holding.model,
-                dtype=holding.dtype,
-                revision=holding.revision,
-                notify=note,
-                progress=progress,
-                group=group,
-            )
-    shared = _shared(images, group)
-    showing.begin(len(shared), slow=slow_blas())
-    showing.seen()
-    show_answer(network, processor, question, shared, showing)
-    showing.peak_memory = mx.get_peak_memory()
-    _wait(group)
+    with _together():
+        with _agreed(group):
+            read = partial(load_image, background=question.background, notify=showing.transparent)
+            images = [load_named(read, source, has_prompt=asked.has_prompt) for source in asked.sources]
+        with _agreed(group):
+            showing.line.wait_for(f"loading {holding.model}")
+            with ByteProgress() as progress:
+                network, processor = load(
+                    holding.model,
+                    dtype=holding.dtype,
+                    revision=holding.revision,
+                    notify=note,
+                    progress=progress,
+                    group=group,
+                )
+        shared = _shared(images, group)
+        showing.begin(len(shared), slow=slow_blas())
+        showing.seen()
+        show_answer(network, processor, question, shared, showing)
+        showing.peak_memory = mx.get_peak_memory()
+        _wait(group)
+
+
+def meet(seconds: float = _MEETING_SECONDS) -> "mx.distributed.Group":
+    """The group of all processes of a launch, after waiting for them.
+
+    MLX's ring gives up if a process begins half a minute after the others, as on a busy machine. The last rank opens
+    the ring, by connecting to the first one, so it can try again; the others wait for it.
+
+    Raises:
+        ConfigError: If they do not find one another within `seconds`.
+    """
+    from fastvlm_mlx.backend import mx
+    from fastvlm_mlx.jobs.shards import launched_shard
+
+    rank = launched_shard()
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            return mx.distributed.init(strict=True)
+        except RuntimeError as err:
+            opens = rank is not None and rank.number == rank.total
+            if not opens or time.monotonic() > end:
+                raise ConfigError(f"the launched processes cannot find one another ({printable(err)})") from err
+            time.sleep(0.1)
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """Says what has happened if another process of the launch ends.
+
+    Raises:
+        FastVLMError: If so.
+    """
+    try:
+        yield
+    except RuntimeError as err:
+        if _LOST not in str(err):
+            raise
+        raise FastVLMError("another of the launched processes has ended; start them all again") from err
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import numpy as np
 
 from fastvlm_mlx.backend import mx
 from fastvlm_mlx.checkpoint.load import load_model
+from fastvlm_mlx.cli.ranks import meet
 from fastvlm_mlx.streams import turn
 
 PROMPT = list(range(3, 40))
@@ -29,7 +30,7 @@ def main(out: Path, folders: list[str]) -> None:
     if folders[0] == "whole":
         folders = folders[1:]
     else:
-        group = mx.distributed.init(strict=True)
+        group = meet()
     results: dict[str, object] = {}
     for number, folder in enumerate(folders):
         model = load_model(Path(folder), dtype="float32", group=group)

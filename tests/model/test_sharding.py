@@ -25,8 +25,8 @@ ROOT = RANKS.parent.parent.parent
 SAMPLE = ROOT / "fastvlm_mlx" / "demo_model" / "sample-1.png"
 
 
-def launch(count: int, folder: Path, *command: str) -> list[subprocess.CompletedProcess[str]]:
-    """Runs a program in several processes that find one another, as `mlx.launch` does."""
+def start(count: int, folder: Path, *command: str) -> "list[subprocess.Popen[str]]":
+    """Starts a program in several processes that find one another, as `mlx.launch` does."""
     sockets = [socket.socket() for _ in range(count)]
     for each in sockets:
         each.bind(("127.0.0.1", 0))
@@ -43,8 +43,13 @@ def launch(count: int, folder: Path, *command: str) -> list[subprocess.Completed
                 [sys.executable, *command], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
             )
         )
+    return ranks
+
+
+def launch(count: int, folder: Path, *command: str) -> list[subprocess.CompletedProcess[str]]:
+    """Runs a program in several processes."""
     done = []
-    for process in ranks:
+    for process in start(count, folder, *command):
         out, err = process.communicate(timeout=300)
         done.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
     return done
@@ -125,6 +130,48 @@ def test_what_one_process_cannot_do_ends_all(tmp_path: Path) -> None:
     assert (first.returncode, second.returncode) == (1, 1)
     assert first.stderr == f"error: {tmp_path}/nothing.png: no such file\n"
     assert (second.stdout, second.stderr) == ("", "")
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_the_end_of_one_process_ends_the_others_with_a_message(tmp_path: Path, victim: int) -> None:
+    """In the middle of an answer, and not by waiting for ever."""
+    command = ("-m", "fastvlm_mlx", "generate", str(SAMPLE), "--model", "demo", "--temp", "9", "-n", "4000")
+    ranks = start(2, tmp_path, *command)
+    assert ranks[0].stdout is not None
+    assert ranks[0].stdout.read(1)
+    ranks[victim].kill()
+    _, err = ranks[1 - victim].communicate(timeout=60)
+    ranks[victim].communicate()
+    assert ranks[1 - victim].returncode == 1
+    if victim == 1:
+        assert err.endswith("error: another of the launched processes has ended; start them all again\n")
+
+
+def test_a_process_that_is_late_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLX's ring gives up after some attempts; whether the last rank, which opens the ring, goes on is ours."""
+    from fastvlm_mlx.backend import mx
+    from fastvlm_mlx.cli.ranks import meet
+
+    attempts: list[str] = []
+
+    def init(strict: bool) -> str:
+        attempts.append("")
+        if len(attempts) < 3:
+            raise RuntimeError("[ring] Couldn't connect (error: 111)")
+        return "a group"
+
+    monkeypatch.setattr(mx.distributed, "init", init)
+    monkeypatch.setenv("MLX_WORLD_SIZE", "2")
+    monkeypatch.setenv("MLX_RANK", "1")
+    assert meet() == "a group"  # type: ignore[comparison-overlap]
+    attempts.clear()
+    with pytest.raises(ConfigError, match=r"cannot find one another \(\[ring\] Couldn't connect"):
+        meet(seconds=0)
+    monkeypatch.setenv("MLX_RANK", "0")
+    attempts.clear()
+    with pytest.raises(ConfigError, match="cannot find one another"):
+        meet()
+    assert len(attempts) == 1
 
 
 def test_parts_of_a_fused_projection_are_divided_each(converted: Any) -> None:
