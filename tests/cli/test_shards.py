@@ -68,6 +68,19 @@ def test_each_rank_of_a_launcher_writes_a_journal_of_its_own(
     assert not Path("captions.jsonl").exists()
 
 
+def test_a_picture_that_fails_for_one_rank_is_no_reason_for_a_launcher_to_end_the_others(
+    model: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in NAMES:
+        (folder / name).write_bytes(b"nothing")
+    assert run("-m", model, "--shard", "1/2").exit_code == 3
+    monkeypatch.setenv("MLX_WORLD_SIZE", "2")
+    monkeypatch.setenv("MLX_RANK", "0")
+    result = run("-m", model, "-o", "captions.jsonl")
+    assert result.exit_code == 0
+    assert "failed" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
