@@ -158,7 +158,7 @@ class Database:
         """Makes the index anew in the place of a damaged one; a user's file is kept under another name."""
         self._connection.close()
         with naming(self.path):
-            if not self._own:
+            if not self._own and self.path.exists():
                 os.replace(self.path, f"{self.path}.damaged")
             for ending in ("", "-journal"):
                 Path(f"{self.path}{ending}").unlink(missing_ok=True)

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeAlias, cast
 
 from fastvlm_mlx.album.album import Album
 from fastvlm_mlx.album.asking import Asker
+from fastvlm_mlx.album.database import DamagedIndexError
 from fastvlm_mlx.album.settings import known_settings, note_settings
 from fastvlm_mlx.album.updating import Updating, default_resolution, form_of, known_pictures
 from fastvlm_mlx.engine.options import GenerationConfig
@@ -32,6 +33,8 @@ ASKED_AT_ONCE = 4
 """Pictures that a search asks about at a time; a question waits for no more than these."""
 LOOK_SECONDS = 60.0
 """After which the folder is looked at again."""
+REPAIR_SECONDS = 5.0
+"""After which an index that was found to be damaged is made anew, again and again if need be."""
 PATIENCE = 10.0
 """Seconds that a picture waits at most for those who ask questions, so that the index gets ready under load, too."""
 
@@ -60,6 +63,8 @@ class ServedAlbum:
         self.name = Path(self.album.folder).name or self.album.folder
         self._is_busy: Callable[[], bool] = lambda: False
         self._stopped = threading.Event()
+        self._due = threading.Event()
+        self._is_damaged = False
         self._thread: threading.Thread | None = None
         self._asker: Asker | None = None
         self._searching = 0
@@ -97,6 +102,7 @@ class ServedAlbum:
     def stop(self) -> None:
         """Ends what goes on in the background; the engine is needed no more."""
         self._stopped.set()
+        self._due.set()
         if self._thread is not None:
             self._thread.join()
 
@@ -106,16 +112,29 @@ class ServedAlbum:
         self.album.close()
 
     def status(self) -> dict[str, Any]:
-        """What the index holds, and how far it is."""
+        """What the index holds, and how far it is; of one that cannot be read, that it holds nothing."""
+        pictures = 0
+        try:
+            pictures = known_pictures(self.album.index)
+        except ConfigError as err:
+            self.notice(err)
         return {
             "name": self.name,
-            "pictures": known_pictures(self.album.index),
+            "pictures": pictures,
             "state": self._state,
             "done": self._done,
             "total": self._total,
             "failed": self._failed,
             "error": self._error,
         }
+
+    def notice(self, error: ConfigError) -> None:
+        """Takes note that the index could not be read; one that is damaged is made anew soon."""
+        log.warning("album: %s", error)
+        self._state, self._error = "failed", str(error).removeprefix(f"{printable(self.album.index.path)}: ")
+        if isinstance(error, DamagedIndexError) and not self._is_damaged:
+            self._is_damaged = True
+            self._due.set()
 
     @contextmanager
     def asking(self) -> Iterator[Asker | None]:
@@ -132,14 +151,17 @@ class ServedAlbum:
         """Brings the index up to date again and again, until `close`."""
         patient = _Patient(engine, self._wait_for_others)
         while not self._stopped.is_set():
+            self._due.clear()
             try:
                 self._update(patient, task)
             except FastVLMError as err:
                 if self._stopped.is_set() or not engine.is_alive:
                     return
-                self._state, self._error = "failed", str(err)
-                log.warning("album: %s", err)
-            self._stopped.wait(LOOK_SECONDS)
+                self.notice(ConfigError(str(err)) if not isinstance(err, ConfigError) else err)
+                if self._is_damaged:
+                    self._stopped.wait(REPAIR_SECONDS)
+                    continue
+            self._due.wait(LOOK_SECONDS)
 
     def _update(self, engine: _Patient, task: Task) -> None:
         index = self.album.index
@@ -147,6 +169,10 @@ class ServedAlbum:
             if not alone:
                 self._state = "elsewhere"
                 return
+            if self._is_damaged or not index.path.exists():
+                log.warning("album: %s: is made anew", printable(index.path))
+                index.rebuild()
+                self._is_damaged = False
             if self._state != "ready":
                 self._state = "looking"
             updating = Updating(self.album, task)

@@ -16,11 +16,11 @@ from starlette.types import Receive, Scope, Send
 
 from fastvlm_mlx.album.album import THRESHOLD, Hit, Results
 from fastvlm_mlx.album.asking import Asker, check_query
-from fastvlm_mlx.errors import ImageError
+from fastvlm_mlx.errors import ConfigError, ImageError
 from fastvlm_mlx.schema import parse_object
-from fastvlm_mlx.server.album import ServedAlbum
+from fastvlm_mlx.server.album import REPAIR_SECONDS, ServedAlbum
 from fastvlm_mlx.server.api import ApiError, Context, openai_error
-from fastvlm_mlx.server.exchange import Disconnected, Reply, read_body, refusing
+from fastvlm_mlx.server.exchange import Disconnected, Reply, error_headers, read_body, refusing
 from fastvlm_mlx.server.fields import Fields
 from fastvlm_mlx.server.guard import log_error
 from fastvlm_mlx.server.service import Service
@@ -37,6 +37,8 @@ MOST_SEARCHES = 2
 """At the same time."""
 MOST_READERS = 4
 """Pictures that are made smaller at the same time; one may take 300 MB."""
+MOST_WAITING = 256
+"""Pictures that clients wait for at the same time; a browser waits for six."""
 _MOST_NUMBER = 2**63 - 1
 
 log = logging.getLogger(__name__)
@@ -46,8 +48,7 @@ def routes(service: Service, settings: Settings) -> list[Route]:
     """The addresses of the album; none without one."""
     if service.album is None:
         return []
-    album = service.album
-    readers = asyncio.Semaphore(MOST_READERS)
+    album, pictures = service.album, Pictures(service.album, service)
 
     async def status(_: Request) -> Response:
         """What the index holds, and how far it is."""
@@ -56,16 +57,11 @@ def routes(service: Service, settings: Settings) -> list[Route]:
     def picture(path: str) -> Route:
         async def send(request: Request) -> Response:
             """A picture of the index, as a JPEG without metadata."""
-            number = request.path_params["number"]
             try:
-                if not (number.isascii() and number.isdecimal() and len(number) < 20 and int(number) <= _MOST_NUMBER):
-                    raise ImageError("there is no such picture in the album")
-                async with readers:
-                    data = await service.in_thread(album.album.thumbnail, int(number), SIDES[path])
-            except ImageError as err:
-                refusal = ApiError(404, str(err), code="not_found")
+                data = await pictures.jpeg(request.path_params["number"], SIDES[path])
+            except ApiError as refusal:
                 log_error(request.scope, refusal)
-                return JSONResponse(openai_error(refusal), 404)
+                return JSONResponse(openai_error(refusal), refusal.status, headers=error_headers(refusal))
             return Response(data, media_type="image/jpeg")
 
         return Route(path, send)
@@ -76,6 +72,52 @@ def routes(service: Service, settings: Settings) -> list[Route]:
         picture(THUMBNAIL),
         picture(PICTURE),
     ]
+
+
+class Pictures:
+    """The pictures of an album's index, made smaller: a few at a time, while others wait.
+
+    Args:
+        album: What is shown.
+        service: The model, whose threads read pictures.
+    """
+
+    def __init__(self, album: ServedAlbum, service: Service) -> None:
+        self._album = album
+        self._service = service
+        self._readers = asyncio.Semaphore(MOST_READERS)
+        self._waiting = 0
+
+    async def jpeg(self, number: str, side: int) -> bytes:
+        """A picture as a JPEG.
+
+        Raises:
+            ApiError: If there is none of this number, too many are waited for, or the index cannot be read.
+        """
+        if not (number.isascii() and number.isdecimal() and len(number) < 20 and int(number) <= _MOST_NUMBER):
+            raise ApiError(404, "there is no such picture in the album", code="not_found")
+        if self._waiting >= MOST_WAITING:
+            raise self._service.full(f"{MOST_WAITING} pictures are on their way")
+        self._waiting += 1
+        try:
+            async with self._readers:
+                return await self._service.in_thread(self._album.album.thumbnail, int(number), side)
+        except ImageError as err:  # its message has the path of the folder
+            log.info("album: %s", err)
+            raise ApiError(
+                404, f"picture {number} is not in the album, has gone, or cannot be read", code="not_found"
+            ) from err
+        except ConfigError as err:
+            raise unavailable(self._album, err) from err
+        finally:
+            self._waiting -= 1
+
+
+def unavailable(album: ServedAlbum, error: ConfigError) -> ApiError:
+    """The error for whoever needs an index that cannot be read, which is then made anew."""
+    album.notice(error)
+    message = "the index of the album cannot be read; ask again when it has been made anew"
+    return ApiError(503, message, kind="server_error", code="unavailable", retry_after=REPAIR_SECONDS)
 
 
 class Search:
@@ -127,13 +169,20 @@ class Search:
         self, query: str, asker: Asker | None, options: Mapping[str, Any], reply: Reply, gone: asyncio.Task[None]
     ) -> None:
         found: Iterator[Results] = self._album.album.search(query, asker, **options)
-        while (results := await self._service.in_thread(next, found, None)) is not None:
+        while (results := await self._next(found)) is not None:
             if gone.done():
                 raise Disconnected
             await reply.part(_line(_record(results)), LINES)
             if self._service.state == "stopping":
                 raise self._service.unavailable()
         await reply.end()
+
+    async def _next(self, found: Iterator[Results]) -> Results | None:
+        """The next results; None if there are no more."""
+        try:
+            return await self._service.in_thread(next, found, None)
+        except ConfigError as err:
+            raise unavailable(self._album, err) from err
 
 
 async def _gone(receive: Receive) -> None:

@@ -3,9 +3,11 @@
 import asyncio
 import io
 import shutil
+import sqlite3
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import jsonschema
@@ -361,6 +363,115 @@ def test_a_folder_that_vanishes_leaves_the_index_as_it_is(serving, folder, tmp_p
             return (await client.get("/album")).json
 
     assert run(ask())["pictures"] == len(NAMES)
+
+
+@pytest.mark.parametrize("ask", ["search", "picture"])
+def test_an_index_that_is_damaged_while_serving_is_made_anew(serving, fresh, tmp_path, ask) -> None:
+    async def found(client):
+        if ask == "search":
+            return await client.post("/album/search", {**QUERY, "words": True})
+        return await client.get("/album/thumbnails/1")
+
+    async def script():
+        with serving(album=fresh) as (client, _):
+            await wait_for(fresh, "ready")
+            with closing(sqlite3.connect(tmp_path / "index.sqlite")) as other:
+                other.execute("DROP TABLE captions")
+            refused = await found(client)
+            status = await client.get("/album")
+            await wait_for(fresh, "ready")
+            return refused, status, await found(client), await client.post("/album/search", QUERY)
+
+    refused, status, again, search = run(script())
+    assert (refused.status, refused.json["error"]["code"], again.status) == (503, "unavailable", 200)
+    assert int(refused.headers["retry-after"]) >= 1
+    assert str(tmp_path) not in refused.body.decode() + status.body.decode()
+    assert status.status == 200
+    assert search.lines[-1]["total"] == len(NAMES)
+
+
+def test_an_index_that_is_damaged_beyond_reading_is_told_and_made_anew(serving, fresh, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(module, "REPAIR_SECONDS", 0.05)
+
+    async def script():
+        with serving(album=fresh) as (client, _):
+            await wait_for(fresh, "ready")
+            size = (tmp_path / "index.sqlite").stat().st_size
+            (tmp_path / "index.sqlite").write_bytes(b"x" * size)
+            status = await client.get("/album")
+            await wait_for(fresh, "ready")
+            return status, await client.get("/album")
+
+    status, after = run(script())
+    assert (status.status, status.json["pictures"], after.json["pictures"]) == (200, 0, len(NAMES))
+    assert (tmp_path / "index.sqlite.damaged").exists()
+
+
+def test_an_index_that_somebody_removes_is_made_anew(serving, fresh, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(module, "LOOK_SECONDS", 0.05)
+
+    async def script():
+        with serving(album=fresh) as (client, _):
+            await wait_for(fresh, "ready")
+            (tmp_path / "index.sqlite").unlink()
+            deadline = time.monotonic() + 30
+            while not (tmp_path / "index.sqlite").exists():
+                assert time.monotonic() < deadline
+                await asyncio.sleep(0.01)
+            await wait_for(fresh, "ready")
+            return await client.post("/album/search", QUERY)
+
+    assert run(script()).lines[-1]["total"] == len(NAMES)
+
+
+def test_a_refusal_does_not_say_where_the_folder_is(serving, folder, tmp_path) -> None:
+    own = tmp_path / "own"
+    shutil.copytree(folder, own)
+    album = ServedAlbum(own, tmp_path / "own.sqlite")
+
+    async def ask():
+        with serving(album=album) as (client, _):
+            await wait_for(album, "ready")
+            numbers = [picture.id for picture in album.album.index.pictures()]
+            shutil.rmtree(own)
+            return [await client.get(f"/album/pictures/{number}") for number in (*numbers, 999)]
+
+    for response in run(ask()):
+        assert response.status == 404
+        assert str(tmp_path) not in response.body.decode()
+
+
+def test_a_thousand_clients_at_once_get_pictures_or_are_told_to_come_again(serving, album, monkeypatch) -> None:
+    monkeypatch.setattr(album_routes, "MOST_WAITING", 50)
+
+    async def ask():
+        with serving(album=album) as (client, _):
+            await wait_for(album, "ready")
+            number = album.album.index.pictures()[0].id
+            calls = [client.get(f"/album/thumbnails/{number}") for _ in range(1000)]
+            return await asyncio.gather(*calls), await client.get(f"/album/thumbnails/{number}")
+
+    answers, after = run(ask())
+    assert sorted({answer.status for answer in answers}) == [200, 429]
+    assert all("retry-after" in answer.headers for answer in answers if answer.status == 429)
+    assert [answer.status for answer in answers].count(200) >= 50
+    assert after.status == 200
+
+
+def test_a_client_that_reads_nothing_holds_a_search_for_a_moment_only(serving, album) -> None:
+    async def ask():
+        with serving(album=album, send_seconds=0.1) as (client, _):
+            await wait_for(album, "ready")
+            calls = [client.begin("POST", "/album/search", QUERY) for _ in range(album_routes.MOST_SEARCHES)]
+            for call in calls:
+                call.stop_reading()
+            await asyncio.sleep(0.05)
+            refused = await client.post("/album/search", QUERY)
+            await asyncio.gather(*(call.task for call in calls))
+            return refused, await client.post("/album/search", QUERY)
+
+    refused, after = run(ask())
+    assert (refused.status, after.status) == (429, 200)
 
 
 def test_a_new_picture_is_noticed(serving, folder, tmp_path, monkeypatch) -> None:
