@@ -171,6 +171,7 @@ class ServedAlbum:
                 return
             if self._is_damaged or not index.path.exists():
                 log.warning("album: %s: is made anew", printable(index.path))
+                self._state = "looking"
                 index.rebuild()
                 self._is_damaged = False
             if self._state != "ready":

@@ -326,6 +326,73 @@ def slow_reader(port: int, random: Random, seconds: float = 5.0) -> str:
     return "left"
 
 
+SEARCH = "/album/search"
+QUERY = {"query": "a green cross"}
+PLACES = (
+    *("0", "1", "999", "-1", "1.0", "1e0", "x", "", "9" * 30, "9" * 5000, "%d9%a3", "%00", "1%00", "..%5c1", "1?a=b"),
+    *("../../index.sqlite", "%2e%2e/%2e%2e/etc/passwd", "..", "/etc/passwd", "1/../../../etc/passwd", "%252e%252e"),
+)
+
+
+def left_search(port: int, random: Random) -> str:
+    """A search that its client leaves."""
+    with connected(port) as connection:
+        send(connection, post(SEARCH, QUERY))
+        if random.random() < 0.5:
+            connection.recv(random.choice((1, 1000)))
+        if random.random() < 0.5:
+            _reset_at_close(connection)
+    return "left"
+
+
+def bad_search(port: int, random: Random) -> str:
+    """A search with something wrong in one place, or that is none."""
+    if random.random() < 0.2:
+        return exchange(port, post(SEARCH, random.choice(list(BODIES.values()))))
+    field = random.choice(("query", "top", "threshold", "since", "words", "other"))
+    return exchange(port, post(SEARCH, {**QUERY, field: random.choice(fields.VALUES)}))
+
+
+def wrong_picture(port: int, random: Random) -> str:
+    """An address of a picture that there is not, or with another method."""
+    path = f"/album/{random.choice(('thumbnails', 'pictures'))}/{random.choice(PLACES)}"
+    return exchange(port, head(random.choice(("GET", "GET", "POST", "DELETE")), path, Content_Length=0))
+
+
+def many_pictures(port: int, random: Random, number: int = 60) -> str:
+    """Many pictures at once, of which some are not taken."""
+    statuses = set()
+    with contextlib.ExitStack() as stack:
+        waiting = [stack.enter_context(connected(port)) for _ in range(number)]
+        for connection in waiting:
+            send(connection, head("GET", f"/album/pictures/{random.randrange(1, 8)}", Connection="close"))
+        for connection in waiting[: random.randrange(number)]:
+            statuses.add(status(connection))
+    return " ".join(sorted(statuses))
+
+
+def foreign_album(port: int, random: Random) -> str:
+    """A page of another site that wants to see the album."""
+    wrong = random.choice(({"Host": "evil.example"}, {"Origin": "http://evil.example"}, {"Origin": "null"}))
+    if random.random() < 0.5:
+        got = exchange(port, post(SEARCH, QUERY, **wrong))
+    else:
+        got = exchange(port, head("GET", random.choice(("/album", "/album/thumbnails/1")), **wrong))
+    if got != "403":
+        raise Wrong(f"{wrong}: {got}, not 403")
+    return got
+
+
+def slow_searcher(port: int, random: Random, seconds: float = 5.0) -> str:
+    """A search of which one byte is taken at a time, and then no more."""
+    with connected(port, SO_RCVBUF=2048) as connection:
+        send(connection, post(SEARCH, {**QUERY, "threshold": 0}))
+        end = time.monotonic() + random.random() * seconds
+        while time.monotonic() < end and connection.recv(1):
+            time.sleep(0.01)
+    return "left"
+
+
 def _reset_at_close(connection: socket.socket) -> None:
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
@@ -333,6 +400,8 @@ def _reset_at_close(connection: socket.socket) -> None:
 CLIENTS: tuple[Client, ...] = (
     *(cut, half_closed, slow_head, slow_body, idle, large_head, large_body, bad_length, noise, pipelined, foreign),
     *(stray, bad_json, bad_field, bad_image, many_images, left_stream, left_whole, slow_reader),
+    *(left_search, bad_search, wrong_picture, many_pictures, foreign_album, slow_searcher),
 )
-QUICK = tuple(client for client in CLIENTS if client not in (slow_head, slow_body, idle, large_body, slow_reader))
+_SLOW = (slow_head, slow_body, idle, large_body, slow_reader, slow_searcher)
+QUICK = tuple(client for client in CLIENTS if client not in _SLOW)
 """Those that take no time of their own."""

@@ -1,38 +1,50 @@
 """A server over real sockets, among clients that no server should have."""
 
 import logging
+import shutil
 import threading
 import time
 from random import Random
 
 import pytest
 
+from fastvlm_mlx.server.album import ServedAlbum
 from fastvlm_mlx.server.app import make_app
 from fastvlm_mlx.server.run import Running
 from fastvlm_mlx.server.sockets import listen
+from tests.server.conftest import SAMPLES
 from tests.server.ill_behaved import fields
 from tests.server.ill_behaved.clients import (
     CHAT,
     CLIENTS,
+    QUERY,
     QUICK,
+    SEARCH,
     connected,
     exchange,
     idle,
     large_body,
+    left_search,
     left_stream,
     long_request,
     post,
     send,
     slow_body,
     slow_head,
+    slow_searcher,
 )
 
 
 @pytest.fixture(scope="module")
-def server(serving):
-    """The port of a server that is patient for a moment only, and its service."""
+def server(serving, tmp_path_factory):
+    """The port of a server with an album that is patient for a moment only, and its service."""
+    folder = tmp_path_factory.mktemp("album") / "pictures"
+    folder.mkdir()
+    for sample in SAMPLES.glob("sample-*.png"):
+        shutil.copy(sample, folder)
+    album = ServedAlbum(folder, folder.parent / "index.sqlite")
     limits = {"head_seconds": 0.3, "body_seconds": 1.0, "send_seconds": 0.5, "max_body_bytes": 2_000_000}
-    with serving(port=0, max_tokens=400, **limits) as (_, service):
+    with serving(port=0, max_tokens=400, album=album, **limits) as (_, service):
         sockets = listen(service.settings)
         with Running(make_app(service, service.settings), service, service.settings, sockets):
             yield sockets[0].getsockname()[1], service
@@ -100,6 +112,22 @@ def test_a_client_that_leaves_frees_its_row_at_the_next_step(server):
     assert time.monotonic() - start < 10
 
 
+def test_searches_that_are_not_read_or_left_leave_room_for_others(server):
+    port, _ = server
+    slow = [threading.Thread(target=slow_searcher, args=(port, Random(seed), 1.0)) for seed in range(4)]
+    for thread in slow:
+        thread.start()
+    for seed in range(20):
+        left_search(port, Random(seed))
+    for thread in slow:
+        thread.join()
+    deadline = time.monotonic() + 30
+    while (found := exchange(port, post(SEARCH, QUERY))) == "429":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert found == "200"
+
+
 def test_every_refusal_is_in_the_log_with_its_reason(server, caplog):
     port, _ = server
     with caplog.at_level(logging.WARNING, "fastvlm_mlx.server"):
@@ -121,7 +149,7 @@ def test_bad_clients_all_at_once_do_not_touch_the_answers_of_good_ones(server, c
     threads = [
         threading.Thread(target=_run, args=(client, port, failures))
         for client in CLIENTS
-        if client.__name__ not in ("slow_head", "slow_body", "slow_reader")
+        if client.__name__ not in ("slow_head", "slow_body", "slow_reader", "slow_searcher")
     ]
     for thread in threads:
         thread.start()
