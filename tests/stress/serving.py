@@ -2,7 +2,8 @@
 
 python -m tests.stress.serving --minutes 10 --seed 0
 
-Good clients ask questions whose answers `generate` gave before; bad ones are those of tests/server/ill_behaved.
+Good clients ask questions whose answers `generate` gave before, and search an album whose folder comes and goes; bad
+ones are those of tests/server/ill_behaved.
 schemathesis drives the OpenAPI description meanwhile; it comes from an environment of its own, made for the run. At
 the end the server is killed under load and started again. The last line is JSON; the exit code is 1 if anything was
 wrong.
@@ -13,6 +14,7 @@ import contextlib
 import http.client
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -28,7 +30,7 @@ from typing import Any
 
 from fastvlm_mlx.server.settings import Settings
 from tests.server.ill_behaved import fields
-from tests.server.ill_behaved.clients import CHAT, CLIENTS, QUICK, Wrong, exchange, head, post
+from tests.server.ill_behaved.clients import CHAT, CLIENTS, QUICK, SEARCH, Wrong, exchange, head, post
 from tests.stress.monitor import Run, check_growth, say, watch
 from tests.stress.questions import Question, questions, request, text_of
 
@@ -36,6 +38,8 @@ CHECKS = (
     "not_a_server_error,status_code_conformance,content_type_conformance,response_headers_conformance,"
     "response_schema_conformance,negative_data_rejection,unsupported_method,allow_header_conformance"
 )
+ROOT = Path(__file__).parents[2]
+QUERIES = ("a green cross", "a blue circle", "a red star", "the word KEY", "yellow", "nothing of the kind")
 CONFIG = '[checks.not_a_server_error]\nexpected-statuses = ["2xx", "3xx", "4xx", "503"]\n'
 
 
@@ -62,6 +66,72 @@ def good_client(run: Run, random: Random, pool: list[Question]) -> None:
             run.fault(f"{path} {question.prompt!r} {question.settings}: {text!r}, not {question.text!r}")
         else:
             run.count("good: answered rightly")
+
+
+def make_album(folder: Path) -> Path:
+    """A folder of the demo model's pictures, and of one that is none."""
+    folder.mkdir()
+    for sample in (ROOT / "fastvlm_mlx" / "demo_model").glob("sample-*.png"):
+        shutil.copy(sample, folder)
+    (folder / "broken.png").write_bytes(b"no picture")
+    return folder
+
+
+def found_by(port: int, query: str) -> tuple[str, ...] | None:
+    """The names of the pictures that a search ends with; None if it was told to come again."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+    with contextlib.closing(connection):
+        connection.request("POST", SEARCH, json.dumps({"query": query}), {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        data = answer.read()
+    if answer.status in (429, 503):
+        return None
+    last = json.loads(data.splitlines()[-1])
+    if not last.get("done"):
+        raise Wrong(f"a search for {query!r} ends with {last}")
+    return tuple(hit["name"] for hit in last["hits"])
+
+
+def searcher(run: Run, random: Random, found: dict[str, tuple[str, ...] | None]) -> None:
+    """Searches again and again, and compares what is found."""
+    while run.goes_on:
+        query = random.choice(list(found))
+        try:
+            names = found_by(run.port, query)
+        except (OSError, http.client.HTTPException, ValueError, Wrong) as error:
+            run.fault(f"search for {query!r}: {error!r}")
+            continue
+        if names is None:
+            run.count("search: asked again")
+            time.sleep(0.2)
+        elif names != found[query]:
+            run.fault(f"search for {query!r}: {names}, not {found[query]}")
+        else:
+            run.count("search: found rightly")
+
+
+def expected(port: int, pictures: int) -> dict[str, tuple[str, ...] | None]:
+    """What searches find when the index is whole."""
+    for _ in range(600):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        with contextlib.closing(connection):
+            connection.request("GET", "/album")
+            status = json.loads(connection.getresponse().read())
+        if status["state"] == "ready" and status["pictures"] == pictures:
+            return {query: found_by(port, query) for query in QUERIES}
+        time.sleep(0.1)
+    raise SystemExit(f"the index was not made: {status}")
+
+
+def mover(run: Run, folder: Path) -> None:
+    """Takes the album's folder away now and then, as an unplugged disk does."""
+    away = folder.with_name("away")
+    while run.goes_on:
+        time.sleep(3)
+        folder.rename(away)
+        time.sleep(1)
+        away.rename(folder)
+        run.count("album: taken away and brought back")
 
 
 def bad_client(run: Run, random: Random) -> None:
@@ -104,11 +174,15 @@ def install_schemathesis(folder: Path) -> str:
     return str(folder / "venv" / "bin" / "schemathesis")
 
 
-def start_server(port: int, log: Path) -> "subprocess.Popen[bytes]":
-    """A server of the demo model that is ready."""
+def start_server(port: int, log: Path, album: Path | None = None) -> "subprocess.Popen[bytes]":
+    """A server of the demo model that is ready; of an album with an index beside it."""
     command = [sys.executable, "-m", "fastvlm_mlx", "serve", "demo", "--dtype", "float32", "--port", str(port)]
+    environment = dict(os.environ)
+    if album is not None:
+        command += ["--album", str(album)]
+        environment["FASTVLM_CACHE"] = str(album.parent / "cache")
     with log.open("ab") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output)
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
     for _ in range(600):
         with contextlib.suppress(OSError, Wrong):
             if exchange(port, head("GET", "/ready", Connection="close")) == "200":
@@ -194,14 +268,17 @@ def main() -> int:
     random = Random(arguments.seed)
     pool = questions(random, 60)
     log, port, samples = folder / "server.log", free_port(), list[dict[str, float]]()
-    process = start_server(port, log)
+    album = make_album(folder / "album")
+    process = start_server(port, log, album)
     largest = {**fields.example(CHAT), "resolution": Settings().max_resolution}
     say(f"a picture of the largest resolution: {exchange(port, post(CHAT, largest))}")  # it takes the most memory
+    found = expected(port, len(list(album.iterdir())) - 1)
     run = Run(port, 60 * arguments.minutes)
     try:
         tasks: list[tuple[Callable[..., None], tuple[Any, ...]]] = [(watch, (run, process, samples))]
         tasks += [(good_client, (run, Random(random.random()), pool)) for _ in range(arguments.good)]
         tasks += [(bad_client, (run, Random(random.random()))) for _ in range(arguments.bad)]
+        tasks += [(searcher, (run, Random(random.random()), found)), (mover, (run, album))]
         if program != "none":
             tasks.append((schemathesis, (run, folder, program, arguments.seed)))
         threads = [threading.Thread(target=task, args=given) for task, given in tasks]
@@ -223,6 +300,7 @@ def main() -> int:
         "minutes": arguments.minutes,
         "seed": arguments.seed,
         "right": run.counts["good: answered rightly"],
+        "found": run.counts["search: found rightly"],
         "bad": sum(number for what, number in run.counts.items() if what.startswith("bad")),
         "wrong": len(run.faults),
         "slowest_health_seconds": max((sample["health_seconds"] for sample in samples), default=None),
