@@ -32,6 +32,7 @@ def ray_library() -> Any:
         ConfigError: If it is not installed.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")  # which prints a stack when a run is ended
     try:
         import ray
     except ImportError as err:

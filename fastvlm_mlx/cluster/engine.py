@@ -8,19 +8,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
-from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from fastvlm_mlx.cluster.nodes import CALLS
-from fastvlm_mlx.cluster.worker import Outcome, Place
+from fastvlm_mlx.cluster.member import SUSPECT, Call, Job, Member, asked_of
+from fastvlm_mlx.cluster.worker import Outcome
 from fastvlm_mlx.errors import ConfigError, FastVLMError, ImageError
 from fastvlm_mlx.formatting import printable
 from fastvlm_mlx.generation.request import Handle, Request
-from fastvlm_mlx.inputs.sources import read
 
-_BEHIND = 2
-"""Questions that wait at a worker behind those that it answers, so that it never waits for the network."""
 _DEATHS = 5
 """Workers that have to end while they answer a question before it counts as the cause."""
 _SILENCE = 30.0
@@ -30,44 +26,12 @@ _LONGEST = 10.0
 _TICK = 1.0
 
 
-@dataclass(eq=False)
-class _Job:
-    """A question on its way: whom it was asked, how many ended over it, and when it was asked last."""
-
-    handle: Handle
-    deaths: int = 0
-    since: float = 0.0
-    holders: set[_Member] = field(default_factory=set)
-
-
-@dataclass(eq=False)
-class _Member:
-    """A worker: how many questions it takes, and what it is busy with.
-
-    Attributes:
-        actor: Ray's handle.
-        room: Questions at a time; 0 until it is ready.
-        open: What it was asked and has not answered.
-        sees_files: Whether it reads pictures itself.
-        heard: When it last said something.
-        silent: Whether it is left out until it answers again.
-        gone: Why it will never answer.
-    """
-
-    actor: Any
-    room: int = 0
-    open: set[_Job] = field(default_factory=set)
-    sees_files: bool = True
-    heard: float = 0.0
-    silent: bool = False
-    gone: str = ""
-
-
 class ClusterEngine:
     """Has the workers of a cluster answer requests about one picture each.
 
-    Each worker gets as many as it can answer at the same time. What a worker was asked that ends or falls silent is
-    asked again of another, and the first answer counts.
+    Each worker gets as many as it can answer at the same time, and as many behind them, in a few calls. What a worker
+    was asked that ends or falls silent is asked again of another, and the first answer counts. A question over which
+    two have ended is asked alone.
 
     Args:
         ray: The module, connected.
@@ -83,8 +47,9 @@ class ClusterEngine:
 
     def __init__(self, ray: Any, actors: Sequence[Any], notify: Callable[[str], None]) -> None:
         self._ray, self._notify = ray, notify
-        self._members = [_Member(actor) for actor in actors]
-        self._waiting: deque[_Job] = deque()
+        self._members = [Member(actor) for actor in actors]
+        self._waiting: deque[Job] = deque()
+        self._suspects: deque[Job] = deque()
         self._changed = threading.Condition()
         self._events: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self.failure: FastVLMError | None = None
@@ -110,14 +75,19 @@ class ClusterEngine:
         Raises:
             CancelledError: If no worker is left.
         """
-        job = _Job(Handle(request))
+        job = Job(Handle(request))
         with self._changed:
-            self._changed.wait_for(lambda: self.failure or len(self._waiting) < len(self._members))
+            self._changed.wait_for(lambda: self.failure or len(self._waiting) < self._most_waiting)
             if self.failure is not None:
                 raise CancelledError
             self._waiting.append(job)
         self._events.put(self._assign)
         return job.handle
+
+    @property
+    def _most_waiting(self) -> int:
+        """A call for each worker."""
+        return sum(member.size for member in self._members)
 
     def _run(self) -> None:
         """The thread that alone changes what workers are asked."""
@@ -133,76 +103,112 @@ class ClusterEngine:
 
     def _cancel(self) -> None:
         """Cancels what is not done."""
+        asked = (job for member in self._members for call in member.open for job in call.jobs)
         with self._changed:
-            left = {*self._waiting, *(job for member in self._members for job in member.open)}
+            left = {*self._waiting, *self._suspects, *asked}
             self._waiting.clear()
+            self._suspects.clear()
             self._changed.notify_all()
         for job in left:
             job.handle.end(CancelledError())
 
     def _assign(self) -> None:
         """Gives what waits to workers with room, first to those with the most."""
+        tester = self._test()
         while True:
-            able = [m for m in self._members if not m.silent and len(m.open) < m.room]
-            with self._changed:
-                if not self._waiting or not able:
-                    return
-                job = self._waiting.popleft()
-                self._changed.notify_all()
-            if job.handle.cancelled:
-                job.handle.end()
-            elif not job.handle.done:
-                self._ask(max(able, key=lambda m: m.room - len(m.open)), job)
+            able = [member for member in self._members if member is not tester and member.room > 0]
+            if not able:
+                return
+            member = max(able, key=lambda each: each.room)
+            jobs = self._take(member.size)
+            if not jobs:
+                return
+            self._ask(member, jobs)
 
-    def _ask(self, member: _Member, job: _Job) -> None:
-        request = job.handle.request
-        source: Any = request.image[0] if isinstance(request.image, list) else request.image
-        is_path = isinstance(source, str) and "://" not in source
-        place = Place.of(source) if is_path and member.sees_files else None
-        if place is not None:
-            request = replace(request, image=None)
-        elif is_path:
+    def _test(self) -> Member | None:
+        """Asks suspects, each of a worker that has nothing else; returns one that gets nothing more until then."""
+        while self._suspects:
+            able = [member for member in self._members if member.room > 0]
+            member = min(able, key=lambda each: len(each.open), default=None)
+            if member is None or member.open:
+                return member
+            job = self._suspects.popleft()
+            if not job.handle.done:
+                self._ask(member, [job])
+        return None
+
+    def _take(self, count: int) -> list[Job]:
+        """At most so many of the questions that wait."""
+        jobs: list[Job] = []
+        with self._changed:
+            while self._waiting and len(jobs) < count:
+                job = self._waiting.popleft()
+                if job.handle.cancelled:
+                    job.handle.end()
+                elif not job.handle.done:
+                    jobs.append(job)
+            self._changed.notify_all()
+        return jobs
+
+    def _ask(self, member: Member, jobs: Sequence[Job]) -> None:
+        """Asks a worker questions in one call; those whose picture cannot be read here end."""
+        asked = []
+        call = Call([], time.monotonic())
+        for job in jobs:
             try:
-                sent: list[Any] = [read(source)]
-                request = replace(request, image=sent)
+                asked.append(asked_of(job.handle.request, member.sees_files))
             except FastVLMError as err:
                 job.handle.end(err)
-                return
-        member.open.add(job)
-        job.holders.add(member)
-        job.since = time.monotonic()
-        member.heard = max(member.heard, job.since) if len(member.open) == 1 else member.heard
-        answer = member.actor.answer.options(max_task_retries=0).remote(request, place)
-        answer.future().add_done_callback(lambda future: self._events.put(partial(self._answered, member, job, future)))
+            else:
+                call.jobs.append(job)
+                job.holders.add(member)
+        if not asked:
+            return
+        if not member.open:
+            member.heard = max(member.heard, call.since)
+        member.open.add(call)
+        answer = member.actor.answer.options(max_task_retries=0).remote(asked)
+        answer.future().add_done_callback(
+            lambda future: self._events.put(partial(self._answered, member, call, future))
+        )
 
-    def _answered(self, member: _Member, job: _Job, future: Any) -> None:
-        """Ends a question with the answer of a worker, or asks it again."""
-        member.open.discard(job)
-        job.holders.discard(member)
+    def _answered(self, member: Member, call: Call, future: Any) -> None:
+        """Ends questions with the answers of a worker, or asks them again."""
+        member.open.discard(call)
         member.heard, member.silent = time.monotonic(), False
+        for job in call.jobs:
+            job.holders.discard(member)
         try:
-            outcome: Outcome = future.result()
+            outcomes: Sequence[Outcome] = future.result()
         except self._ray.exceptions.RayError as err:
             if isinstance(err, self._ray.exceptions.RayActorError):
                 self._lose(member)
-            self._ask_again(job, err)
+            for job in call.jobs:
+                self._ask_again(job, err)
         else:
-            self._longest = max(self._longest, member.heard - job.since)
-            if job.handle.done:
-                pass  # another one was faster
-            elif outcome.absent:
+            self._longest = max(self._longest, member.heard - call.since)
+            absent = [self._end(member, *each) for each in zip(call.jobs, outcomes, strict=True)]
+            if any(absent):
                 member.sees_files = False
-                self._ask(member, job)
-            elif outcome.refused is not None:
-                self._part(member, str(outcome.refused))
-                self._requeue(job)
-            else:
-                if outcome.error is None:
-                    job.handle.add([outcome.result])
-                job.handle.end(outcome.error)
+                self._ask(member, [job for job, is_absent in zip(call.jobs, absent, strict=True) if is_absent])
         self._assign()
 
-    def _ask_again(self, job: _Job, error: BaseException) -> None:
+    def _end(self, member: Member, job: Job, outcome: Outcome) -> bool:
+        """Ends a question; returns whether the worker needs its picture for that."""
+        if job.handle.done:
+            return False  # another one was faster
+        if outcome.absent:
+            return True
+        if outcome.refused is not None:
+            self._part(member, str(outcome.refused))
+            self._requeue(job)
+            return False
+        if outcome.error is None:
+            job.handle.add([outcome.result])
+        job.handle.end(outcome.error)
+        return False
+
+    def _ask_again(self, job: Job, error: BaseException) -> None:
         job.deaths += 1
         if job.handle.done:
             return
@@ -215,24 +221,28 @@ class ClusterEngine:
         else:
             self._requeue(job)
 
-    def _requeue(self, job: _Job) -> None:
+    def _requeue(self, job: Job) -> None:
         held = any(not member.silent for member in job.holders)
-        if not job.handle.done and not held and job not in self._waiting:
-            with self._changed:
+        if job.handle.done or held or job in self._waiting or job in self._suspects:
+            return
+        with self._changed:
+            if job.deaths >= SUSPECT:
+                self._suspects.append(job)
+            else:
                 self._waiting.appendleft(job)
 
-    def _lose(self, member: _Member) -> None:
+    def _lose(self, member: Member) -> None:
         """Leaves out a worker that has ended until Ray has started it again."""
-        if member.room:
-            member.room = 0
+        if member.calls:
+            member.calls = 0
             self._notify("a worker has ended; Ray starts it again, and others answer what it was asked")
             self._await(member)
 
-    def _await(self, member: _Member) -> None:
+    def _await(self, member: Member) -> None:
         ready = member.actor.ready.options(max_task_retries=-1).remote()
         ready.future().add_done_callback(lambda future: self._events.put(partial(self._ready, member, future)))
 
-    def _ready(self, member: _Member, future: Any) -> None:
+    def _ready(self, member: Member, future: Any) -> None:
         member.heard = time.monotonic()
         try:
             said = future.result()
@@ -243,14 +253,14 @@ class ClusterEngine:
         if isinstance(said, FastVLMError):
             self._part(member, str(said))
         else:
-            member.room = min(said + _BEHIND, CALLS - 1)
+            member.take(said)
         self._assign()
 
-    def _part(self, member: _Member, reason: str) -> None:
+    def _part(self, member: Member, reason: str) -> None:
         """Leaves out a worker for good; without any, nothing can be answered."""
         if not member.gone:
             self._notify(reason)
-        member.gone, member.room = reason, 0
+        member.gone, member.calls = reason, 0
         if all(each.gone for each in self._members):
             self.failure = ConfigError(f"no worker is left: {reason}")
             self._cancel()
@@ -262,6 +272,7 @@ class ClusterEngine:
             if member.open and not member.silent and time.monotonic() - member.heard > patience:
                 member.silent = True
                 self._notify(f"a worker has said nothing for {patience:.0f} s; others answer what it was asked")
+                left = [job for call in member.open for job in call.jobs if not job.handle.done]
                 with self._changed:
-                    self._waiting.extendleft(job for job in member.open if not job.handle.done)
+                    self._waiting.extendleft(job for job in left if job not in self._waiting)
         self._assign()

@@ -9,8 +9,8 @@ from fastvlm_mlx.errors import CheckpointError, ConfigError, FastVLMError
 
 _CORES = 4
 """Of a worker on a CPU; a model gains little from more."""
-CALLS = 128
-"""Calls that a worker takes at the same time."""
+CALLS = 8
+"""Calls with questions that a worker takes at the same time."""
 
 
 class Found(NamedTuple):
@@ -141,7 +141,7 @@ def start_workers(
             num_cpus=share.cores,
             num_gpus=share.gpus,
             max_restarts=-1,
-            max_concurrency=CALLS,
+            max_concurrency=CALLS + 1,  # and `ready`
             scheduling_strategy=_soon_on(ray, share.found.node),
         ).remote(model, expected, threads=share.cores, max_batch=max_batch)
         for share in shares

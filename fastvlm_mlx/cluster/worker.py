@@ -1,15 +1,22 @@
 """A worker: a process on some machine of the cluster that holds a model, and answers questions about pictures."""
 
+from __future__ import annotations
+
 import os
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastvlm_mlx.cluster.identity import Identity, Model, check, identity
 from fastvlm_mlx.errors import FastVLMError
 from fastvlm_mlx.formatting import printable
 from fastvlm_mlx.inputs.sources import Encoded, read
 from fastvlm_mlx.machine import THREADS_VARIABLE
+
+if TYPE_CHECKING:
+    from fastvlm_mlx.generation.engine import Engine
+    from fastvlm_mlx.generation.request import Handle, Request
 
 _MEMORY = 32 << 20
 """Bytes for the keys and values of the questions; a picture that is done is not asked about again."""
@@ -31,7 +38,7 @@ class Place(NamedTuple):
     changed: int
 
     @classmethod
-    def of(cls, name: str) -> "Place | None":
+    def of(cls, name: str) -> Place | None:
         """The place of a file; None if it is no file here."""
         try:
             status = os.stat(name)
@@ -49,6 +56,13 @@ class Place(NamedTuple):
         if found is None or found[2:] != self[2:]:
             return None
         return Encoded(read(self.path).data, printable(self.name))
+
+
+class Asked(NamedTuple):
+    """A request, and where its picture is if it does not hold that."""
+
+    request: Request
+    place: Place | None
 
 
 class Outcome(NamedTuple):
@@ -70,6 +84,8 @@ class Outcome(NamedTuple):
 class Worker:
     """Answers from one model; several threads may ask at the same time. Ray makes an actor of it.
 
+    A call holds several requests, since Ray takes a millisecond or two of each process for a call.
+
     Args:
         model: What it loads, with the first question or `ready`.
         expected: The identity that this machine has to have.
@@ -81,7 +97,7 @@ class Worker:
         limit_threads(threads)
         self._model, self._expected, self._max_batch = model, expected, max_batch
         self._lock = threading.Lock()
-        self._engine: Any = None
+        self._engine: Engine | None = None
         self._refused: FastVLMError | None = None
 
     def ready(self) -> int | FastVLMError:
@@ -93,32 +109,45 @@ class Worker:
         """The number of its process."""
         return os.getpid()
 
-    def answer(self, request: Any, place: Place | None = None) -> Outcome:
-        """Answers a request about the picture that it has, or about the file at `place`."""
+    def answer(self, asked: Sequence[Asked]) -> list[Outcome]:
+        """Answers requests about the pictures that they have, or about files; waits for all of them."""
+        engine = self._loaded()
+        if isinstance(engine, FastVLMError):
+            return [Outcome(refused=engine)] * len(asked)
+        handles = [self._submit(engine, *each) for each in asked]
+        return [Outcome(absent=True) if handle is None else _outcome(handle) for handle in handles]
+
+    def _submit(self, engine: Engine, request: Request, place: Place | None) -> Handle | None:
+        """Asks the engine; None if its picture is a file that this machine does not see."""
         if place is not None:
             try:
                 encoded = place.read()
             except FastVLMError:  # it may be one that only this machine may not read
                 encoded = None
             if encoded is None:
-                return Outcome(absent=True)
-            request = replace(request, image=[encoded])
-        engine = self._loaded()
-        if isinstance(engine, FastVLMError):
-            return Outcome(refused=engine)
-        try:
-            return Outcome(result=engine.submit(request).result())
-        except (FastVLMError, MemoryError) as err:
-            return Outcome(error=err)
+                return None
+            images: list[Any] = [encoded]
+            request = replace(request, image=images)
+        return engine.submit(request)
 
-    def _loaded(self) -> Any:
+    def _loaded(self) -> Engine | FastVLMError:
         with self._lock:
             if self._engine is None and self._refused is None:
                 try:
                     self._engine = load_engine(self._model, self._expected, self._max_batch)
                 except FastVLMError as err:
                     self._refused = err
-            return self._engine or self._refused
+            loaded = self._engine or self._refused
+        assert loaded is not None
+        return loaded
+
+
+def _outcome(handle: Handle) -> Outcome:
+    """What came of a question, after waiting for it."""
+    try:
+        return Outcome(result=handle.result())
+    except (FastVLMError, MemoryError) as err:
+        return Outcome(error=err)
 
 
 def limit_threads(threads: int) -> None:
@@ -127,8 +156,8 @@ def limit_threads(threads: int) -> None:
     os.environ |= {THREADS_VARIABLE: count, "OPENBLAS_NUM_THREADS": count, "OMP_NUM_THREADS": count}
 
 
-def load_engine(model: Model, expected: Identity, max_batch: int | None = None) -> Any:
-    """An `Engine` with the model, after comparing this machine with the one that gives the work.
+def load_engine(model: Model, expected: Identity, max_batch: int | None = None) -> Engine:
+    """An engine with the model, after comparing this machine with the one that gives the work.
 
     Raises:
         ConfigError: If this machine would answer in another way.
