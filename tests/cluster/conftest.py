@@ -13,6 +13,8 @@ needs_ray = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None, reason="Ray is not installed: pip install 'fastvlm-mlx[ray]'"
 )
 ROOT = Path(__file__).parent.parent.parent
+PATIENCE = 300
+"""Seconds for a run on a busy machine."""
 ENVIRONMENT = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "FASTVLM_WARM": "0"}
 
 
@@ -57,18 +59,29 @@ def start(*arguments: str | Path, **options: Any) -> "subprocess.Popen[str]":
 
 def run(*arguments: str | Path, **options: Any) -> "subprocess.CompletedProcess[str]":
     process = start(*arguments, **options)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=PATIENCE)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def workers() -> list[int]:
-    """The processes that hold a model for a cluster."""
-    listed = subprocess.run(["ps", "-eo", "pid=,command="], capture_output=True, text=True, check=True).stdout
-    lines = (line.split(None, 1) for line in listed.splitlines())
-    return [int(pid) for pid, command in lines if command.startswith("ray::Worker")]
+    """The processes below this one that hold a model for a cluster; another test run may have some, too."""
+    listed = subprocess.run(["ps", "-eo", "pid=,ppid=,command="], capture_output=True, text=True, check=True).stdout
+    lines = [line.split(None, 2) for line in listed.splitlines()]
+    parents = {int(pid): int(parent) for pid, parent, *_ in lines}
+    found = [int(line[0]) for line in lines if line[-1].startswith("ray::Worker")]
+    return [pid for pid in found if os.getpid() in _above(pid, parents)]
 
 
-def wait_until(is_so: Callable[[], bool], seconds: float = 20.0) -> None:
+def _above(pid: int, parents: dict[int, int]) -> list[int]:
+    """The parent of a process, its parent, and so on."""
+    above: list[int] = []
+    while pid in parents and pid not in above:
+        above.append(pid)
+        pid = parents[pid]
+    return above
+
+
+def wait_until(is_so: Callable[[], bool], seconds: float = PATIENCE) -> None:
     end = time.monotonic() + seconds
     while not is_so():
         assert time.monotonic() < end

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.cluster.conftest import TwoNodes, needs_ray, run, start, wait_until, workers
+from tests.cluster.conftest import PATIENCE, TwoNodes, needs_ray, run, start, wait_until, workers
 
 pytestmark = needs_ray
 
@@ -69,7 +69,7 @@ def test_two_nodes_answer_as_one_process_does(two_nodes: TwoNodes, pictures: Pat
 
 def test_what_dies_is_replaced_and_nothing_is_lost_or_doubled(two_nodes: TwoNodes, tmp_path: Path) -> None:
     """A worker is killed, then the driver, and then the power of a node fails."""
-    folder, journal = folder_of(tmp_path / "many", 240), tmp_path / "ray.jsonl"
+    folder, journal = folder_of(tmp_path / "many", 480), tmp_path / "ray.jsonl"
     first = start(folder, "-o", journal, "--ray", two_nodes.address)
     wait_until(lambda: journal.exists() and journal.read_text().count("\n") > 20)
     os.kill(workers()[0], signal.SIGKILL)
@@ -83,11 +83,11 @@ def test_what_dies_is_replaced_and_nothing_is_lost_or_doubled(two_nodes: TwoNode
     count = journal.read_text().count("\n")
     wait_until(lambda: journal.read_text().count("\n") > count + 10)
     two_nodes.remove()
-    _, err = second.communicate(timeout=60)
+    _, err = second.communicate(timeout=PATIENCE)
     two_nodes.add()
     assert second.returncode == 0, err
     assert "a worker has ended" in err
-    assert [record["file"] for record in records(journal)] == [f"{number:03}.png" for number in range(240)]
+    assert [record["file"] for record in records(journal)] == [f"{number:03}.png" for number in range(480)]
 
 
 @pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="needs a path that each process sees differently")
@@ -123,7 +123,7 @@ def test_a_cluster_of_this_machine_is_started_and_ended(pictures: Path, alone: A
     environment = Path(f"/proc/{workers()[0]}/environ")
     if environment.exists():
         assert b"RAY_AUTH_MODE=token" in environment.read_bytes()
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, err
     assert json.loads(out)["text"] == alone[0]["text"]
     assert {*Path("/tmp").glob("fastvlm-*")} <= before

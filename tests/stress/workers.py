@@ -2,13 +2,15 @@
 
 python -m tests.stress.workers --way servers --pictures 2000 --kills 20 --seed 0
 
-One process captions demo scenes first; its records are what is expected. Then two shards, or two servers and their
-driver, do the same, while one of them is ended with SIGKILL, or stopped for a while, again and again. Whatever was
-ended is started again with the same command, as a supervisor would. The last line is JSON: how many records differ, and
-how many seconds it took until records were added again. The exit code is 1 if anything is wrong.
+One process captions demo scenes first; its records are what is expected. Then two shards, two servers and their driver,
+or the workers of two nodes of Ray and their driver, do the same, while one of them is ended with SIGKILL, or stopped
+for a while, again and again. Whatever was ended is started again with the same command, as a supervisor would; Ray
+starts its workers again itself. The last line is JSON: how many records differ, and how many seconds it took until
+records were added again. The exit code is 1 if anything is wrong.
 """
 
 import argparse
+import atexit
 import json
 import os
 import signal
@@ -18,10 +20,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 from demo.scenes import render
 from fastvlm_mlx.jobs.merging import merge
@@ -131,7 +134,22 @@ def servers(scenes: Path, here: Path) -> tuple[list[Worker], list[Path]]:
     return [*workers, driver], [journal]
 
 
-WAYS: dict[str, Callable[[Path, Path], tuple[list[Worker], list[Path]]]] = {"shards": shards, "servers": servers}
+def ray(scenes: Path, here: Path) -> tuple[list[Worker], list[Path]]:
+    """A driver, for a cluster of two nodes that ends with this process."""
+    from tests.cluster.conftest import TwoNodes
+
+    cluster = TwoNodes()
+    atexit.register(cluster.close)
+    journal = here / "ray.jsonl"
+    command = ("caption", str(scenes), *TASK, *MODEL, "--ray", cluster.address, "-o", str(journal))
+    return [Worker(command, here / "ray.log")], [journal]
+
+
+WAYS: dict[str, Callable[[Path, Path], tuple[list[Worker], list[Path]]]] = {
+    "shards": shards,
+    "servers": servers,
+    "ray": ray,
+}
 
 
 def size_of(paths: list[Path]) -> int:
@@ -151,7 +169,7 @@ def run(workers: list[Worker], journals: list[Path], kills: int, rng: Random, se
     begun = time.monotonic()
     later = begun + rng.uniform(2, 3)
     pending: dict[str, Any] | None = None
-    continues: list[tuple[float, Worker, int]] = []
+    continues: list[tuple[float, int]] = []
     try:
         while not all(worker.done for worker in workers if worker.is_job):
             time.sleep(0.05)
@@ -160,31 +178,53 @@ def run(workers: list[Worker], journals: list[Path], kills: int, rng: Random, se
                 raise RuntimeError(f"not done after {seconds} s")
             for worker in workers:
                 worker.look_after()
-            for moment, worker, pid in list(continues):
+            for moment, pid in list(continues):
                 if now >= moment:
-                    continues.remove((moment, worker, pid))
-                    if worker.process is not None and worker.process.pid == pid:
-                        worker.process.send_signal(signal.SIGCONT)
+                    continues.remove((moment, pid))
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGCONT)
             if pending is not None and size_of(pending["journals"]) > pending["size"]:
                 faults.append({"what": pending["what"], "seconds": round(now - pending["at"], 2)})
                 pending = None
-            alive = [worker for worker in workers if not worker.done and worker.process and not worker.process.poll()]
-            if now < later or pending is not None or len(faults) >= kills or not alive:
+            if now < later or pending is not None or len(faults) >= kills:
                 continue
-            victim = rng.choice(alive)
-            assert victim.process is not None
+            victims = find_victims(workers, journals)
+            if not victims:
+                continue
+            victim = rng.choice(victims)
             kind = rng.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGSTOP))
-            victim.process.send_signal(kind)
+            os.kill(victim.pid, kind)
             if kind is signal.SIGSTOP:
-                continues.append((now + rng.uniform(0.5, 6), victim, victim.process.pid))
-            own = [path for path in journals if str(path) in victim.arguments] or journals
-            name = f"{kind.name} {victim.arguments[0]}"
-            pending = {"what": name, "at": now, "size": size_of(own), "journals": own}
+                continues.append((now + rng.uniform(0.5, 6), victim.pid))
+            name = f"{kind.name} {victim.name}"
+            pending = {"what": name, "at": now, "size": size_of(victim.journals), "journals": victim.journals}
             later = now + rng.uniform(0.3, 1.5)
     finally:
         for worker in workers:
             worker.end()
     return faults
+
+
+class Victim(NamedTuple):
+    """A process that may be killed, and the journals that show when its work goes on."""
+
+    name: str
+    pid: int
+    journals: list[Path]
+
+
+def find_victims(workers: list[Worker], journals: list[Path]) -> list[Victim]:
+    """The processes that are at work: those of `workers`, and the ones that Ray has started."""
+    victims = []
+    for worker in workers:
+        if not worker.done and worker.process is not None and worker.process.poll() is None:
+            own = [path for path in journals if str(path) in worker.arguments] or journals
+            victims.append(Victim(worker.arguments[0], worker.process.pid, own))
+    if any("--ray" in worker.arguments for worker in workers):
+        from tests.cluster.conftest import workers as workers_of_ray
+
+        victims += [Victim("worker of Ray", pid, journals) for pid in workers_of_ray()]
+    return victims
 
 
 def wait_for_servers(workers: list[Worker]) -> None:
