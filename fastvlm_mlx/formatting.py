@@ -29,6 +29,11 @@ def counted(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
+def per_second(rate: float) -> str:
+    """A rate to two digits, without an exponent: `0.53`, `8.2`, `150`."""
+    return f"{rate:.2g}" if rate < 99.5 else f"{rate:,.0f}"
+
+
 def printable(text: object, length: int = 200) -> str:
     """Formats a name for a message: one line of at most `length` characters.
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastvlm_mlx.formatting import as_blocks, as_markdown, as_text, names, printable, readable_bytes
+from fastvlm_mlx.formatting import as_blocks, as_markdown, as_text, names, per_second, printable, readable_bytes
 
 TABLE = [("part", "bits", "size"), ("decoder", "4.5", "12 MB"), ("vision", "16", "")]
 
@@ -66,3 +66,10 @@ def test_a_table_that_is_too_wide_goes_on_below_with_its_first_columns() -> None
     assert as_blocks(rows, width=23) == "name  first  second\na         1      22\n\nname  third\na       333"
     assert as_blocks(rows, width=26) == as_text(rows)
     assert as_blocks(rows, width=1).count("name") == 3
+
+
+@pytest.mark.parametrize(
+    ("rate", "text"), [(0.534, "0.53"), (8.24, "8.2"), (99.4, "99"), (99.6, "100"), (1503, "1,503")]
+)
+def test_a_rate_has_no_exponent(rate: float, text: str) -> None:
+    assert per_second(rate) == text

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from fastvlm_mlx.cli.holders import Holder, loaded, opened
 from fastvlm_mlx.cli.terminal import LiveLine, is_terminal, note, show_json
 from fastvlm_mlx.errors import ServerError
-from fastvlm_mlx.formatting import printable
+from fastvlm_mlx.formatting import per_second, printable
 
 if TYPE_CHECKING:
     from fastvlm_mlx.jobs.asking import Answers, Record
@@ -173,12 +173,12 @@ def progress_text(done: int, total: int, seconds: float) -> str:
     """How far a run is, how fast, and how long it will take."""
     left = seconds / done * (total - done)
     time_left = f"{left:.0f} s" if left < 90 else f"{left / 60:.0f} min" if left < 5400 else f"{left / 3600:.1f} h"
-    return f"{done} of {total} pictures, {done / seconds:.2g} a second, {time_left} left"
+    return f"{done} of {total} pictures, {per_second(done / seconds)} a second, {time_left} left"
 
 
 def _summary(counts: Mapping[str, int], seconds: float) -> str:
     parts = [f"{counts['pictures'] - counts['failed']} captioned in {seconds:.1f} s"]
-    parts.append(f"{counts['pictures'] / seconds:.2g} pictures/s")
+    parts.append(f"{per_second(counts['pictures'] / seconds)} pictures/s")
     if counts["duplicates"]:
         parts.append(f"{counts['duplicates']} with the content of another")
     if counts["failed"]:

@@ -16,7 +16,7 @@ from fastvlm_mlx.cli.holders import folder_of, identity
 from fastvlm_mlx.cli.options import DEFAULT_PROMPT, DType
 from fastvlm_mlx.cli.terminal import LiveLine, is_terminal, note, show_json, warn_of_slow_blas
 from fastvlm_mlx.errors import ConfigError
-from fastvlm_mlx.formatting import counted, printable
+from fastvlm_mlx.formatting import counted, per_second, printable
 
 if TYPE_CHECKING:
     from fastvlm_mlx.album.album import Album, Hit, Results
@@ -216,7 +216,7 @@ def _run(album: "Album", prepared: Prepared, plan: "Plan") -> int:
             raise
     if plan.todo:
         seconds = max(time.monotonic() - began, 1e-9)
-        parts = [f"{done - failed} indexed in {seconds:.1f} s", f"{done / seconds:.2g} pictures/s"]
+        parts = [f"{done - failed} indexed in {seconds:.1f} s", f"{per_second(done / seconds)} pictures/s"]
         if done - failed - seen > 0:
             parts.append(f"{done - failed - seen} with known content")
         if failed:
@@ -341,7 +341,7 @@ def find(
 
 def _progress(results: "Results") -> str:
     rate = results.asked / max(results.seconds, 1e-9)
-    return f"asked {results.asked} of {results.total}, {rate:.2g} a second, {results.found} found"
+    return f"asked {results.asked} of {results.total}, {per_second(rate)} a second, {results.found} found"
 
 
 def _summary(album: "Album", results: "Results", *, asked: bool) -> None:
@@ -351,7 +351,7 @@ def _summary(album: "Album", results: "Results", *, asked: bool) -> None:
     if asked and results.total:
         of = "" if results.done else f" of {results.total}"
         rate = results.asked / max(results.seconds, 1e-9)
-        parts.append(f"{results.asked}{of} asked in {results.seconds:.1f} s, {rate:.2g} pictures/s")
+        parts.append(f"{results.asked}{of} asked in {results.seconds:.1f} s, {per_second(rate)} pictures/s")
     elif asked:
         from fastvlm_mlx.album.settings import known_settings
 
