@@ -8,6 +8,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from fastvlm_mlx.backend import mx
 from fastvlm_mlx.config import ActivationScales, VisionConfig
+from fastvlm_mlx.model.cpu import vision as cpu_vision
 from fastvlm_mlx.model.cpu.vision import CPUTower
 from fastvlm_mlx.model.vision import DoublingDepthwiseConv, FastViTHD
 
@@ -87,4 +88,17 @@ def test_cpu_formulation_equals_the_modules(tower, height, width, threads):
     expected = tower(x)
     # Sums of float32 products in another order, through five stages.
     tolerance = 2e-5 * float(mx.abs(expected).max())
+    np.testing.assert_allclose(CPUTower(tower, threads)(x), expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("height", "width"), [(128, 192), (320, 128)])
+def test_cpu_formulation_computes_the_same_in_small_blocks(tower, height, width, threads, monkeypatch):
+    x = mx.concatenate([pixels(height, width), pixels(height, width)[:, ::-1]])
+    expected = CPUTower(tower, threads)(x)
+    mx.eval(expected)
+    monkeypatch.setattr(cpu_vision, "_HIDDEN", 1)  # 256 positions at a time, the last block smaller
+    monkeypatch.setattr(cpu_vision, "_SCORES", 1)  # one head at a time
+    # BLAS sums in another order for products of another size.
+    tolerance = 1e-5 * float(mx.abs(expected).max())
     np.testing.assert_allclose(CPUTower(tower, threads)(x), expected, rtol=0, atol=tolerance)

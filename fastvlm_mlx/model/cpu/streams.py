@@ -12,6 +12,11 @@ Parts = list[mx.array]
 """A feature map (C, B, H, W) as parts (C/P, B, H, W), one for each of P streams."""
 
 
+def after(x: mx.array, *before: mx.array) -> mx.array:
+    """`x`, for what shall not begin until `before` is there: MLX begins all blocks of some work, if it may."""
+    return mx.depends([x], list(before))[0] if before else x
+
+
 class Streams:
     """Divides work among `count` CPU streams."""
 
