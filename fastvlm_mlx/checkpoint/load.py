@@ -10,6 +10,7 @@ from fastvlm_mlx.arguments import choice
 from fastvlm_mlx.backend import compute_dtype, device, mx
 from fastvlm_mlx.checkpoint import fusing
 from fastvlm_mlx.checkpoint.casting import cast_on_streams
+from fastvlm_mlx.checkpoint.first_pass import first_pass
 from fastvlm_mlx.checkpoint.folder import checked_files, read_files
 from fastvlm_mlx.checkpoint.slices import read_slices
 from fastvlm_mlx.config import ModelConfig
@@ -56,8 +57,8 @@ def load_model(
         streams = worker_streams(_READERS) if device() == "cpu" else [load_stream()]
         if device() == "cpu":
             check_compiler()
+        files = checked_files(folder)
         if group is None:
-            files = checked_files(folder)
             weights = cast_on_streams([read_files(files, stream) for stream in streams], streams, target)
         else:
             weights = read_slices(folder, config, group.rank(), group.size(), target)
@@ -77,6 +78,8 @@ def load_model(
             connect(model, group)
         if device() == "cpu" and not lazy:
             read_parameters(model, folder)
+        elif device() == "cpu" and group is None and not (in_parts or config.quantization):
+            model.language_model.first_pass = first_pass(model.language_model, files, config, streams[0])
     return model
 
 
@@ -86,6 +89,7 @@ def read_parameters(model: FastVLM, folder: Path) -> None:
     Raises:
         CheckpointError: If that is not possible, because a file has changed since.
     """
+    model.language_model.first_pass = None
     try:
         mx.eval(model.parameters())
     except RuntimeError as err:

@@ -111,6 +111,7 @@ class FastVLM(nn.Module):
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         """Reads all weights, so that `pickle` and `copy` find them; a copy arranges its tower for its own device."""
         with turn():
+            self.language_model.first_pass = None
             mx.eval(self.parameters())
         return super().__reduce_ex__(protocol)
 
@@ -223,7 +224,7 @@ class FastVLM(nn.Module):
                     parts.append(next(visual))
                     text = text[1:]
                 if len(text):
-                    parts.append(self.language_model.model.embed_tokens(mx.array(text)))
+                    parts.append(self.language_model.embed(text))
             embedded.append(mx.concatenate(parts) if len(parts) > 1 else parts[0])
         length = max(len(row) for row in embedded)
         padding = [length - len(row) for row in embedded]

@@ -10,12 +10,14 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from fastvlm_mlx.backend import device, mx, nn
 from fastvlm_mlx.config import TextConfig
 from fastvlm_mlx.model.activations import swiglu
 from fastvlm_mlx.model.cpu import decoding
 from fastvlm_mlx.model.cpu.attention import attention as cpu_attention
+from fastvlm_mlx.model.cpu.first_pass import FirstPass
 from fastvlm_mlx.model.cpu.products import are_few, product
 from fastvlm_mlx.model.kv_cache import KVCache
 from fastvlm_mlx.model.rows import row_parts, split_projection
@@ -147,14 +149,18 @@ class Qwen2Model(nn.Module):
         input_embeddings: mx.array | None = None,
         *,
         last: bool = False,
+        first_pass: FirstPass | None = None,
     ) -> mx.array:
         x = self.embed_tokens(tokens) if input_embeddings is None else input_embeddings
         caches = cache if cache is not None else [None] * len(self.layers)
         first = caches[0] if caches[0] is not None else KVCache()
         mask = first.make_mask(x.shape[1], return_array=False, window_size=None)
         final = len(self.layers) - 1
-        for index, (layer, layer_cache) in enumerate(zip(self.layers, caches, strict=True)):
+        layers = self.layers if first_pass is None else first_pass.through(self.layers)
+        for index, (layer, layer_cache) in enumerate(zip(layers, caches, strict=True)):
             x = layer(x, mask, layer_cache, last=last and index == final)
+            if first_pass is not None:
+                mx.eval(x, layer_cache.state)
         normed: mx.array = self.norm(x)
         return normed
 
@@ -164,11 +170,17 @@ class Qwen2(nn.Module):
 
     `language_model(tokens, cache=None, input_embeddings=None)` -> logits (B, L, V). `tokens` may be None when
     embeddings are given. `cache` is a list with one `KVCache` (or mlx-lm's) per layer.
+
+    Attributes:
+        config: Of the decoder.
+        first_pass: What the first prompt is computed with while the weights are still in a file; None if they are read.
     """
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.config = config
+        self.first_pass: FirstPass | None = None
+        self._is_read = True
         self.model = Qwen2Model(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -202,6 +214,9 @@ class Qwen2(nn.Module):
     def __call__(
         self, tokens: mx.array | None, cache: Any = None, input_embeddings: mx.array | None = None
     ) -> mx.array:
+        if not self._is_read:
+            mx.eval(self.parameters())
+            self._is_read = True
         if tokens is not None and input_embeddings is None and tokens.size == 1 and self._steps_row(cache):
             return decoding.step(self, int(np.asarray(tokens)[0, 0]), cache)
         return self.head(self.model(tokens, cache, input_embeddings))
@@ -220,4 +235,16 @@ class Qwen2(nn.Module):
 
     def prefill(self, input_embeddings: mx.array, cache: list[KVCache]) -> mx.array:
         """Logits (B, V) of the last position, filling `cache`: the last block and the head see that position alone."""
-        return self.head(self.model(None, cache, input_embeddings, last=True))[:, -1]
+        first_pass, self.first_pass = self._fitting_first_pass(), None
+        self._is_read = first_pass is None
+        return self.head(self.model(None, cache, input_embeddings, last=True, first_pass=first_pass))[:, -1]
+
+    def embed(self, tokens: npt.NDArray[np.int32]) -> mx.array:
+        """Embeddings (T, D) of token ids (T,)."""
+        if (first_pass := self._fitting_first_pass()) is not None:
+            return first_pass.embedded(tokens)
+        embedded: mx.array = self.model.embed_tokens(mx.array(tokens))
+        return embedded
+
+    def _fitting_first_pass(self) -> FirstPass | None:
+        return self.first_pass if self.first_pass is not None and self.first_pass.fits(self) else None
