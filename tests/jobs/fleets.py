@@ -102,7 +102,7 @@ class Server:
 
     def get(self, handler: Any) -> None:
         self.headers = dict(handler.headers)
-        self.goes_on.wait(30)
+        self.goes_on.wait(60)
         if handler.path == "/health":
             self.reply(handler, {"status": "ok"})
         elif handler.path == "/v1/models":
@@ -121,7 +121,7 @@ class Server:
             self._now += 1
             self.most = max(self.most, self._now)
         try:
-            self.goes_on.wait(30)
+            self.goes_on.wait(60)
             time.sleep(self.seconds)
             if not self.misbehave(handler, number):
                 self.reply(handler, self.answer(answer_of(data, text["text"])))

@@ -92,7 +92,7 @@ class Call:
 
     async def first_part(self) -> None:
         """Waits until something of the body is here."""
-        await asyncio.wait_for(self._part.wait(), 30)
+        await asyncio.wait_for(self._part.wait(), 60)
 
     def stop_reading(self) -> None:
         """Takes no more of the response."""
@@ -101,7 +101,7 @@ class Call:
     async def go_away(self) -> None:
         """Closes the connection, and waits until the server is done with it."""
         self._gone.set()
-        await asyncio.wait_for(self.task, 30)
+        await asyncio.wait_for(self.task, 60)
 
 
 class Client:

@@ -2,6 +2,8 @@
 
 import asyncio
 import base64
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,11 +39,17 @@ def serving(demo) -> Callable[..., object]:
 
     @contextmanager
     def serve(
-        max_batch: int = 4, model: object = demo, album: ServedAlbum | None = None, **options: object
+        max_batch: int = 4,
+        model: object = demo,
+        album: ServedAlbum | None = None,
+        step_seconds: float = 0.0,
+        **options: object,
     ) -> Iterator[tuple[Client, Service]]:
         settings = Settings(**options)
         service = Service("demo", settings, aliases=("fastvlm-demo",), album=album)
         with Engine(*model, max_batch=max_batch, queue_size=settings.max_queue + settings.max_choices) as engine:
+            if step_seconds:
+                slow_down(engine, step_seconds)
             service.start(engine)
             try:
                 yield Client(make_app(service, settings)), service
@@ -51,6 +59,38 @@ def serving(demo) -> Callable[..., object]:
                     album.close()
 
     return serve
+
+
+SLOW = 0.03
+"""Seconds of a step with which 1900 tokens take a minute: such an answer outlasts whatever holds a test up."""
+
+
+def slow_down(engine: Engine, seconds: float = SLOW) -> list[int]:
+    """Makes each step of an engine take `seconds` longer; the list grows with each step."""
+    steps: list[int] = []
+    step = engine._worker._step
+
+    def step_later() -> None:
+        time.sleep(seconds)
+        steps.append(1)
+        step()
+
+    engine._worker._step = step_later
+    return steps
+
+
+def hold_after(engine: Engine, count: int) -> threading.Event:
+    """Lets an engine take so many steps; it goes on when the event is set."""
+    go_on = threading.Event()
+    step, taken = engine._worker._step, []
+
+    def step_when_free() -> None:
+        if len(taken) < count or go_on.wait(60):
+            taken.append(1)
+            step()
+
+    engine._worker._step = step_when_free
+    return go_on
 
 
 def run(coroutine):

@@ -11,7 +11,7 @@ from fastvlm_mlx.server.app import make_app
 from fastvlm_mlx.server.service import Service
 from fastvlm_mlx.server.settings import Settings
 from tests.server.client import Client
-from tests.server.conftest import data_url, run
+from tests.server.conftest import SLOW, data_url, run
 
 PATH = "/v1/chat/completions"
 
@@ -25,7 +25,7 @@ ENDLESS = asking(ignore_eos=True, max_tokens=1900)
 SHORT = asking(max_tokens=1)
 
 
-async def until(condition, seconds=20):
+async def until(condition, seconds=60):
     """Waits for a condition."""
     end = time.monotonic() + seconds
     while not condition():
@@ -35,22 +35,22 @@ async def until(condition, seconds=20):
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_goes_away_frees_its_row_at_the_next_step(serving, stream):
-    with serving(max_batch=1) as (client, service):
+    with serving(max_batch=1, step_seconds=SLOW) as (client, service):
 
         async def script():
             call = client.begin("POST", PATH, {**ENDLESS, "stream": stream})
             await until(lambda: service.engine.step_seconds > 0 or call.response.parts)
             await call.go_away()
             assert service.running == 0
-            handle = service.engine._worker._rows
-            await until(lambda: not handle, 2)
+            rows = service.engine._worker._rows
+            await until(lambda: not rows, 30)  # the whole answer takes twice as long
             assert (await client.post(PATH, SHORT)).status == 200
 
         run(script())
 
 
 def test_a_client_that_goes_away_in_the_queue_leaves_it(serving):
-    with serving(max_batch=1) as (client, service):
+    with serving(max_batch=1, step_seconds=SLOW) as (client, service):
 
         async def script():
             first = client.begin("POST", PATH, {**ENDLESS, "stream": True})
@@ -79,7 +79,7 @@ def test_a_client_that_goes_away_while_it_sends_is_no_error(serving, caplog):
 
 
 def test_a_full_queue_says_when_to_come_back(serving):
-    with serving(max_batch=1, max_queue=1) as (client, service):
+    with serving(max_batch=1, max_queue=1, step_seconds=SLOW) as (client, service):
 
         async def script():
             calls = [client.begin("POST", PATH, {**ENDLESS, "stream": True}) for _ in range(2)]
@@ -115,7 +115,7 @@ def test_while_the_model_loads_clients_are_told_to_wait():
 
 
 def test_a_request_that_waits_too_long_is_given_up(serving):
-    with serving(max_batch=1) as (client, service):
+    with serving(max_batch=1, step_seconds=SLOW) as (client, service):
 
         async def script():
             first = client.begin("POST", PATH, {**ENDLESS, "stream": True})
@@ -134,7 +134,7 @@ def test_a_request_that_waits_too_long_is_given_up(serving):
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_an_answer_that_takes_too_long_is_cut(serving, stream):
-    with serving() as (client, service):
+    with serving(step_seconds=SLOW) as (client, service):
 
         async def script():
             call = client.begin("POST", PATH, {**ENDLESS, "stream": stream})
@@ -163,7 +163,7 @@ def test_a_request_without_a_token_in_all_its_time_is_given_up(serving, monkeypa
 
 
 def test_an_error_in_the_middle_of_a_stream_is_its_last_event(serving):
-    with serving() as (client, service):
+    with serving(step_seconds=SLOW) as (client, service):
 
         async def script():
             call = client.begin("POST", PATH, {**ENDLESS, "stream": True})
@@ -204,13 +204,13 @@ def test_nothing_waits_for_the_engine_but_answers(serving, monkeypatch):
     hold = threading.Event()
     with serving(max_batch=1) as (client, service):
         step = service.engine._worker._step
-        monkeypatch.setattr(service.engine._worker, "_step", lambda: hold.wait(20) and step())
+        monkeypatch.setattr(service.engine._worker, "_step", lambda: hold.wait(60) and step())
 
         async def script():
             call = client.begin("POST", PATH, SHORT)
             await until(lambda: service.engine.step_seconds > 0)
             for path in ("/health", "/ready", "/v1/models", "/metrics"):
-                assert (await asyncio.wait_for(client.get(path), 5)).status == 200
+                assert (await asyncio.wait_for(client.get(path), 30)).status == 200
             hold.set()
             await call.task
 
@@ -223,7 +223,7 @@ def test_a_client_that_does_not_read_is_dropped(serving):
         async def script():
             call = client.begin("POST", PATH, {**ENDLESS, "stream": True})
             call.stop_reading()
-            await asyncio.wait_for(call.task, 10)
+            await asyncio.wait_for(call.task, 60)
             assert service.running == 0
 
         run(script())
@@ -283,9 +283,16 @@ def test_errors_of_the_users_making_are_never_5xx(serving, monkeypatch):
 def test_requests_at_once_are_answered_together(serving):
     """Sixteen questions need far fewer steps than one after the other."""
     with serving(max_batch=16) as (client, service):
-        steps = []
-        step = service.engine._worker._step
-        service.engine._worker._step = lambda: steps.append(1) or step()
+        steps, worker = [], service.engine._worker
+        step = worker._step
+
+        def step_with_all():
+            while len(worker._rows) + len(worker._arrived) < 16 and not steps:
+                time.sleep(0.005)
+            steps.append(1)
+            step()
+
+        worker._step = step_with_all
 
         async def script():
             body = asking(ignore_eos=True, max_tokens=20)

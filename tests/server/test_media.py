@@ -188,6 +188,10 @@ def test_a_file_of_another_machine_or_beyond_the_limit_is_refused(folder):
     assert "is larger than 50 B" in str(refused("a picture.png", media_root=folder, max_body_bytes=50))
 
 
+GIVEN_UP = threading.Event()
+"""Set when a slow answer is not waited for any more."""
+
+
 class Site(http.server.BaseHTTPRequestHandler):
     """What stands behind the public addresses of the tests."""
 
@@ -203,7 +207,7 @@ class Site(http.server.BaseHTTPRequestHandler):
         elif self.path == "/page":
             self.answer(200, b"<html></html>", Content_Type="text/html")
         elif self.path == "/slow":
-            time.sleep(0.3)
+            GIVEN_UP.wait(60)
             self.answer(200, PICTURE)
         else:
             self.answer(200, PICTURE)
@@ -311,8 +315,10 @@ def test_a_page_is_no_image(internet):
 
 
 def test_a_slow_host_is_given_up_and_few_are_waited_for_at_once(internet, monkeypatch):
-    monkeypatch.setattr(media, "FETCH_SECONDS", 0.1)
-    assert "not fetched within 0.1 s" in str(refused("http://public.example/slow", allow_image_urls=True))
+    with monkeypatch.context() as patch:
+        patch.setattr(media, "FETCH_SECONDS", 0.1)
+        assert "not fetched within 0.1 s" in str(refused("http://public.example/slow", allow_image_urls=True))
+    GIVEN_UP.set()
     monkeypatch.setattr(media, "_fetching", threading.BoundedSemaphore(1))
     with media._fetching, pytest.raises(ApiError, match="images are being fetched already") as error:
         Images(Settings(allow_image_urls=True)).read("http://public.example/a.png", WHERE)
