@@ -28,7 +28,7 @@ def display(size: str = "320x240x24") -> Iterator[str]:
             yield f":{int(file.readline())}"
     finally:
         server.terminate()
-        server.wait(10)
+        server.wait(60)
 
 
 def copy(kind: str, data: bytes) -> None:
@@ -37,7 +37,7 @@ def copy(kind: str, data: bytes) -> None:
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     subprocess.run([*xclip, "-in"], input=data, check=True, **quiet)
     # xclip returns before its copy in the background owns the selection.
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while subprocess.run([*xclip, "-out"], capture_output=True).stdout != data:
         assert time.monotonic() < deadline, "the clipboard does not take what is copied"
         time.sleep(0.01)

@@ -27,7 +27,7 @@ class Terminal:
             os.execve(sys.executable, [*COMMAND, *arguments], own)
         ioctl(self._descriptor, TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
 
-    def wait_for(self, text: str, seconds: float = 40.0) -> None:
+    def wait_for(self, text: str, seconds: float = 90.0) -> None:
         """Reads until a text has come."""
         deadline = time.monotonic() + seconds
         while text not in self.output[self._read :]:
@@ -40,7 +40,16 @@ class Terminal:
         """Types; Python notices an interrupt that comes just before it waits for a key only with the next key."""
         if "\x03" in keys:
             time.sleep(0.3)
+            while self.output.rstrip("\x1b[?204h").endswith("> ") and self._is_held_up():
+                time.sleep(0.05)
         os.write(self._descriptor, keys.encode())
+
+    def _is_held_up(self) -> bool:
+        """Whether the command has yet to wait for a key; unknown but on Linux."""
+        try:
+            return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] != "S"
+        except OSError:
+            return False
 
     def end(self) -> int:
         """The exit code, after reading the rest."""

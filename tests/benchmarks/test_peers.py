@@ -204,10 +204,14 @@ def test_the_readme_has_the_markers() -> None:
 
 def test_a_process_is_timed_to_its_first_character_and_weighed() -> None:
     code = "import time; print('a', flush=True); time.sleep(0.3); print('b')"
-    start = time.perf_counter()
-    seconds, output, peak = peers.run_process([sys.executable, "-c", code], {})
-    assert output == "a\nb\n"
-    assert 0 < seconds < time.perf_counter() - start - 0.3
-    assert peak > 1 << 20
+
+    def is_timed() -> bool:
+        start = time.perf_counter()
+        seconds, output, peak = peers.run_process([sys.executable, "-c", code], {})
+        assert output == "a\nb\n"
+        assert peak > 1 << 20
+        return 0 < seconds < time.perf_counter() - start - 0.3
+
+    assert any(is_timed() for _ in range(10))  # the reader of the first character may be held up
     with pytest.raises(SystemExit, match="no_such_module"):
         peers.run_process([sys.executable, "-c", "import no_such_module"], {})

@@ -33,7 +33,7 @@ def shell(arguments: list[str], redirection: str, **variables: str) -> "subproce
         capture_output=True,
         env={**os.environ, **variables},
         check=False,
-        timeout=60,
+        timeout=180,
     )
 
 

@@ -18,6 +18,17 @@ PATIENCE = 300
 ENVIRONMENT = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "FASTVLM_WARM": "0"}
 
 
+def patiently(start: Callable[[], Any]) -> Any:
+    """What a function starts; again where Ray has given up after 30 seconds, as on a busy machine."""
+    for _ in range(4):
+        try:
+            return start()
+        except Exception as error:  # Ray has no other kind for it
+            if "timed out during startup" not in str(error):
+                raise
+    return start()
+
+
 class TwoNodes:
     """A cluster of two raylets with a core each; `address` is what --ray takes."""
 
@@ -26,13 +37,14 @@ class TwoNodes:
         from ray.cluster_utils import Cluster
 
         head = {"num_cpus": 1, "object_store_memory": 100 << 20, "include_dashboard": False}
-        self._cluster: Any = Cluster(initialize_head=True, head_node_args=head)
+        self._cluster: Any = patiently(lambda: Cluster(initialize_head=True, head_node_args=head))
         self.address: str = self._cluster.address
         self.second: Any = None
         self.add()
 
     def add(self, **options: Any) -> Any:
-        self.second = self._cluster.add_node(num_cpus=1, object_store_memory=100 << 20, **options)
+        options = {"num_cpus": 1, "object_store_memory": 100 << 20, **options}
+        self.second = patiently(lambda: self._cluster.add_node(**options))
         return self.second
 
     def remove(self) -> None:

@@ -60,7 +60,7 @@ def fresh(folder: Path, tmp_path: Path) -> ServedAlbum:
 
 
 async def wait_for(album: ServedAlbum, state: str) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while album.status()["state"] != state:
         assert time.monotonic() < deadline, album.status()
         await asyncio.sleep(0.01)
@@ -73,7 +73,7 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     run_plan = Updating.run
 
     def run_later(self, plan, engine):
-        go_on.wait(30)
+        go_on.wait(60)
         yield from run_plan(self, plan, engine)
 
     monkeypatch.setattr(Updating, "run", run_later)
@@ -247,7 +247,7 @@ def test_more_searches_at_once_than_there_is_room_for_are_told_to_come_again(ser
 
     def slow(*arguments, **options):
         yield from list(search(*arguments, **options))[:1]
-        go_on.wait(30)
+        go_on.wait(60)
 
     album.album.search = slow
 
@@ -289,7 +289,7 @@ def test_a_client_that_goes_away_ends_its_search(serving, album) -> None:
             call = client.begin("POST", "/album/search", QUERY)
             await call.first_part()
             await call.go_away()
-            await asyncio.to_thread(ended.wait, 10)
+            await asyncio.to_thread(ended.wait, 60)
             album.album.search = search
             return await client.post("/album/search", QUERY)
 
@@ -489,7 +489,7 @@ def test_a_new_picture_is_noticed(serving, folder, tmp_path, monkeypatch) -> Non
                 await asyncio.sleep(0.01)
             return status
 
-    assert run(asyncio.wait_for(ask(), 30))["pictures"] == 1
+    assert run(asyncio.wait_for(ask(), 60))["pictures"] == 1
 
 
 def test_an_album_has_to_be_a_folder(tmp_path: Path) -> None:

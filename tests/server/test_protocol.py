@@ -84,6 +84,13 @@ def send(connection, data):
         connection.sendall(data)
 
 
+def trickle(connection, data):
+    """Sends byte by byte."""
+    for byte in data:
+        connection.sendall(bytes([byte]))
+        time.sleep(0.05)
+
+
 def again_and_again():
     """Yields until it is left: a server's clock may end a connection before a client that is held up sends."""
     end = time.monotonic() + 60
@@ -135,9 +142,7 @@ def test_a_head_that_comes_byte_by_byte_ends_at_its_deadline(quick, before, capl
             send(connection, before)
             if not before or is_greeted(connection):
                 with pytest.raises(ConnectionError):
-                    for byte in PLAIN * 10:
-                        connection.sendall(bytes([byte]))
-                        time.sleep(0.05)
+                    trickle(connection, PLAIN * 10)
         if "refused 408 - from 127.0.0.1:" in caplog.text:
             break
     assert "the head was not complete after 0.2 s" in caplog.text

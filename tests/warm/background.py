@@ -13,13 +13,15 @@ import fastvlm_mlx
 from fastvlm_mlx.warm.place import Place
 
 COMMAND = [sys.executable, "-m", "fastvlm_mlx"]
+PATIENT = Path(__file__).parent / "patient"
+"""Has commands wait for a background server that is held up."""
 DEMO = Path(fastvlm_mlx.__file__).parent / "demo_model"
 
 
 def environment(cache: Path, **more: str) -> dict[str, str]:
     """The environment of a command that uses a cache folder, without the variables of whoever runs the tests."""
     own = {name: value for name, value in os.environ.items() if not name.startswith("FASTVLM_")}
-    return {**own, "FASTVLM_CACHE": str(cache), **more}
+    return {**own, "FASTVLM_CACHE": str(cache), "PYTHONPATH": str(PATIENT), **more}
 
 
 def fastvlm(
@@ -51,7 +53,7 @@ def background(cache: Path, model: str, *options: str) -> Iterator[int]:
             until(lambda: place.holder() is None)
 
 
-def until(condition: object, seconds: float = 20.0) -> None:
+def until(condition: object, seconds: float = 60.0) -> None:
     """Waits until something is so."""
     assert callable(condition)
     deadline = time.monotonic() + seconds

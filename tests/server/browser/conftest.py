@@ -234,7 +234,7 @@ def visit(browser, serve) -> Iterator[Callable[..., Any]]:
 
     def begin(site: Site, *, width: int = 1280, height: int = 860, expected: tuple[str, ...] = (), **options: Any):
         context = browser.new_context(viewport={"width": width, "height": height}, **options)
-        context.set_default_timeout(20_000)
+        context.set_default_timeout(60_000)
         context.add_init_script(WATCH)
         visit = Visit(context.new_page(), site.url, expected=expected)
         visit.watch()

@@ -29,7 +29,7 @@ def folder(tmp_path_factory):
 
 
 def wait_until_ready(album):
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while album.status()["state"] != "ready":
         assert time.monotonic() < deadline, album.status()
         time.sleep(0.02)
@@ -119,7 +119,7 @@ def test_the_index_is_followed_while_it_is_made(visit, serve, folder, tmp_path, 
     run = Updating.run
 
     def later(self, plan, engine):
-        go_on.wait(30)
+        go_on.wait(60)
         yield from run(self, plan, engine)
 
     monkeypatch.setattr(Updating, "run", later)
@@ -134,7 +134,7 @@ def test_the_index_is_followed_while_it_is_made(visit, serve, folder, tmp_path, 
         assert page.inner_text("#search-state") == "Nothing found"
         go_on.set()
         page.wait_for_selector("#hits li:nth-child(2)")  # without another press
-        assert page.locator("#album-progress").is_hidden()
+        page.locator("#album-progress").wait_for(state="hidden")
 
 
 def test_there_is_no_search_without_an_album(visit, serve):
@@ -199,7 +199,7 @@ def test_the_written_page_is_filtered_and_sorted(document):
     document.fill("#filter", "")
     document.select_option("#least", "0.7")
     assert set(names.all_inner_texts()) == set(NAMES[:2])
-    assert document.evaluate("[...document.images].every((image) => image.complete && image.naturalWidth > 0)")
+    document.wait_for_function("[...document.images].every((image) => image.complete && image.naturalWidth > 0)")
     for width in (375, 320, 1280):
         document.set_viewport_size({"width": width, "height": 740})
         assert document.evaluate("document.documentElement.scrollWidth") == width

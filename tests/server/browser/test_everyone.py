@@ -69,7 +69,7 @@ def test_everything_works_by_keyboard_alone(visit, site):
 def test_escape_stops_an_answer(visit, site):
     here = visit(site)
     here.open()
-    site.delay = 0.1
+    site.delay = 1.0
     here.page.locator(".sample").first.click()
     here.page.locator("#log .answer", has_text="A").wait_for()
     here.page.keyboard.press("Escape")
@@ -127,7 +127,7 @@ def test_colours_follow_the_system_and_the_switch(visit, site):
 def test_nothing_moves_for_those_who_want_it_calm(visit, site):
     here = visit(site, reduced_motion="reduce")
     here.open()
-    site.delay = 0.1
+    site.delay = 1.0
     here.page.locator(".sample").first.click()
     here.page.locator("#log .answer", has_text="A").wait_for()
     assert here.page.evaluate("document.getAnimations().length") == 0
