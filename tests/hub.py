@@ -179,6 +179,9 @@ def pretended_hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pre
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "cache"))
+    for name in ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT"):  # this Hub may be held up
+        monkeypatch.setenv(name, "60")
+        monkeypatch.setattr(constants, name, 60)
     try:
         yield hub
     finally:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 from typer.testing import CliRunner, Result
 
@@ -29,15 +30,17 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
+def on_black(name: str) -> NDArray[np.uint8]:
+    canvas = Image.new("RGB", (384, 384))
+    with Image.open(DEMO / name) as image:
+        canvas.paste(image.convert("RGB"), ((384 - image.width) // 2, (384 - image.height) // 2))
+    return np.asarray(canvas)
+
+
 @pytest.fixture(scope="module")
 def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two seconds of one picture, then two of another."""
-    pictures = []
-    for name in ("sample-1.png", "sample-2.png"):
-        canvas = Image.new("RGB", (384, 384))
-        image = Image.open(DEMO / name).convert("RGB")
-        canvas.paste(image, ((384 - image.width) // 2, (384 - image.height) // 2))
-        pictures.append(np.asarray(canvas))
+    pictures = [on_black(name) for name in ("sample-1.png", "sample-2.png")]
     path = tmp_path_factory.mktemp("film") / "film.mp4"
     return films.write(path, [number / 10 for number in range(40)], draw=lambda number: pictures[number // 20])
 
@@ -154,8 +157,16 @@ class Watching(Terminal):
         return bool(termios.tcgetattr(self._descriptor)[3] & termios.ECHO)
 
 
-def test_keys_describe_repeat_pause_and_ask_and_the_terminal_is_as_before(film: Path) -> None:
-    terminal = Watching(film, "--live", "--speak", "none", "--heartbeat", "0")
+@pytest.fixture(scope="module")
+def long_film(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A minute of one picture."""
+    pixels = on_black("sample-1.png")
+    path = tmp_path_factory.mktemp("long") / "film.mp4"
+    return films.write(path, [number / 2 for number in range(120)], draw=lambda _: pixels)
+
+
+def test_keys_describe_repeat_pause_and_ask_and_the_terminal_is_as_before(long_film: Path) -> None:
+    terminal = Watching(long_film, "--live", "--speak", "none", "--heartbeat", "0")
     terminal.wait_for("keys: space describes now")
     terminal.wait_for(FIRST)
     assert not terminal.has_echo()
@@ -181,7 +192,7 @@ def test_an_interrupt_leaves_a_narrow_terminal_as_it_was(film: Path) -> None:
     terminal.wait_for("A ")
     assert not terminal.has_echo()
     terminal.write("\x03")
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not terminal.has_echo():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -200,7 +211,7 @@ def test_without_a_terminal_a_signal_leaves_a_whole_log(number: signal.Signals, 
         assert process.stdout is not None
         line = process.stdout.readline()
         process.send_signal(number)
-        _, stderr = process.communicate(timeout=30)
+        _, stderr = process.communicate(timeout=60)
     assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -9}[number], stderr
     content = log.read_text()
     assert content.endswith("\n")

