@@ -198,7 +198,7 @@ class Hook:
         self._late = 0
         self._waiting: tuple[str, dict[str, str]] | None = None
         self._changed = threading.Condition()
-        self._busy = self._failed = False
+        self._failed = self._finished = False
         self._thread = threading.Thread(target=self._run, name="fastvlm-on-change", daemon=True)
         self._thread.start()
 
@@ -214,24 +214,26 @@ class Hook:
         with self._changed:
             if each:
                 self._changed.wait_for(lambda: self._waiting is None)
-            if self._late >= _MOST_LATE:
+            if self._late >= _MOST_LATE or self._finished:
                 return
             self._waiting = text, environment
             self._changed.notify_all()
 
     def finish(self, timeout: float) -> bool:
-        """Whether all that waits has been run, after at most `timeout` seconds."""
+        """Runs what waits, and nothing that comes later; returns whether that has ended within `timeout` seconds."""
         with self._changed:
-            return self._changed.wait_for(lambda: self._waiting is None and not self._busy, timeout)
+            self._finished = True
+            self._changed.notify_all()
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
 
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._busy = False
-                self._changed.notify_all()
-                self._changed.wait_for(lambda: self._waiting is not None)
-                assert self._waiting is not None
-                (text, environment), self._waiting, self._busy = self._waiting, None, True
+                self._changed.wait_for(lambda: self._waiting is not None or self._finished)
+                if self._waiting is None:
+                    return
+                (text, environment), self._waiting = self._waiting, None
                 self._changed.notify_all()
             try:
                 problem = self._execute(text, environment)
@@ -246,6 +248,7 @@ class Hook:
             if self._late == _MOST_LATE:
                 with self._changed:
                     self._waiting = None
+                    self._changed.notify_all()
                 self._notify(f"{name} has not ended in time {_MOST_LATE} times in a row; it is not run any more")
 
     def _execute(self, text: str, environment: dict[str, str]) -> str:

@@ -190,6 +190,7 @@ def test_map_takes_only_so_many_requests_ahead(loaded):
 
 
 def test_closing_ends_what_is_not_done(loaded):
+    before = set(threading.enumerate())
     engine = Engine(*loaded, max_batch=1)
     endless = Request(config=GenerationConfig(max_tokens=20_000, ignore_eos=True))
     handles = [engine.submit(endless)]
@@ -201,7 +202,7 @@ def test_closing_ends_what_is_not_done(loaded):
             handle.result(1)
     with pytest.raises(ConfigError, match="the engine is closed"):
         engine.submit(Request())
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("fastvlm-")]
+    assert not [thread for thread in set(threading.enumerate()) - before if thread.name.startswith("fastvlm-")]
 
 
 def test_questions_about_one_picture_show_it_to_the_tower_once(loaded, monkeypatch):
