@@ -7,7 +7,7 @@ their part in it (Linux).
 
     python benchmarks/workers.py --pictures 2000                              # demo scenes; about 4 minutes
     python benchmarks/workers.py --model 0.5b --pictures 120 --rounds 1       # 256 px; about 6 minutes
-    python benchmarks/workers.py --sleep 0.5 --pictures 120                   # workers that only wait
+    python benchmarks/workers.py --sleep 0.5 --pictures 120 --ways shards ray   # workers that only wait
 """
 
 import argparse
@@ -253,6 +253,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="of all ways, one after another")
     parser.add_argument("--sleep", type=float, help="seconds for a picture, without a model")
     arguments = parser.parse_args()
+    if arguments.sleep and "servers" in arguments.ways:
+        parser.error("servers cannot sleep; give --ways alone shards ray")
     with tempfile.TemporaryDirectory() as temporary:
         scenes = make_scenes((arguments.folder or Path(temporary)) / f"scenes-{arguments.pictures}", arguments.pictures)
         environment = dict.fromkeys(("FASTVLM_THREADS", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"), "1")
