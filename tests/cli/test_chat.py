@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import stat
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -244,7 +243,6 @@ def test_an_interrupt_stops_the_answer_only(folder: Path, tmp_path: Path, conver
         assert ("keeps the model warm" in terminal.output) == is_warm
         terminal.write("What is it?\n")
         terminal.wait_for("What is it?\r\n")
-        time.sleep(0.5)
         terminal.write("\x03")
         terminal.wait_for("stopped")
         terminal.wait_for("> ")
