@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from fastvlm_mlx.cli.candidates import Models, RandomWeights, check_models, load_candidates, names
+from fastvlm_mlx.cli.candidates import (
+    AnswerLength,
+    JsonReport,
+    Models,
+    RandomWeights,
+    check_models,
+    load_candidates,
+    names,
+)
 from fastvlm_mlx.cli.compare import compare
 from fastvlm_mlx.cli.options import (
     DEFAULT_PROMPT,
@@ -106,9 +114,7 @@ def bench(
     ] = None,
     runs: Annotated[int, typer.Option(metavar="N", min=1, help="Measured runs.")] = 10,
     warmup: Annotated[int, typer.Option(metavar="N", min=0, help="Runs before the measured ones.")] = 3,
-    max_tokens: Annotated[
-        int, typer.Option("--max-tokens", "-n", metavar="N", min=1, help="Length of each answer.")
-    ] = 32,
+    max_tokens: AnswerLength = 32,
     dtype: LoadDType = None,
     cold: Annotated[bool, typer.Option("--cold", help="Also measure the cold TTFT; needs a model on disk.")] = False,
     cost: Annotated[
@@ -119,15 +125,7 @@ def bench(
             "and 1024 px unless --resolution is given.",
         ),
     ] = False,
-    json_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--json",
-            metavar="FILE",
-            parser=user_path,
-            help="Write the report, every sample in it; - writes it to stdout, and the table to stderr.",
-        ),
-    ] = None,
+    json_file: JsonReport = None,
     csv_file: Annotated[
         Path | None,
         typer.Option(

@@ -5,11 +5,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastvlm_mlx.cli.options import DEFAULT_MODEL, MODEL_HELP, choices, complete_model, refuse
+from fastvlm_mlx.cli.options import DEFAULT_MODEL, MODEL_HELP, choices, complete_model, refuse, user_path
 from fastvlm_mlx.cli.terminal import ByteProgress, LiveLine, note
 
 if TYPE_CHECKING:
@@ -32,6 +33,16 @@ Models = Annotated[
         metavar="NAME",
         help=f"{MODEL_HELP} Repeatable. [env var: FASTVLM_MODEL] [default: {DEFAULT_MODEL}]",
         autocompletion=complete_model,
+    ),
+]
+AnswerLength = Annotated[int, typer.Option("--max-tokens", "-n", metavar="N", min=1, help="Length of each answer.")]
+JsonReport = Annotated[
+    Path | None,
+    typer.Option(
+        "--json",
+        metavar="FILE",
+        parser=user_path,
+        help="Write the report, every sample in it; - writes it to stdout, and the table to stderr.",
     ),
 ]
 RandomWeights = Annotated[

@@ -5,17 +5,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fastvlm_mlx.cli.candidates import Models, RandomWeights, check_models, load_candidates
+from fastvlm_mlx.cli.candidates import AnswerLength, JsonReport, Models, RandomWeights, check_models, load_candidates
 from fastvlm_mlx.cli.options import (
     DEFAULT_PROMPT,
     LoadDType,
+    Resolution,
     Revision,
-    parse_resolution,
-    user_path,
 )
 from fastvlm_mlx.cli.terminal import LiveLine, show, warn_of_slow_blas
 from fastvlm_mlx.formatting import as_markdown, as_text
@@ -53,32 +52,12 @@ def throughput(
         ),
     ] = None,
     prompt: Annotated[str, typer.Option("--prompt", "-p", metavar="TEXT", help="The question.")] = DEFAULT_PROMPT,
-    resolution: Annotated[
-        Any,
-        typer.Option(
-            "--resolution",
-            "-r",
-            parser=parse_resolution,
-            metavar="N|auto",
-            envvar="FASTVLM_RESOLUTION",
-            help="Pixels per side, or auto. [default: the model's own]",
-        ),
-    ] = None,
+    resolution: Resolution = None,
     megapixels: Annotated[float, typer.Option(metavar="N", min=0.01, max=200, help="Size of the images.")] = 1.2,
     runs: Annotated[int, typer.Option(metavar="N", min=1, help="Measured runs, which take turns.")] = 3,
-    max_tokens: Annotated[
-        int, typer.Option("--max-tokens", "-n", metavar="N", min=1, help="Length of each answer.")
-    ] = 32,
+    max_tokens: AnswerLength = 32,
     dtype: LoadDType = None,
-    json_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--json",
-            metavar="FILE",
-            parser=user_path,
-            help="Write the report, every sample in it; - writes it to stdout, and the table to stderr.",
-        ),
-    ] = None,
+    json_file: JsonReport = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
 ) -> None:
     """Measure pictures and tokens a second, by how many questions are answered at once.
