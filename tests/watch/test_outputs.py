@@ -193,4 +193,4 @@ def test_a_command_that_cannot_be_run_is_refused_at_once(command: str, message: 
     with pytest.raises(ConfigError, match=message):
         Hook(command, print)
     if threads is not None:
-        assert len(os.listdir("/proc/self/task")) == threads
+        assert len(os.listdir("/proc/self/task")) <= threads  # another test may leave one that ends
