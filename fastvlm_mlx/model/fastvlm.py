@@ -20,7 +20,7 @@ from fastvlm_mlx.errors import ConfigError, PromptError
 from fastvlm_mlx.model.activations import gelu
 from fastvlm_mlx.model.inputs import check_cache, check_pixels, float_array, token_rows
 from fastvlm_mlx.model.kv_cache import KVCache
-from fastvlm_mlx.model.language import Qwen2
+from fastvlm_mlx.model.language import Qwen2, linear
 from fastvlm_mlx.model.vision import FastViTHD
 from fastvlm_mlx.streams import turn
 
@@ -72,7 +72,7 @@ class MultimodalProjector(list[nn.Module]):
 
     def __call__(self, x: mx.array) -> mx.array:
         for layer in self:
-            x = layer(x)
+            x = linear(layer, x)
         return x
 
 

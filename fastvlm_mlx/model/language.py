@@ -18,7 +18,7 @@ from fastvlm_mlx.model.activations import swiglu
 from fastvlm_mlx.model.cpu import decoding
 from fastvlm_mlx.model.cpu.attention import attention as cpu_attention
 from fastvlm_mlx.model.cpu.first_pass import FirstPass
-from fastvlm_mlx.model.cpu.products import are_few, product
+from fastvlm_mlx.model.cpu.products import are_few, product, suits
 from fastvlm_mlx.model.kv_cache import KVCache
 from fastvlm_mlx.model.rows import row_parts, split_projection
 
@@ -93,7 +93,7 @@ class MLP(nn.Module):
             return [self.gate_proj(x), self.up_proj(x)]
         if device() == "cpu" and not are_few(x):
             # MLX's CPU kernels are slow on the halves of each row.
-            return [part(x) for part in row_parts(self.gate_up_proj, 2)]
+            return [linear(part, x) for part in row_parts(self.gate_up_proj, 2)]
         return list(mx.split(linear(self.gate_up_proj, x), 2, axis=-1))
 
     def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
@@ -102,7 +102,7 @@ class MLP(nn.Module):
 
 def linear(layer: nn.Module, x: mx.array) -> mx.array:
     """`layer(x)`, in the form that suits the device."""
-    if type(layer) is nn.Linear and device() == "cpu" and are_few(x):
+    if type(layer) is nn.Linear and device() == "cpu" and suits(x):
         products = product(x, layer.weight)
         return products + layer.bias if "bias" in layer else products
     outputs: mx.array = layer(x)
@@ -198,7 +198,7 @@ class Qwen2(nn.Module):
         """Logits (B, L, V) of normed hidden states (B, L, D)."""
         if "lm_head" in self:
             return linear(self.lm_head, x)
-        if type(self.model.embed_tokens) is nn.Embedding and device() == "cpu" and are_few(x):
+        if type(self.model.embed_tokens) is nn.Embedding and device() == "cpu" and suits(x):
             return product(x, self.model.embed_tokens.weight)
         logits: mx.array = self.model.embed_tokens.as_linear(x)
         return logits

@@ -1,4 +1,4 @@
-"""Products of few rows: the values of plain products, whatever the sizes are."""
+"""Products in blocks, padded and as they are: the values of plain products, whatever the sizes are."""
 
 import numpy as np
 import pytest
@@ -10,21 +10,21 @@ from fastvlm_mlx.model.rows import row_parts
 from fastvlm_mlx.streams import turn
 
 
-@pytest.mark.parametrize("rows", [1, 3, FEW_ROWS])
+@pytest.mark.parametrize("rows", [1, 3, 16, FEW_ROWS, FEW_ROWS + 2, 95, 97])
 @pytest.mark.parametrize(
     ("outputs", "inputs"),
     [(1, 7), (5, 64), (1152, 896), (3000, 896), (448, 4864), (70, 16_000), (40, 70_000)],
 )
-def test_blocks_give_the_values_of_one_product(rows: int, outputs: int, inputs: int) -> None:
-    """Several blocks on each stream, a block and a rest, a rest alone, and weights of which no block is small."""
+def test_every_form_gives_the_values_of_one_product(rows: int, outputs: int, inputs: int) -> None:
+    """Several blocks on each stream, a block and a rest, a rest alone, no small block; more rows."""
     rng = np.random.default_rng(0)
     x, weight = (mx.array(rng.standard_normal(shape, np.float32)) for shape in ((rows, 1, inputs), (outputs, inputs)))
     exact = np.array(x, np.float64) @ np.array(weight, np.float64).T
     with turn():
-        blocks = np.array(product(x, weight))
-    assert blocks.shape == (rows, 1, outputs)
+        products = np.array(product(x, weight))
+    assert products.shape == (rows, 1, outputs)
     # Rounding of sums of so many products, each of about 1.
-    np.testing.assert_allclose(blocks, exact, rtol=1e-5, atol=2e-6 * inputs**0.5 * 4)
+    np.testing.assert_allclose(products, exact, rtol=1e-5, atol=2e-6 * inputs**0.5 * 4)
 
 
 @pytest.mark.parametrize(

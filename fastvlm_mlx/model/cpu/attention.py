@@ -8,7 +8,8 @@ def attention(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.arra
     """Attention (B, heads, L, head_dim) of queries that are scaled already; arguments as in `language.attention`."""
     (batch, heads, length, head_dim), (kv_heads, total) = queries.shape, keys.shape[1:3]
     grouped = queries.reshape(batch, kv_heads, -1, head_dim)
-    scores = (grouped @ keys.swapaxes(2, 3)).reshape(batch, heads, length, total)
+    # OpenBLAS multiplies by keys in this order where they are; else it copies them, and wakes a thread that then spins.
+    scores = (grouped @ mx.contiguous(keys.swapaxes(2, 3))).reshape(batch, heads, length, total)
     if mask is not None:
         allowed = mx.tri(length, total, total - length, dtype=mx.bool_) if isinstance(mask, str) else mask
         scores = scores + mx.where(allowed, 0.0, mx.finfo(mx.float32).min / 2)
