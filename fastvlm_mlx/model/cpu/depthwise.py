@@ -21,16 +21,19 @@ def _tile(width: int) -> int:
     return min((d for d in range(1, width + 1) if width % d == 0), key=lambda d: abs(math.log(d / 16)))
 
 
-def band_matrices(rows: mx.array, tile: int, stride: int = 1) -> mx.array:
-    """Matrices (C, S, T) that turn windows of S inputs into T outputs, from one kernel row (C, k) per channel.
+def band_matrices(kernel: mx.array, tile: int, stride: int = 1) -> mx.array:
+    """Matrices (k, C, 1, S, T) that turn windows of S inputs into T outputs, for each row of kernels (C, k, k).
 
-    Transposed, row t holds the kernel row after t·stride zeros: all rows are one sequence of period S + stride.
+    Column t holds the kernel's row after t·stride zeros: one step down reads one number further in the row between
+    zeros, one step to the right `stride` less. They are stored as they are multiplied, since OpenBLAS then uses such
+    small matrices where they are.
     """
-    channels, kernel_size = rows.shape
-    window = (tile - 1) * stride + kernel_size
-    period = mx.pad(rows, [(0, 0), (0, window + stride - kernel_size)])
-    repeated = mx.broadcast_to(period[:, None], (channels, tile, window + stride)).reshape(channels, -1)
-    return repeated[:, : tile * window].reshape(channels, tile, window).swapaxes(1, 2)
+    channels, kernel_size = kernel.shape[:2]
+    zeros, window = (tile - 1) * stride, (tile - 1) * stride + kernel_size
+    rows = mx.pad(kernel.swapaxes(0, 1), [(0, 0), (0, 0), (zeros, zeros)])
+    length = rows.shape[2]
+    shape, strides = (kernel_size, channels, 1, window, tile), (channels * length, length, 0, 1, -stride)
+    return mx.contiguous(mx.as_strided(rows, shape, strides, zeros))
 
 
 def windows_of(x: mx.array, kernel_size: int, tile: int, stride: int = 1) -> mx.array:
@@ -55,9 +58,7 @@ class BandedConv:
 
     def _bands_for(self, tile: int) -> Parts:
         if tile not in self._bands:
-            rows = [self.kernel[:, row] for row in range(self.kernel.shape[1])]
-            # Rows in memory as they are multiplied: OpenBLAS then uses small matrices where they are.
-            self._bands[tile] = [mx.contiguous(band_matrices(row, tile, self.stride)[:, None]) for row in rows]
+            self._bands[tile] = list(band_matrices(self.kernel, tile, self.stride))
         return self._bands[tile]
 
     def __call__(self, windows: mx.array, height: int, width: int) -> mx.array:
