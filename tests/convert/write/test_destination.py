@@ -187,8 +187,11 @@ def test_a_home_folder_in_quotes_is_the_home_folder(tmp_path: Path, monkeypatch:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_that_ends_a_conversion_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
+    """Also where the tests run with signals ignored, as after `nohup`: the conversion begins with the default ones."""
     code = """
-import os, sys, time
+import os, signal, sys, time
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from fastvlm_mlx.convert.write.shards import ShardWriter
 def hang(*_):
     os.write(1, b"ready\\n")
