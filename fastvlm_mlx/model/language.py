@@ -102,7 +102,7 @@ class MLP(nn.Module):
 
 def linear(layer: nn.Module, x: mx.array) -> mx.array:
     """`layer(x)`, in the form that suits the device."""
-    if type(layer) is nn.Linear and device() == "cpu" and suits(x):
+    if type(layer) is nn.Linear and suits(x):
         products = product(x, layer.weight)
         return products + layer.bias if "bias" in layer else products
     outputs: mx.array = layer(x)
@@ -198,7 +198,7 @@ class Qwen2(nn.Module):
         """Logits (B, L, V) of normed hidden states (B, L, D)."""
         if "lm_head" in self:
             return linear(self.lm_head, x)
-        if type(self.model.embed_tokens) is nn.Embedding and device() == "cpu" and suits(x):
+        if type(self.model.embed_tokens) is nn.Embedding and suits(x):
             return product(x, self.model.embed_tokens.weight)
         logits: mx.array = self.model.embed_tokens.as_linear(x)
         return logits

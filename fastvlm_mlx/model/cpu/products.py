@@ -10,7 +10,7 @@ of zeros pay for themselves.
 
 import math
 
-from fastvlm_mlx.backend import blas, mx
+from fastvlm_mlx.backend import blas, device, mx
 from fastvlm_mlx.machine import cpu_threads
 from fastvlm_mlx.streams import worker_streams
 
@@ -36,8 +36,8 @@ def are_few(x: mx.array) -> bool:
 
 
 def suits(x: mx.array) -> bool:
-    """Whether `product` is the form for `x` on a CPU."""
-    return x.dtype == mx.float32 and "openblas" in blas().name.lower()
+    """Whether `product` is the fastest form for `x`, on the device that is in use."""
+    return device() == "cpu" and x.dtype == mx.float32 and "openblas" in blas().name.lower()
 
 
 def product(x: mx.array, weight: mx.array) -> mx.array:
