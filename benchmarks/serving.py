@@ -16,8 +16,9 @@ end tokens are ignored.
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -118,12 +119,12 @@ class Bench:
         rows = [self._body(self._picture(), tokens=self._options.max_tokens * 2) for _ in range(ROWS)]
         *others, late = self._clients.ask(self._port, [*rows, self._body(self._picture(), tokens=2)], ROWS + 1, late=1)
         self.samples.joining.append(late.pieces[0])
-        self.samples.step.append(median(late_step(answer) for answer in others))
+        self.samples.step.append(usual_step(others))
 
 
-def late_step(answer: ServedAnswer) -> float:
-    """The usual time between two pieces of an answer."""
-    return median(after - before for before, after in zip(answer.pieces, answer.pieces[1:], strict=False))
+def usual_step(answers: Sequence[ServedAnswer]) -> float:
+    """The median time between two pieces of an answer."""
+    return median(after - before for answer in answers for before, after in pairwise(answer.pieces))
 
 
 def measure(candidate: Candidate, options: argparse.Namespace) -> Samples:

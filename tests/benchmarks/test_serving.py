@@ -29,7 +29,7 @@ def picture(number: int) -> bytes:
 
 def test_every_measurement_gives_samples_and_a_table(serving, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serving, "Images", lambda: picture)  # large ones take long to draw
-    names = {"resolution": 64, "max_tokens": 6, "clients": 3, "alone": 1, "firsts": 1, "runs": 1}
+    names = {"resolution": 64, "max_tokens": 40, "clients": 3, "alone": 1, "firsts": 1, "runs": 1}
     options = argparse.Namespace(**names)
     candidate = serving.Candidate.load("demo")
     samples = serving.measure(candidate, options)
@@ -38,4 +38,4 @@ def test_every_measurement_gives_samples_and_a_table(serving, monkeypatch: pytes
     values = serving.report(candidate, options, serving.conditions(), samples)
     text = "\n".join(serving.table(values))
     assert "| 3 clients at once |" in text
-    assert "demo, float32, 64 px, answers of 6 tokens" in text
+    assert "demo, float32, 64 px, answers of 40 tokens" in text
