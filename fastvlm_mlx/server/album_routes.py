@@ -20,9 +20,8 @@ from fastvlm_mlx.errors import ConfigError, ImageError
 from fastvlm_mlx.schema import parse_object
 from fastvlm_mlx.server.album import REPAIR_SECONDS, ServedAlbum
 from fastvlm_mlx.server.api import ApiError, Context, openai_error
-from fastvlm_mlx.server.exchange import Disconnected, Reply, error_headers, read_body, refusing
+from fastvlm_mlx.server.exchange import Disconnected, Reply, read_body, refusing
 from fastvlm_mlx.server.fields import Fields
-from fastvlm_mlx.server.guard import log_error
 from fastvlm_mlx.server.service import Service
 from fastvlm_mlx.server.settings import Settings
 
@@ -57,11 +56,7 @@ def routes(service: Service, settings: Settings) -> list[Route]:
     def picture(path: str) -> Route:
         async def send(request: Request) -> Response:
             """A picture of the index, as a JPEG without metadata."""
-            try:
-                data = await pictures.jpeg(request.path_params["number"], SIDES[path])
-            except ApiError as refusal:
-                log_error(request.scope, refusal)
-                return JSONResponse(openai_error(refusal), refusal.status, headers=error_headers(refusal))
+            data = await pictures.jpeg(request.path_params["number"], SIDES[path])
             return Response(data, media_type="image/jpeg")
 
         return Route(path, send)

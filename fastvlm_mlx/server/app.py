@@ -19,7 +19,7 @@ from fastvlm_mlx.formatting import printable
 from fastvlm_mlx.server import album_routes, health, models, ollama_models, openapi
 from fastvlm_mlx.server.anthropic import CountTokens, Messages
 from fastvlm_mlx.server.api import Api, ApiError, openai_error
-from fastvlm_mlx.server.exchange import Exchange
+from fastvlm_mlx.server.exchange import Exchange, error_headers
 from fastvlm_mlx.server.guard import Guard, log_error
 from fastvlm_mlx.server.ollama import Chat, Generate, Ollama
 from fastvlm_mlx.server.ollama_models import Show
@@ -52,7 +52,11 @@ def make_app(service: Service, settings: Settings) -> ASGIApp:
     """
     app = Starlette(
         routes=_routes(service, settings),
-        exception_handlers={HTTPException: partial(_http_error, service), 500: _bug},
+        exception_handlers={
+            HTTPException: partial(_http_error, service),
+            ApiError: partial(_refuse, service),
+            500: _bug,
+        },
     )
     app.router.redirect_slashes = False
     guarded = Guard(app, settings, error=error_body, metrics=service.metrics, retry_after=service.retry_after)
@@ -112,9 +116,17 @@ async def _http_error(service: Service, request: Request, error: Exception) -> R
     }
     status = error.status_code
     refusal = ApiError(status, messages.get(status, str(error.detail)), code=codes.get(status, "refused"))
-    log_error(request.scope, refusal)
-    service.metrics.refused(str(refusal.code))
-    return JSONResponse(error_body(path, refusal), status, headers=error.headers)
+    response = await _refuse(service, request, refusal)
+    response.headers.update(error.headers or {})
+    return response
+
+
+async def _refuse(service: Service, request: Request, error: Exception) -> Response:
+    """Answers with an error, in the shape of the API that was asked."""
+    assert isinstance(error, ApiError)
+    log_error(request.scope, error)
+    service.metrics.refused(str(error.code))
+    return JSONResponse(error_body(request.scope["path"], error), error.status, headers=error_headers(error))
 
 
 async def _bug(request: Request, error: Exception) -> Response:

@@ -441,6 +441,19 @@ def test_a_refusal_does_not_say_where_the_folder_is(serving, folder, tmp_path) -
         assert str(tmp_path) not in response.body.decode()
 
 
+def test_a_server_that_stops_says_so(serving, album) -> None:
+    async def ask():
+        with serving(album=album) as (client, service):
+            await wait_for(album, "ready")
+            service.stop()
+            asked = [client.get("/album"), client.get("/album/thumbnails/1"), client.post("/album/search", QUERY)]
+            return [await each for each in asked]
+
+    for response in run(ask()):
+        assert (response.status, response.json["error"]["code"]) == (503, "unavailable")
+        assert response.json["error"]["message"] == "the server is stopping"
+
+
 def test_a_thousand_clients_at_once_get_pictures_or_are_told_to_come_again(serving, album, monkeypatch) -> None:
     monkeypatch.setattr(album_routes, "MOST_WAITING", 50)
 

@@ -27,7 +27,7 @@ from tests.jobs.fleets import Server
 server = Server(host="{host}")
 server.seconds = 0.02
 print(server.port, flush=True)
-time.sleep(60)
+time.sleep(600)
 """
 TASK = Task(questions={"text": "What?"}, model="demo", weights="w" * 32, dtype="float32", keep_openings=True)
 
@@ -73,8 +73,6 @@ def test_a_network_that_loses_packets_loses_no_picture(
     places: list[tuple[str, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A tenth of the packets is lost, where the kernel can do that, and one wire is cut for four seconds."""
-    monkeypatch.setattr(exchange, "CONNECT_SECONDS", 0.7)
-    monkeypatch.setattr(peer, "SILENT_SECONDS", 0.7)
     pictures = [(f"{n}.ppm", Encoded(b"P6 1 1 255\n" + bytes((n % 256, n // 256, 0)), f"{n}.ppm")) for n in range(400)]
     notes: list[str] = []
     with ExitStack() as stack:
@@ -87,6 +85,8 @@ def test_a_network_that_loses_packets_loses_no_picture(
             addresses.append(Address.parse(f"{host}:{int(server.stdout.readline())}"))
         fleet = stack.enter_context(Fleet(addresses, notify=notes.append))
         fleet.start(TASK)
+        monkeypatch.setattr(exchange, "CONNECT_SECONDS", 0.7)
+        monkeypatch.setattr(peer, "SILENT_SECONDS", 0.7)
         end = f"ip -n {places[0][0]} link set eth0"
         cut = threading.Timer(0.5, command, [f"{end} down"])
         mended = threading.Timer(4.5, command, [f"{end} up"])

@@ -76,12 +76,14 @@ class Site:
         engine: What answers.
         url: Of the page.
         delay: Seconds that each token takes longer.
+        visits: Open pages, which are closed before it ends: a page that outlives it has much to complain of.
     """
 
     def __init__(self, engine: Engine, settings: Settings, album: ServedAlbum | None = None) -> None:
         self.service = Service("demo", settings, album=album)
         self.engine = engine
         self.delay = 0.0
+        self.visits: list[Visit] = []
         sockets = listen(settings)
         self.url = f"{address(settings, sockets)}/"
         self.running = Running(make_app(self.service, settings), self.service, settings, sockets)
@@ -107,6 +109,8 @@ def serve(demo) -> Callable[..., Any]:
                     if is_loaded:
                         site.service.start(engine)
                     yield site
+                    for visit in site.visits:
+                        visit.end()
             finally:
                 if album is not None:
                     album.close()
@@ -168,6 +172,7 @@ class Visit:
     most_at_once: int = 0
     _messages: list[str] = field(default_factory=list)
     _elsewhere: list[str] = field(default_factory=list)
+    _has_ended: bool = False
 
     def watch(self) -> None:
         """Begins to note what the page does."""
@@ -191,9 +196,13 @@ class Visit:
     def _ended(self, request: Any) -> None:
         self._at_once -= request.url.endswith("/chat/completions")
 
-    def check(self) -> None:
-        """Fails if the page did what it must not."""
+    def end(self) -> None:
+        """Closes the page; fails if it did what it must not."""
+        if self._has_ended:
+            return
+        self._has_ended = True
         seen = self.page.evaluate("seen.violations")
+        self.page.context.close()
         assert not seen, f"the policy forbade {seen}"
         assert not self._elsewhere
         unexpected = [text for text in self._messages if not any(part in text for part in self.expected)]
@@ -239,9 +248,9 @@ def visit(browser, serve) -> Iterator[Callable[..., Any]]:
         visit = Visit(context.new_page(), site.url, expected=expected)
         visit.watch()
         visits.append(visit)
+        site.visits.append(visit)
         return visit
 
     yield begin
     for visit in visits:
-        visit.check()
-        visit.page.context.close()
+        visit.end()
