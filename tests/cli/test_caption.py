@@ -342,7 +342,7 @@ def test_a_run_that_is_ended_is_continued_without_loss_or_repetition(model: str,
     process.send_signal(end)
     process.communicate()
     done = output.read_bytes()
-    assert done.count(b"\n") >= 3
+    assert done.count(b"\n") >= 2  # an interrupt while a record is written withdraws it
     assert run(*arguments).exit_code == 0
     assert output.read_bytes().startswith(done[: done.rindex(b"\n") + 1])
     names = [record["file"] for record in lines(output.read_text())]
